@@ -1,0 +1,260 @@
+"""The embedded default is what its script writes, it loads and is lively; the example tasks follow rules."""
+
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from transformers import AutoTokenizer
+
+from arc_tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TINY_MODEL = EXAMPLES / "tiny-qwen2"
+
+
+@pytest.fixture
+def scripts(monkeypatch) -> Callable[[str], ModuleType]:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompt(tokenizer) -> np.ndarray:
+    task = load_tasks(EXAMPLES / "tasks.json").tasks[0]
+    encoder = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
+    return encode_prompt(tokenizer, build_messages(task, 0, encoder, "output-from-examples-v0"))
+
+
+# --- The tiny checkpoint ------------------------------------------------------------------------------------
+
+
+def test_the_committed_checkpoint_is_byte_for_byte_what_its_script_writes(tmp_path: Path):
+    subprocess.run([sys.executable, EXAMPLES / "make_tiny_checkpoint.py", tmp_path], check=True)
+    written, committed = contents(tmp_path), contents(TINY_MODEL)
+    assert {name: len(data) for name, data in written.items()} == {
+        name: len(data) for name, data in committed.items()
+    }
+    assert [name for name in written if written[name] != committed[name]] == []
+    assert sum(map(len, committed.values())) < 3_500_000
+
+
+def test_the_tokenizer_splits_as_qwen2s_does(tokenizer):
+    assert tokenizer.tokenize("Input:\n1 0123\n\n") == ["Input", ":Ċ", "1", "Ġ", "0", "1", "2", "3", "ĊĊ"]
+    assert len(tokenizer) == json.loads((TINY_MODEL / "config.json").read_text())["vocab_size"] == 512
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [509, 510, 511]
+    text = "Any text at all: naïve café, 漢字, \t\u200d🙂 it's\r\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_ids_that_end_a_sequence_agree(tokenizer):
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    generation = json.loads((TINY_MODEL / "generation_config.json").read_text())
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+    assert config["pad_token_id"] == tokenizer.pad_token_id
+    assert generation["eos_token_id"] == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
+def test_transformers_loads_it_and_its_greedy_output_varies(prompt):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    from transformers import Qwen2ForCausalLM
+
+    loaded: Any = Qwen2ForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    assert {kind: list(names) for kind, names in report.items() if names} == {}
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    with torch.no_grad():
+        generated = model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False)[
+            0, ids.shape[1] :
+        ]
+        states = torch.stack(model(ids, output_hidden_states=True).hidden_states)
+    assert len(generated) == 40
+    assert len(set(generated.tolist())) > 15
+    assert torch.isfinite(states).all()
+    assert states.abs().max() < 200
+
+
+# --- Checkpoints of real shapes -----------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 600,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-1.5b", 1_543_714_304),
+        ("qwen2.5-3b", 3_085_938_688),
+        ("qwen2.5-7b", 7_615_616_512),
+    ],
+)
+def test_the_real_shapes_have_as_many_parameters_as_the_published_models(
+    scripts, shape: str, parameters: int
+):
+    config = scripts("make_random_checkpoint").SHAPES[shape]
+    shapes = scripts("checkpoint_writer").tensor_shapes(config)
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
+
+
+def run_main(script: ModuleType, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_random_checkpoint.py", *map(str, arguments)])
+    script.main()
+
+
+def test_shards_keep_to_their_limit_and_hold_the_same_tensors(scripts, tmp_path: Path, monkeypatch, capsys):
+    script = scripts("make_random_checkpoint")
+    monkeypatch.setitem(script.SHAPES, "qwen2.5-0.5b", SMALL)
+    one, several = tmp_path / "one", tmp_path / "several"
+    run_main(script, monkeypatch, one, "--dtype", "float32")
+    run_main(script, monkeypatch, several, "--dtype", "float32", "--max-shard-gb", 1e-4)
+    expected = safetensors.numpy.load_file(one / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in expected.items()} == scripts(
+        "checkpoint_writer"
+    ).tensor_shapes(SMALL)
+
+    index = json.loads((several / "model.safetensors.index.json").read_text())
+    shards = {
+        file.name: safetensors.numpy.load_file(file) for file in sorted(several.glob("model-*.safetensors"))
+    }
+    assert len(shards) == 3
+    assert next(iter(shards)) == "model-00001-of-00003.safetensors"
+    assert all(sum(tensor.nbytes for tensor in shard.values()) <= 100_000 for shard in shards.values())
+    assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
+    for shard in shards.values():
+        for name, tensor in shard.items():
+            np.testing.assert_array_equal(tensor, expected[name])
+    assert contents(several)["tokenizer.json"] == contents(TINY_MODEL)["tokenizer.json"]
+    assert "qwen2.5-0.5b, 3 weight file(s)" in capsys.readouterr().out
+
+
+def test_the_seed_decides_every_tensor(scripts, tmp_path: Path, monkeypatch):
+    script = scripts("make_random_checkpoint")
+    monkeypatch.setitem(script.SHAPES, "qwen2.5-0.5b", SMALL)
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_main(script, monkeypatch, tmp_path / out, "--seed", seed)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    first, other = (safetensors.numpy.load_file(tmp_path / out / "model.safetensors") for out in "ac")
+    assert all((first[name] != other[name]).any() for name in first)
+    assert len({tensor.tobytes() for tensor in first.values()}) == len(first)  # a stream for each name
+    assert {str(tensor.dtype) for tensor in first.values()} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "deviation"),
+    [
+        ("model.layers.3.mlp.down_proj.weight", 0, 1.6 / 20),
+        ("model.norm.weight", 1, 0.3),
+        ("model.layers.0.self_attn.q_proj.bias", 0, 0.3),
+    ],
+)
+def test_weights_have_the_deviation_of_their_role(scripts, name: str, mean: float, deviation: float):
+    shape = (300, 400) if name.endswith("_proj.weight") else (120_000,)
+    tensor = scripts("checkpoint_writer").lively_tensor(name, shape, 0, np.dtype(np.float32))
+    assert tensor.mean() == pytest.approx(mean, abs=0.01 * deviation)
+    assert tensor.std() == pytest.approx(deviation, rel=0.01)
+
+
+def test_large_tensors_are_made_in_blocks_that_do_not_show(scripts, monkeypatch):
+    writer = scripts("checkpoint_writer")
+    whole = writer.lively_tensor("x.weight", (30, 41), 0, np.dtype(np.float32))
+    monkeypatch.setattr(writer, "BLOCK", 64)
+    np.testing.assert_array_equal(writer.lively_tensor("x.weight", (30, 41), 0, np.dtype(np.float32)), whole)
+
+
+def test_weight_files_have_the_umasks_mode(scripts, tmp_path: Path):
+    writer = scripts("checkpoint_writer")
+    writer.write_safetensors(tmp_path / "x.safetensors", {"x": np.zeros(3, np.float32)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bad_arguments_are_refused_before_anything_is_written(scripts, tmp_path: Path, monkeypatch, capsys):
+    script = scripts("make_random_checkpoint")
+    for arguments, problem in [
+        ([tmp_path / "new", "--tokenizer", tmp_path], "has no tokenizer.json"),
+        ([tmp_path / "new", "--seed", -1], "--seed is -1; it has to be 0 or more"),
+        ([TINY_MODEL], "exists and is not an empty directory"),
+        ([EXAMPLES / "tasks.json"], "exists and is not an empty directory"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            run_main(script, monkeypatch, *arguments)
+        assert problem in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- The example tasks --------------------------------------------------------------------------------------
+
+
+def fall_down(grid):
+    columns = [[cell for cell in column if cell] for column in zip(*grid, strict=True)]
+    columns = [[0] * (len(grid) - len(column)) + column for column in columns]
+    return tuple(zip(*columns, strict=True))
+
+
+def swap_colours(grid):
+    first, second = {cell for row in grid for cell in row} - {0}
+    swap = {0: 0, first: second, second: first}
+    return tuple(tuple(swap[cell] for cell in row) for row in grid)
+
+
+def cut_out(grid):
+    cells = np.argwhere(np.array(grid))
+    (top, left), (bottom, right) = cells.min(axis=0), cells.max(axis=0)
+    return tuple(row[left : right + 1] for row in grid[top : bottom + 1])
+
+
+def join_pairs(grid):
+    joined = []
+    for row in grid:
+        ends = [column for column, cell in enumerate(row) if cell] or [0]
+        line = range(ends[0], ends[-1] + 1)
+        joined.append(tuple(row[ends[0]] if column in line else 0 for column in range(len(row))))
+    return tuple(joined)
+
+
+RULES = {
+    "mirror-beside": lambda grid: tuple(row + row[::-1] for row in grid),
+    "fall-down": fall_down,
+    "swap-colours": swap_colours,
+    "cut-out": cut_out,
+    "join-pairs": join_pairs,
+    "turn-clockwise": lambda grid: tuple(zip(*grid[::-1], strict=True)),
+}
+
+
+def test_every_example_task_follows_its_rule():
+    loaded = load_tasks(EXAMPLES / "tasks.json")
+    assert loaded.failures == ()
+    assert [task.task_id for task in loaded.tasks] == list(RULES)
+    for task in loaded.tasks:
+        assert 2 <= len(task.train) <= 4
+        for pair in (*task.train, *task.test):
+            assert pair.output == RULES[task.task_id](pair.input)
+    assert [len(task.test) for task in loaded.tasks] == [1, 1, 1, 1, 1, 2]
