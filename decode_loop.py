@@ -1,0 +1,188 @@
+"""The compiled loop: prefill, one decode step, and every decode step under one ``fori_loop``/``while_loop``.
+
+The loop's whole state is one dataclass, :class:`DecodeState`; each field keeps its shape and, donated,
+its memory. Functions here are traced; ``generate_jitted`` checks their inputs on the host and compiles them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from kvcache_utils import (
+    ActivationBufferConfig,
+    KVCache,
+    KVCacheConfig,
+    create_activation_buffer,
+    create_kv_cache_buffers,
+    update_activation_buffer,
+)
+from qwen2_jax import QwenModel
+from qwen2_jax_with_hooks import QwenModelWithActivations
+from sampling import SamplingArrays, sample_tokens, sequence_keys
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything the decode loop carries; every field keeps its shape and is updated in place.
+
+    The current step is ``cache.ar.index``: the number of generated tokens read so far.
+    """
+
+    cache: KVCache
+    next_token: Array  # [B] int32: chosen, not yet read
+    next_logprob: Array  # [B] float32
+    ended: Array  # [B] bool: an EOS has been read
+    token_ids: Array  # [B, max_tokens] int32
+    logprobs: Array  # [B, max_tokens] float32
+    lengths: Array  # [B] int32
+    activations: Array | None  # [layers, max_tokens, B, hidden]
+
+
+def prefill_with_cache(
+    model: QwenModel, params: Any, input_ids: Array, prompt_lengths: Array, cache: KVCache
+) -> tuple[Array, KVCache, Array | None]:
+    """Reads whole prompts and fills the prefill part of ``cache``.
+
+    Args:
+        input_ids: [P, P_len] int32, right-padded; P_len at most the cache's max_prefill_length.
+        prompt_lengths: [P] int32, at least 1.
+
+    Returns:
+        logits [P, vocab] float32 that predict each prompt's first new token; the cache; and, for a
+        model with hooks, the prompts' rows [layers, P_len, P, hidden], zero past each prompt's length.
+    """
+    with jax.named_scope("prefill"):
+        mask = jnp.arange(input_ids.shape[1], dtype=jnp.int32) < prompt_lengths[:, None]
+        logits, prefill, activations = _apply(model, params, input_ids, mask, cache.prefill)
+        if activations is not None:
+            activations = jnp.where(mask.T[None, :, :, None], activations, 0)
+        return logits[:, 0], dataclasses.replace(cache, prefill=prefill), activations
+
+
+def decode_step_with_cache(
+    model: QwenModel, params: Any, token_ids: Array, cache: KVCache
+) -> tuple[Array, KVCache, Array | None]:
+    """Reads one token of every sequence.
+
+    Args:
+        token_ids: [B] int32.
+
+    Returns:
+        logits [B, vocab] float32 that predict the next token; the cache, its index one further; and,
+        for a model with hooks, the rows [layers, B, hidden] of the token that was read.
+    """
+    with jax.named_scope("decode_step"):
+        logits, cache, activations = _apply(model, params, token_ids[:, None], None, cache)
+        return logits[:, 0], cache, None if activations is None else activations[:, 0]
+
+
+def run_prefill(
+    model: QwenModel,
+    cache_config: KVCacheConfig,
+    capture_prompt: bool,
+    params: Any,
+    input_ids: Array,
+    prompt_lengths: Array,
+) -> tuple[Array, DecodeState, Array | None]:
+    """Allocates the loop's state and reads the prompts into it.
+
+    Returns:
+        the prompts' last logits [P, vocab], the state, and with ``capture_prompt`` the prompts' rows.
+    """
+    cache = create_kv_cache_buffers(cache_config)
+    logits, cache, activations = prefill_with_cache(model, params, input_ids, prompt_lengths, cache)
+    return logits, _start_decode_state(model, cache), activations if capture_prompt else None
+
+
+def run_decode(
+    model: QwenModel,
+    stop: bool,
+    params: Any,
+    state: DecodeState,
+    prompt_logits: Array,
+    sampling: SamplingArrays,
+    seed: Array,
+    sequence_ids: Array,
+    eos_token_ids: Array,
+) -> DecodeState:
+    """From the prompts' logits to the last token: ``max_tokens`` steps or, with ``stop``, until all rows end.
+
+    Args:
+        eos_token_ids: int32, padded with -1.
+    """
+    keys = sequence_keys(seed, sequence_ids)
+    max_tokens = state.token_ids.shape[1]
+    logits = jnp.repeat(prompt_logits, state.cache.samples_per_prompt, axis=0)
+    token, logprob = sample_tokens(logits, sampling, keys, 0)
+    state = dataclasses.replace(state, next_token=token, next_logprob=logprob)
+
+    def body(state: DecodeState) -> DecodeState:
+        return _decode_one(model, params, state, sampling, keys, eos_token_ids)
+
+    if not stop:
+        return lax.fori_loop(0, max_tokens, lambda _, state: body(state), state)
+    return lax.while_loop(
+        lambda state: (state.cache.ar.index < max_tokens) & ~jnp.all(state.ended), body, state
+    )
+
+
+def _start_decode_state(model: QwenModel, cache: KVCache) -> DecodeState:
+    """Zeroed outputs beside ``cache``, as long as it; the activation buffer only for a model with hooks."""
+    batch, max_tokens, config = cache.ar.batch_size, cache.ar.capacity, model.config
+    activations = None
+    if isinstance(model, QwenModelWithActivations):
+        activations = create_activation_buffer(
+            ActivationBufferConfig(
+                len(model.extract_layers), max_tokens, batch, config.hidden_size, config.dtype
+            )
+        )
+    return DecodeState(
+        cache=cache,
+        next_token=jnp.zeros(batch, jnp.int32),
+        next_logprob=jnp.zeros(batch, jnp.float32),
+        ended=jnp.zeros(batch, bool),
+        token_ids=jnp.zeros((batch, max_tokens), jnp.int32),
+        logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
+        lengths=jnp.zeros(batch, jnp.int32),
+        activations=activations,
+    )
+
+
+def _decode_one(
+    model: QwenModel, params: Any, state: DecodeState, sampling: SamplingArrays, keys: Array, eos: Array
+) -> DecodeState:
+    """Reads ``next_token``, keeps its row, chooses the one after it."""
+    step, live = state.cache.ar.index, ~state.ended
+    logits, cache, rows = decode_step_with_cache(model, params, state.next_token, state.cache)
+    activations = state.activations
+    if activations is not None and rows is not None:
+        activations = update_activation_buffer(activations, jnp.where(live[:, None], rows, 0), step)
+    token_column = jnp.where(live, state.next_token, 0)[:, None]
+    logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
+    ended = state.ended | jnp.any(state.next_token[:, None] == eos, axis=-1)
+    next_token, next_logprob = sample_tokens(logits, sampling, keys, step + 1)
+    return DecodeState(
+        cache=cache,
+        next_token=next_token,
+        next_logprob=next_logprob,
+        ended=ended,
+        token_ids=lax.dynamic_update_slice(state.token_ids, token_column, (0, step)),
+        logprobs=lax.dynamic_update_slice(state.logprobs, logprob_column, (0, step)),
+        lengths=state.lengths + live,
+        activations=activations,
+    )
+
+
+def _apply(
+    model: QwenModel, params: Any, input_ids: Array, mask: Array | None, cache: Any
+) -> tuple[Array, Any, Array | None]:
+    result = model.apply({"params": params}, input_ids, mask, cache)
+    if isinstance(model, QwenModelWithActivations):
+        return result  # type: ignore[return-value] - (logits, cache, activations)
+    return (*result, None)  # type: ignore[return-value]

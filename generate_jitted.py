@@ -1,0 +1,263 @@
+"""Generation as compiled programs: prefill, then every decode step in one loop on the device.
+
+    config, params = load_qwen2("Qwen/Qwen2.5-0.5B-Instruct")
+    model = create_model_with_hooks(config)
+    input_ids, prompt_lengths = pad_prompts([tokenizer.encode("2 + 2 ="), tokenizer.encode("Why?")])
+    out = generate_single_task_jitted(model, params, input_ids, 64, prompt_lengths=prompt_lengths)
+    out.activations[:, t, b]       # [14, hidden]: layers 10..23 after reading generated token t of row b
+
+Which row is which: ``activations[:, t, b]`` is what the layers produced while *reading* generated token
+t, at position ``prompt_lengths[b] + t``. One forward pass is run for each generated token, also for the
+last one, so n tokens have n rows. The prefill's last row chose token 0.
+
+Two programs are compiled for each shape, the prefill and the decode loop. Prompts, lengths, sampling,
+seeds and EOS ids are traced values: changing them never recompiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from decode_loop import DecodeState, decode_step_with_cache, prefill_with_cache, run_decode, run_prefill
+from generation_request import Request, bucket_length, check_request, pad_prompts
+from kvcache_utils import ActivationBufferConfig, KVCacheConfig
+from products import compiler_options
+from qwen2_config import QwenConfig
+from qwen2_jax import QwenModel
+from qwen2_jax_with_hooks import QwenModelWithActivations
+from sampling import Sampling
+
+__all__ = [
+    "DecodeState",
+    "GenerateShape",
+    "Generation",
+    "Sampling",
+    "bucket_length",
+    "compile_generate",
+    "decode_step_with_cache",
+    "generate_single_task_jitted",
+    "pad_prompts",
+    "prefill_with_cache",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What was generated, on the device. Everything at or past ``lengths[b]`` is zero.
+
+    B = prompts x samples_per_prompt, samples of one prompt adjacent.
+    """
+
+    token_ids: Array  # [B, max_tokens] int32
+    lengths: Array  # [B] int32: tokens generated, the EOS that ended the row included
+    finished: Array  # [B] bool: ended by an EOS token, not by max_tokens
+    logprobs: Array  # [B, max_tokens] float32, the model's own (temperature 1) log-probability of each token
+    activations: Array | None  # [layers, max_tokens, B, hidden] in the model's dtype
+    prompt_activations: Array | None  # [layers, P_len, P, hidden]; zero at or past the prompt's length
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateShape:
+    """All that decides which programs are compiled, beside the model and the weights' shapes."""
+
+    num_prompts: int
+    prompt_width: int
+    max_tokens: int
+    samples_per_prompt: int = 1
+    cache_dtype: Any = None  # the model's by default
+    stop: bool = True  # end when every row has met an EOS id
+    capture_prompt: bool = False
+    eos_slots: int = 8
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_prompts * self.samples_per_prompt
+
+    def cache_config(self, config: QwenConfig) -> KVCacheConfig:
+        return KVCacheConfig(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            max_prefill_length=self.prompt_width,
+            max_decode_length=self.max_tokens,
+            num_prompts=self.num_prompts,
+            samples_per_prompt=self.samples_per_prompt,
+            dtype=config.dtype if self.cache_dtype is None else self.cache_dtype,
+            stacked=config.scan_layers,
+        )
+
+    def nbytes(self, model: QwenModel) -> int:
+        """Bytes of the KV cache and of the activation buffers that one call allocates."""
+        config = model.config
+        total = self.cache_config(config).nbytes
+        if isinstance(model, QwenModelWithActivations):
+            layers, hidden = len(model.extract_layers), config.hidden_size
+            buffers = [(self.max_tokens, self.batch_size)]
+            buffers += [(self.prompt_width, self.num_prompts)] if self.capture_prompt else []
+            for tokens, rows in buffers:
+                total += ActivationBufferConfig(layers, tokens, rows, hidden, config.dtype).nbytes
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledGenerate:
+    """The two executables of one shape."""
+
+    shape: GenerateShape
+    prefill: (
+        jax.stages.Compiled
+    )  # (params, input_ids, prompt_lengths) -> (logits, state, prompt rows or None)
+    decode: jax.stages.Compiled  # (params, state, logits, sampling, seed, sequence_ids, eos_ids) -> state
+    compile_seconds: float
+
+    def __call__(self, params: Any, request: Request, sampling: Sampling) -> Generation:
+        logits, state, prompt_activations = self.prefill(params, request.input_ids, request.prompt_lengths)
+        state = self.decode(
+            params,
+            state,
+            logits,
+            sampling.traced(),
+            request.seed,
+            request.sequence_ids,
+            request.eos_token_ids,
+        )
+        return Generation(
+            token_ids=state.token_ids,
+            lengths=state.lengths,
+            finished=state.ended,
+            logprobs=state.logprobs,
+            activations=state.activations,
+            prompt_activations=prompt_activations,
+        )
+
+
+def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> CompiledGenerate:
+    """Compiles prefill and decode for one shape, from the weights' shapes alone; cached.
+
+    ``generate_single_task_jitted`` calls this itself; call it before to be warm, from several threads
+    for several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    abstract = tuple(_abstract(leaf) for leaf in leaves)
+    return _compile(model, shape, treedef, abstract)  # pyright: ignore[reportArgumentType]
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+@functools.lru_cache(maxsize=256)
+def _compile(
+    model: QwenModel, shape: GenerateShape, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+) -> CompiledGenerate:
+    params = jax.tree.unflatten(treedef, leaves)
+    prompts, batch = shape.num_prompts, shape.batch_size
+    started = time.perf_counter()
+    prefill = jax.jit(
+        functools.partial(run_prefill, model, shape.cache_config(model.config), shape.capture_prompt)
+    )
+    lowered = prefill.lower(
+        params, _struct((prompts, shape.prompt_width), jnp.int32), _struct((prompts,), jnp.int32)
+    )
+    logits, state, _ = lowered.out_info
+    decode = jax.jit(functools.partial(run_decode, model, shape.stop), donate_argnums=1)
+    lowered_decode = decode.lower(
+        params,
+        jax.tree.map(lambda info: _struct(info.shape, info.dtype), state),
+        _struct(logits.shape, logits.dtype),
+        Sampling().traced(),
+        _struct((), jnp.uint32),
+        _struct((batch,), jnp.uint32),
+        _struct((shape.eos_slots,), jnp.int32),
+    )
+    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside the GIL
+        options = compiler_options()
+        compiled, compiled_decode = pool.map(lambda p: p.compile(options), (lowered, lowered_decode))
+    return CompiledGenerate(shape, compiled, compiled_decode, time.perf_counter() - started)
+
+
+def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def generate_single_task_jitted(
+    model: QwenModel,
+    params: Any,
+    input_ids: Any,
+    max_tokens: int,
+    *,
+    prompt_lengths: Any = None,
+    samples_per_prompt: int = 1,
+    eos_token_ids: Sequence[int] = (),
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seed: int = 0,
+    sequence_ids: Any = None,
+    cache_dtype: Any = None,
+    extract_activations: bool = True,
+    extract_prompt: bool = False,
+) -> Generation:
+    """Generates from P prompts, ``samples_per_prompt`` sequences each, and captures their activations.
+
+    Without EOS ids the loop is ``lax.fori_loop`` over exactly ``max_tokens`` steps; with them it is
+    the same body under ``lax.while_loop``, which ends when every row has ended.
+
+    Args:
+        model: ``create_model_with_hooks(config)``; a plain ``QwenModel`` only without activations.
+        params: the parameter tree, from ``load_qwen2``.
+        input_ids: [P, P_len] integers, right-padded, numpy or jax. Each width compiles once: pad to a
+            few widths (``pad_prompts``) rather than to each batch's own.
+        max_tokens: tokens to generate at most.
+        prompt_lengths: [P] valid tokens of each prompt; the full width by default.
+        eos_token_ids: ids that end a row; the one that does is generated, read and captured.
+        seed: 0 to 2**32 - 1. Keys derive from (seed, the sequence's id, step).
+        sequence_ids: [B] integers, 0..B-1 by default. Give each sequence its own to make its tokens
+            independent of the batch it is in.
+        cache_dtype: of the KV cache; the model's by default.
+        extract_prompt: return the prompts' rows too.
+
+    Raises:
+        ValueError: an empty or too long prompt, a token id outside the vocabulary, ``max_tokens`` < 1,
+            shapes that do not fit; all on the host, before any device work.
+    """
+    config = model.config
+    extract_prompt = extract_prompt and extract_activations
+    if extract_activations and not isinstance(model, QwenModelWithActivations):
+        raise ValueError(
+            "This model returns no activations: make it with create_model_with_hooks(config), "
+            "or pass extract_activations=False."
+        )
+    if not extract_activations:
+        model = QwenModel(config)
+    request = check_request(
+        config,
+        input_ids,
+        max_tokens,
+        prompt_lengths=prompt_lengths,
+        samples_per_prompt=samples_per_prompt,
+        eos_token_ids=eos_token_ids,
+        seed=seed,
+        sequence_ids=sequence_ids,
+    )
+    shape = GenerateShape(
+        num_prompts=request.input_ids.shape[0],
+        prompt_width=request.input_ids.shape[1],
+        max_tokens=max_tokens,
+        samples_per_prompt=samples_per_prompt,
+        cache_dtype=None if cache_dtype is None else np.dtype(cache_dtype),
+        stop=len(eos_token_ids) > 0,
+        capture_prompt=extract_prompt,
+        eos_slots=len(request.eos_token_ids),
+    )
+    program = compile_generate(model, params, shape)
+    return program(params, request, sampling)

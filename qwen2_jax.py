@@ -1,0 +1,317 @@
+"""The Qwen2 decoder in Flax linen: one layer body, every cache, layers unrolled or scanned.
+
+The cache that is handed in says what a forward pass does:
+
+===================  ============================================  =============================
+``kv_caches``        ``input_ids``                                 logits
+===================  ============================================  =============================
+``None`` or a list   any tokens, appended to a growing cache       of every token [B, T, vocab]
+``PrefillCache``     right-padded prompts [P, T]                   of each last token [P, 1, vocab]
+``KVCache``          the next token of every sequence [B, 1]       of that token [B, 1, vocab]
+===================  ============================================  =============================
+
+Numerics follow Hugging Face's Qwen2: RMSNorm, RoPE, softmax and logits in float32, the residual
+stream in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from attention import attend_causal, attend_two_part
+from kvcache_utils import (
+    KVCache,
+    PrefillCache,
+    advance_ar_index,
+    update_kv_cache_ar,
+    write_prefill_cache,
+)
+from products import embed, linear, logits_f32
+from qwen2_config import CheckpointError, QwenConfig
+from qwen2_weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
+
+__all__ = [
+    "CheckpointError",
+    "QwenConfig",
+    "QwenModel",
+    "convert_hf_to_jax_weights",
+    "load_qwen2",
+    "stack_layers",
+]
+
+FixedCache = PrefillCache | KVCache
+LayerKV = tuple[Array, Array]  # the growing cache of one layer: k, v [B, kv_heads, slots, head_dim]
+
+
+class TokenContext(NamedTuple):
+    """What every layer needs to know about the tokens of one forward pass."""
+
+    cos: Array  # [B, T, head_dim / 2] float32
+    sin: Array
+    key_valid: Array | None  # [B, slots] bool, None where every slot is valid
+
+
+def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles of ``positions [B, T]``, float32 [B, T, head_dim / 2]."""
+    # In numpy float32 to be bit-equal to Hugging Face's: at position 8000 one ulp is 3e-4 rad.
+    inverse = 1.0 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates x [B, T, heads, head_dim] (first half paired with second half), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps
+        )
+        # As Hugging Face: back to the model's dtype first, then times the weight.
+        return weight * normed.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """``x @ kernel (+ bias)``, kernel [in, out]."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = nn.initializers.normal(0.02)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.dtype)
+        bias = (
+            self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
+        )
+        return linear(x, kernel, bias)
+
+
+class QwenMLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        config = self.config
+        gate = Linear(config.intermediate_size, False, config.dtype, name="gate_proj")(x)
+        up = Linear(config.intermediate_size, False, config.dtype, name="up_proj")(x)
+        return Linear(config.hidden_size, False, config.dtype, name="down_proj")(nn.silu(gate) * up)
+
+
+class QwenAttention(nn.Module):
+    """Grouped-query attention; the only place that knows which cache is in use."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        context: TokenContext,
+        layer: int | Array,
+        cache: FixedCache | None,
+        layer_kv: LayerKV | None,
+    ) -> tuple[Array, FixedCache | None, LayerKV | None]:
+        config = self.config
+        batch, tokens, _ = x.shape
+
+        def project(name: str, heads: int) -> Array:
+            flat = Linear(heads * config.head_dim, True, config.dtype, name=name)(x)
+            return flat.reshape(batch, tokens, heads, config.head_dim)
+
+        q = apply_rope(project("q_proj", config.num_attention_heads), context.cos, context.sin)
+        k = apply_rope(project("k_proj", config.num_key_value_heads), context.cos, context.sin)
+        k = k.swapaxes(1, 2)
+        v = project("v_proj", config.num_key_value_heads).swapaxes(1, 2)
+
+        if isinstance(cache, KVCache):
+            cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
+            out = attend_two_part(q[:, 0], cache, layer)
+        elif isinstance(cache, PrefillCache):
+            cache = write_prefill_cache(cache, layer, k, v)
+            out = attend_causal(q, k, v, context.key_valid)
+        else:
+            if layer_kv is not None:
+                k, v = jnp.concatenate([layer_kv[0], k], axis=2), jnp.concatenate([layer_kv[1], v], axis=2)
+            layer_kv = (k, v)
+            out = attend_causal(q, k, v, context.key_valid)
+        out = Linear(config.hidden_size, False, config.dtype, name="o_proj")(out.reshape(batch, tokens, -1))
+        return out, cache, layer_kv
+
+
+class QwenDecoderLayer(nn.Module):
+    """Attention and MLP with their residual additions; its output is ``blocks.{l}.hook_resid_post``."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Array, FixedCache | None],
+        layer: int | Array,
+        layer_kv: LayerKV | None,
+        context: TokenContext,
+    ) -> tuple[tuple[Array, FixedCache | None], tuple[Array, LayerKV | None]]:
+        x, cache = carry
+        with jax.named_scope("attention"):
+            normed = RMSNorm(self.config, name="input_layernorm")(x)
+            attended, cache, layer_kv = QwenAttention(self.config, name="self_attn")(
+                normed, context, layer, cache, layer_kv
+            )
+            x = x + attended
+        with jax.named_scope("mlp"):
+            x = x + QwenMLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
+        return (x, cache), (x, layer_kv)
+
+
+class QwenModel(nn.Module):
+    """Token ids to float32 logits, through whichever cache it is given (see the module's table)."""
+
+    config: QwenConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed_tokens = _Embedding(config)
+        if config.scan_layers:
+            self.layers: Any = nn.scan(
+                QwenDecoderLayer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+                length=config.num_hidden_layers,
+            )(config)
+        else:
+            self.layers = [QwenDecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = RMSNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = _Head(config)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        kv_caches: Any = None,
+        position_offset: int | Array = 0,
+    ) -> tuple[Array, Any]:
+        """One forward pass.
+
+        Args:
+            input_ids: [B, T] int32; an id outside the vocabulary gives NaN.
+            attention_mask: nonzero where a slot holds a token. Growing cache: [B, past + T]; prefill:
+                [P, T], right-padded. Causality applies on top. None: no padding.
+            kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
+            position_offset: position of ``input_ids[:, 0]``, a scalar or [B]; fixed caches know their own.
+
+        Returns:
+            (float32 logits, the updated caches).
+        """
+        logits, kv_caches, _ = self.forward(input_ids, attention_mask, kv_caches, position_offset, ())
+        return logits, kv_caches
+
+    def forward(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        kv_caches: Any,
+        position_offset: int | Array,
+        capture: tuple[int, ...],
+    ) -> tuple[Array, Any, list[Array]]:
+        """``__call__``, and the outputs [B, T, hidden] of the layers named in ``capture``."""
+        config = self.config
+        input_ids = jnp.asarray(input_ids)
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [batch, tokens], not of shape {input_ids.shape}.")
+        tokens = input_ids.shape[1]
+        cache, grown, key_valid = None, None, None
+        if attention_mask is not None:
+            key_valid = jnp.asarray(attention_mask) != 0
+        if isinstance(kv_caches, KVCache):
+            if tokens != 1:
+                raise ValueError(f"A decode step reads one token a sequence, not {tokens}.")
+            cache, start = kv_caches, kv_caches.positions[:, None]
+        elif isinstance(kv_caches, PrefillCache):
+            lengths = jnp.full(input_ids.shape[0], tokens) if key_valid is None else key_valid.sum(1)
+            cache = PrefillCache(kv_caches.k, kv_caches.v, lengths.astype(jnp.int32))
+            start = 0
+        else:
+            grown, start = kv_caches, jnp.asarray(position_offset, jnp.int32).reshape(-1, 1)
+        positions = jnp.broadcast_to(start + jnp.arange(tokens, dtype=jnp.int32), input_ids.shape)
+        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid)
+
+        x = self.embed_tokens(input_ids)
+        x, cache, grown, captured = self._run_layers(x, cache, grown, context, capture)
+        if isinstance(cache, PrefillCache):
+            x = jnp.take_along_axis(x, (cache.length - 1)[:, None, None], axis=1)
+        x = self.norm(x)
+        with jax.named_scope("logits"):
+            if config.tie_word_embeddings:
+                logits = logits_f32(x, self.embed_tokens.embedding, tied=True)
+            else:
+                logits = logits_f32(x, self.lm_head.kernel, tied=False)
+        if isinstance(cache, KVCache):
+            return logits, advance_ar_index(cache), captured
+        if isinstance(cache, PrefillCache):
+            return logits, cache, captured
+        return logits, None if config.use_fixed_cache and kv_caches is None else grown, captured
+
+    def _run_layers(
+        self,
+        x: Array,
+        cache: FixedCache | None,
+        grown: list[LayerKV] | None,
+        context: TokenContext,
+        capture: tuple[int, ...],
+    ) -> tuple[Array, FixedCache | None, list[LayerKV], list[Array]]:
+        depth = self.config.num_hidden_layers
+        if self.config.scan_layers:
+            stacked = None if grown is None else jax.tree.map(lambda *kv: jnp.stack(kv), *grown)
+            (x, cache), (outputs, new_kv) = self.layers((x, cache), jnp.arange(depth), stacked, context)
+            kv_list = [] if new_kv is None else list(zip(*(list(part) for part in new_kv), strict=True))
+            return x, cache, kv_list, [outputs[layer] for layer in capture]
+        outputs, kv_list = [], []
+        for i, layer in enumerate(self.layers):
+            (x, cache), (output, layer_kv) = layer(
+                (x, cache), i, None if grown is None else grown[i], context
+            )
+            outputs.append(output)
+            kv_list.append(layer_kv)
+        return x, cache, kv_list, [outputs[layer] for layer in capture]
+
+
+class _Embedding(nn.Module):
+    config: QwenConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.config.dtype)
+
+    def __call__(self, token_ids: Array) -> Array:
+        return embed(token_ids, self.embedding)
+
+
+class _Head(nn.Module):
+    config: QwenConfig
+
+    def setup(self) -> None:
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        self.kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.config.dtype)
