@@ -7,6 +7,7 @@ prompt = encode_prompt(tokenizer, messages)          # int32 [n]
 grid = parse_answer(answer_text, encoder)            # or None
 """
 
+import itertools
 import json
 import os
 import re
@@ -110,8 +111,8 @@ class LoadedTasks:
 TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-def load_tasks(path: str | Path) -> LoadedTasks:
-    """Read a data set in one of three forms, told apart by what `path` is:
+def load_tasks(path: str | Path, limit: int | None = None) -> LoadedTasks:
+    """Read a data set, or its first `limit` tasks, in one of three forms, told apart by what `path` is:
 
     - a directory: one `<task_id>.json` a task, taken in the order of their names;
     - a file named `*.jsonl`: one task a line, an object with "task_id" beside "train" and "test";
@@ -130,7 +131,7 @@ def load_tasks(path: str | Path) -> LoadedTasks:
         entries = _dict_entries(path)
     tasks: list[ArcTask] = []
     failures: list[TaskFailure] = []
-    for task_id, content in entries:
+    for task_id, content in itertools.islice(entries, limit):
         try:
             if isinstance(content, ArcFormatError):
                 raise content

@@ -89,15 +89,20 @@ def run_prefill(
     params: Any,
     input_ids: Array,
     prompt_lengths: Array,
-) -> tuple[Array, DecodeState, Array | None]:
-    """Allocates the loop's state and reads the prompts into it.
+    sampling: SamplingArrays,
+    seed: Array,
+    sequence_ids: Array,
+) -> tuple[DecodeState, Array | None]:
+    """Allocates the loop's state, reads the prompts into it and chooses every sequence's first token.
 
     Returns:
-        the prompts' last logits [P, vocab], the state, and with ``capture_prompt`` the prompts' rows.
+        the state, and with ``capture_prompt`` the prompts' rows as ``prefill_with_cache`` gives them.
     """
     cache = create_kv_cache_buffers(cache_config)
-    logits, cache, activations = prefill_with_cache(model, params, input_ids, prompt_lengths, cache)
-    return logits, _start_decode_state(model, cache), activations if capture_prompt else None
+    logits, cache, rows = prefill_with_cache(model, params, input_ids, prompt_lengths, cache)
+    logits = jnp.repeat(logits, cache_config.samples_per_prompt, axis=0)
+    token, logprob = sample_tokens(logits, sampling, sequence_keys(seed, sequence_ids), 0)
+    return _start_decode_state(model, cache, token, logprob), rows if capture_prompt else None
 
 
 def run_decode(
@@ -105,22 +110,18 @@ def run_decode(
     stop: bool,
     params: Any,
     state: DecodeState,
-    prompt_logits: Array,
     sampling: SamplingArrays,
     seed: Array,
     sequence_ids: Array,
     eos_token_ids: Array,
 ) -> DecodeState:
-    """From the prompts' logits to the last token: ``max_tokens`` steps or, with ``stop``, until all rows end.
+    """From the prefill's state to the last token: ``max_tokens`` steps or, with ``stop``, until all rows end.
 
     Args:
         eos_token_ids: int32, padded with -1.
     """
     keys = sequence_keys(seed, sequence_ids)
     max_tokens = state.token_ids.shape[1]
-    logits = jnp.repeat(prompt_logits, state.cache.samples_per_prompt, axis=0)
-    token, logprob = sample_tokens(logits, sampling, keys, 0)
-    state = dataclasses.replace(state, next_token=token, next_logprob=logprob)
 
     def body(state: DecodeState) -> DecodeState:
         return _decode_one(model, params, state, sampling, keys, eos_token_ids)
@@ -132,7 +133,7 @@ def run_decode(
     )
 
 
-def _start_decode_state(model: QwenModel, cache: KVCache) -> DecodeState:
+def _start_decode_state(model: QwenModel, cache: KVCache, token: Array, logprob: Array) -> DecodeState:
     """Zeroed outputs beside ``cache``, as long as it; the activation buffer only for a model with hooks."""
     batch, max_tokens, config = cache.ar.batch_size, cache.ar.capacity, model.config
     activations = None
@@ -144,8 +145,8 @@ def _start_decode_state(model: QwenModel, cache: KVCache) -> DecodeState:
         )
     return DecodeState(
         cache=cache,
-        next_token=jnp.zeros(batch, jnp.int32),
-        next_logprob=jnp.zeros(batch, jnp.float32),
+        next_token=token,
+        next_logprob=logprob,
         ended=jnp.zeros(batch, bool),
         token_ids=jnp.zeros((batch, max_tokens), jnp.int32),
         logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
@@ -165,13 +166,12 @@ def _decode_one(
         activations = update_activation_buffer(activations, jnp.where(live[:, None], rows, 0), step)
     token_column = jnp.where(live, state.next_token, 0)[:, None]
     logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
-    ended = state.ended | jnp.any(state.next_token[:, None] == eos, axis=-1)
     next_token, next_logprob = sample_tokens(logits, sampling, keys, step + 1)
     return DecodeState(
         cache=cache,
         next_token=next_token,
         next_logprob=next_logprob,
-        ended=ended,
+        ended=state.ended | jnp.any(state.next_token[:, None] == eos, axis=-1),
         token_ids=lax.dynamic_update_slice(state.token_ids, token_column, (0, step)),
         logprobs=lax.dynamic_update_slice(state.logprobs, logprob_column, (0, step)),
         lengths=state.lengths + live,

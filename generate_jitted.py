@@ -117,21 +117,14 @@ class CompiledGenerate:
     shape: GenerateShape
     prefill: (
         jax.stages.Compiled
-    )  # (params, input_ids, prompt_lengths) -> (logits, state, prompt rows or None)
-    decode: jax.stages.Compiled  # (params, state, logits, sampling, seed, sequence_ids, eos_ids) -> state
+    )  # (params, ids, lengths, sampling, seed, sequence_ids) -> (state, rows | None)
+    decode: jax.stages.Compiled  # (params, state, sampling, seed, sequence_ids, eos_ids) -> state
     compile_seconds: float
 
     def __call__(self, params: Any, request: Request, sampling: Sampling) -> Generation:
-        logits, state, prompt_activations = self.prefill(params, request.input_ids, request.prompt_lengths)
-        state = self.decode(
-            params,
-            state,
-            logits,
-            sampling.traced(),
-            request.seed,
-            request.sequence_ids,
-            request.eos_token_ids,
-        )
+        drawing = (sampling.traced(), request.seed, request.sequence_ids)
+        state, prompt_activations = self.prefill(params, request.input_ids, request.prompt_lengths, *drawing)
+        state = self.decode(params, state, *drawing, request.eos_token_ids)
         return Generation(
             token_ids=state.token_ids,
             lengths=state.lengths,
@@ -162,25 +155,16 @@ def _compile(
     model: QwenModel, shape: GenerateShape, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
 ) -> CompiledGenerate:
     params = jax.tree.unflatten(treedef, leaves)
-    prompts, batch = shape.num_prompts, shape.batch_size
+    prompts = shape.num_prompts
+    drawing = (Sampling().traced(), _struct((), jnp.uint32), _struct((shape.batch_size,), jnp.uint32))
     started = time.perf_counter()
-    prefill = jax.jit(
-        functools.partial(run_prefill, model, shape.cache_config(model.config), shape.capture_prompt)
+    prefill = functools.partial(run_prefill, model, shape.cache_config(model.config), shape.capture_prompt)
+    lowered = jax.jit(prefill).lower(
+        params, _struct((prompts, shape.prompt_width), jnp.int32), _struct((prompts,), jnp.int32), *drawing
     )
-    lowered = prefill.lower(
-        params, _struct((prompts, shape.prompt_width), jnp.int32), _struct((prompts,), jnp.int32)
-    )
-    logits, state, _ = lowered.out_info
+    state = jax.tree.map(lambda info: _struct(info.shape, info.dtype), lowered.out_info[0])
     decode = jax.jit(functools.partial(run_decode, model, shape.stop), donate_argnums=1)
-    lowered_decode = decode.lower(
-        params,
-        jax.tree.map(lambda info: _struct(info.shape, info.dtype), state),
-        _struct(logits.shape, logits.dtype),
-        Sampling().traced(),
-        _struct((), jnp.uint32),
-        _struct((batch,), jnp.uint32),
-        _struct((shape.eos_slots,), jnp.int32),
-    )
+    lowered_decode = decode.lower(params, state, *drawing, _struct((shape.eos_slots,), jnp.int32))
     with ThreadPoolExecutor(2) as pool:  # XLA compiles outside the GIL
         options = compiler_options()
         compiled, compiled_decode = pool.map(lambda p: p.compile(options), (lowered, lowered_decode))

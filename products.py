@@ -48,7 +48,8 @@ def logits_f32(x: Array, kernel: Array, *, tied: bool) -> Array:
 
 def embed(token_ids: Array, table: Array) -> Array:
     """Rows of ``table [vocab, hidden]``; an id outside it gives NaN, never a neighbour's row."""
-    return jnp.take(table, token_ids, axis=0, mode="fill", fill_value=jnp.nan)
+    # jnp.take would count negative ids from the end.
+    return table.at[token_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _product(x: Array, weights: Array, contract: int) -> Array:

@@ -62,6 +62,13 @@ class QwenConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise CheckpointError(f"{name} must be a positive integer, not {value!r}.")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise CheckpointError(f"{name} must be a positive number, not {getattr(self, name)}.")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise CheckpointError(
+                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -102,6 +109,15 @@ class QwenConfig:
             CheckpointError: no such model, not a Qwen2 model, or a feature not implemented.
         """
         hf = _as_dict(source)
+        try:
+            return cls._from_dict(hf)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"The model config has a value of the wrong type ({error}).") from error
+
+    @classmethod
+    def _from_dict(cls, hf: Mapping[str, Any]) -> QwenConfig:
         _refuse_unsupported(hf)
         missing = [name for name in _REQUIRED if name not in hf]
         if missing:

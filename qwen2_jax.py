@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from attention import attend_causal, attend_two_part
 from kvcache_utils import (
@@ -81,7 +81,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype)
         wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(
+        normed = wide * lax.rsqrt(
             jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps
         )
         # As Hugging Face: back to the model's dtype first, then times the weight.
@@ -136,7 +136,9 @@ class QwenAttention(nn.Module):
         batch, tokens, _ = x.shape
 
         def project(name: str, heads: int) -> Array:
-            flat = Linear(heads * config.head_dim, True, config.dtype, name=name)(x)
+            # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
+            # copy all of q, k and v into it (49 MB at batch 64).
+            flat = lax.optimization_barrier(Linear(heads * config.head_dim, True, config.dtype, name=name)(x))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
         q = apply_rope(project("q_proj", config.num_attention_heads), context.cos, context.sin)

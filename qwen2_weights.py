@@ -38,6 +38,10 @@ class TensorSpec:
     def transposed(self) -> bool:
         return self.path[-1] == "kernel"
 
+    @property
+    def tree_shape(self) -> tuple[int, ...]:
+        return self.shape[::-1] if self.transposed else self.shape
+
 
 def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
     """Every tensor of a checkpoint of this shape by its Hugging Face name."""
@@ -118,6 +122,25 @@ def load_qwen2(
     config = QwenConfig.from_hf(config_path.parent).replace(scan_layers=scan_layers)
     if dtype is not None:
         config = config.replace(dtype=dtype)
+    with _open_tensors(path_or_hub_id, config, revision) as read:
+        return config, _build_tree(config, read, config.dtype)
+
+
+def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:
+    """What ``load_qwen2`` would refuse, from the weight files' headers alone: milliseconds, no weights read.
+
+    Raises:
+        CheckpointError: no weights, a truncated file, or tensors missing, unexpected or mis-shaped.
+    """
+    with _open_tensors(path_or_hub_id, config, revision):
+        pass
+
+
+@contextlib.contextmanager
+def _open_tensors(
+    path_or_hub_id: str | Path, config: QwenConfig, revision: str | None
+) -> Iterator[Callable[[str], np.ndarray]]:
+    """The checked weight files, held open: a function that reads the tensor of a name."""
     files = weight_files(path_or_hub_id, revision=revision)
     with contextlib.ExitStack() as stack:
         readers: dict[str, Any] = {}
@@ -129,7 +152,7 @@ def load_qwen2(
                 readers[name] = reader
         shapes = {name: tuple(reader.get_slice(name).get_shape()) for name, reader in readers.items()}
         _check_tensors(shapes, config, f"The checkpoint in {files[0].parent}")
-        return config, _build_tree(config, lambda name: readers[name].get_tensor(name), config.dtype)
+        yield lambda name: readers[name].get_tensor(name)
 
 
 def weight_files(path_or_hub_id: str | Path, *, revision: str | None = None) -> list[Path]:
@@ -148,9 +171,10 @@ def weight_files(path_or_hub_id: str | Path, *, revision: str | None = None) -> 
     except CheckpointError:
         return [resolve_file(path_or_hub_id, "model.safetensors", revision=revision)]
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index ({error}).") from error
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(Path(name)) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no safetensors index ({error!r}).") from error
     if not names:
         raise CheckpointError(f"{index} names no files.")
     return [resolve_file(path_or_hub_id, name, revision=revision) for name in names]
@@ -187,7 +211,10 @@ def _build_tree(config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np
     leaves: dict[tuple[str, ...], Any] = {}
     if config.scan_layers:
         for path, names in _stacks(specs, config.num_hidden_layers):
-            stack = np.stack([load(name, specs[name]) for name in names])
+            # Filled in place: np.stack would hold every layer twice.
+            stack = np.empty((len(names), *specs[names[0]].tree_shape), dtype)
+            for slot, name in zip(stack, names, strict=True):
+                slot[...] = load(name, specs[name])
             leaves[("layers", *path)] = jnp.asarray(stack)
     for name, spec in specs.items():
         if not (config.scan_layers and spec.path[0].startswith("layers_")):
@@ -237,8 +264,12 @@ def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: QwenConfig, wh
 
 def _open(file: Path) -> Any:
     try:
+        file.open("rb").close()  # of a file that may not be read, safetensors says that it is not there
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+    try:
         return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise CheckpointError(
             f"{file} is not a whole safetensors file ({error}); fetch or copy it again."
         ) from error

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+_ROWS_AT_ONCE = 8
+_SIGN = np.uint32(1 << 31)
+_MINUS_INFINITY = np.uint32(0x007FFFFF)  # the image of -inf: all bits of its float32 flipped
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -66,47 +70,57 @@ def sample_tokens(
         token ids [B] int32, and their log-probabilities [B] float32 under the model's own distribution
         (temperature 1, nothing filtered).
     """
+    steps = jnp.broadcast_to(step, keys.shape)
 
     def draw() -> Array:
-        steps = jnp.broadcast_to(step, keys.shape)
-        noise = jax.vmap(
-            lambda key, at: jax.random.gumbel(jax.random.fold_in(key, at), logits.shape[-1:], jnp.float32)
-        )(keys, steps)
-        scaled = _filter(logits / sampling.temperature, sampling)
-        return jnp.argmax(scaled + noise, axis=-1)
+        # A few rows at a time: noise and filters for 64 rows at once would take 100 MB of temporaries.
+        return lax.map(
+            lambda row: _draw(row[0], row[1], row[2], sampling),
+            (logits, keys, steps),
+            batch_size=_ROWS_AT_ONCE,
+        )
 
-    tokens = lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    tokens = lax.cond(sampling.temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _filter(logits: Array, sampling: SamplingArrays) -> Array:
-    """Sets what top-k and then top-p leave out to -inf."""
-    by_k = lax.cond(
-        sampling.top_k > 0,
-        lambda: _keep_top(logits, jnp.ones_like(logits), jnp.float32(sampling.top_k)),
-        lambda: logits,
-    )
-    return lax.cond(
-        sampling.top_p < 1,
-        lambda: _keep_top(by_k, jax.nn.softmax(by_k, axis=-1), jnp.float32(sampling.top_p)),
-        lambda: by_k,
-    )
+def _draw(logits: Array, key: Array, step: Array, sampling: SamplingArrays) -> Array:
+    """One token of one row ``[vocab]``, by the Gumbel trick over what top-k and top-p keep."""
+    noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32)
+    kept = logits >= _threshold(logits, sampling)
+    return jnp.argmax(jnp.where(kept, logits / sampling.temperature + noise, -jnp.inf)).astype(jnp.int32)
 
 
-def _keep_top(logits: Array, weights: Array, amount: Array) -> Array:
-    """Keeps, per row, the largest logits whose weights reach ``amount`` together.
+def _threshold(logits: Array, sampling: SamplingArrays) -> Array:
+    """The smallest logit kept by top-k and then, at the temperature, top-p; -inf where all are.
 
-    The threshold is found exactly, bit by bit, in the order-preserving integer image of float32:
-    32 passes over the row, where sorting 152k logits would take the time of a decode step.
+    The thresholds are found exactly, bit by bit, in the order-preserving integer image of float32: passes
+    0 to 31 look for the k-th largest logit, passes 32 to 63 for the one at which the probability reaches
+    p. Nothing is stored beside the logits; sorting 152k of them would take as long as a decode step.
     """
-    bits = lax.bitcast_convert_type(logits, jnp.uint32)
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    peak = jnp.max(logits)
 
-    def refine(i: Array, threshold: Array) -> Array:
-        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        reached = jnp.sum(jnp.where(ordered >= candidate[:, None], weights, 0.0), axis=-1) >= amount
-        return jnp.where(reached, candidate, threshold)
+    def refine(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        by_count, by_mass = found
+        counting = i < 32
+        candidate = jnp.where(counting, by_count, by_mass) | (_SIGN >> (i % 32).astype(jnp.uint32))
+        mass = jnp.where(logits >= _as_float(by_count), jnp.exp((logits - peak) / sampling.temperature), 0.0)
+        weights = jnp.where(counting, 1.0, mass)
+        needed = jnp.where(counting, jnp.float32(sampling.top_k), sampling.top_p * jnp.sum(weights))
+        reached = jnp.sum(jnp.where(logits >= _as_float(candidate), weights, 0.0)) >= needed
+        found_now = jnp.where(reached, candidate, jnp.where(counting, by_count, by_mass))
+        return jnp.where(counting, found_now, by_count), jnp.where(counting, by_mass, found_now)
 
-    threshold = lax.fori_loop(0, 32, refine, jnp.zeros(logits.shape[0], jnp.uint32))
-    return jnp.where(ordered >= threshold[:, None], logits, -jnp.inf)
+    first = jnp.where(sampling.top_k > 0, 0, 32)
+    last = jnp.where(sampling.top_p < 1, 64, 32)
+    nothing = jnp.uint32(0)
+    by_count, by_mass = lax.fori_loop(first, last, refine, (nothing, nothing))
+    return jnp.maximum(_as_float(by_count), _as_float(by_mass))
+
+
+def _as_float(image: Array) -> Array:
+    """The float32 of an ordered image; those below the image of -inf (NaNs) count as -inf."""
+    image = jnp.maximum(image, _MINUS_INFINITY)
+    negative = image >> 31 == 0
+    return lax.bitcast_convert_type(jnp.where(negative, ~image, image ^ _SIGN), jnp.float32)
