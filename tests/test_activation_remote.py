@@ -1,0 +1,180 @@
+"""A store behind an fsspec URL: the same store, in objects that are created once and never changed."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from activation_fakes import SETTINGS, batch, settings
+
+from activation_store import (
+    ActivationStore,
+    ActivationWriter,
+    RowFilter,
+    ShuffledBatches,
+    StoreError,
+    StoreWriteError,
+    sequence_key,
+    verify_store,
+    write_outcomes,
+)
+
+MEMORY = fsspec.filesystem("memory")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    location = f"memory://bucket-{uuid.uuid4().hex}/run"
+    yield location
+    MEMORY.rm(location.removeprefix("memory:/").removesuffix("/run"), recursive=True)
+
+
+def objects(url: str) -> list[str]:
+    root = url.removeprefix("memory:/")
+    return sorted(path.removeprefix(root + "/") for path in MEMORY.find(root))
+
+
+def work(url: str, *tasks: str, host: int = 0) -> ActivationWriter:
+    with ActivationWriter(url, SETTINGS, host_index=host, provenance={}) as writer:
+        for task in tasks:
+            writer.submit(
+                [one for one in batch(task) if sequence_key(SETTINGS, one.id) not in writer.committed]
+            )
+    return writer
+
+
+def test_one_object_a_shard_and_one_an_index_commit(url: str):
+    work(url, "a", "bb")
+    assert objects(url) == [
+        "host-00000/index/000000.jsonl",
+        "host-00000/index/000001.jsonl",
+        "host-00000/shard-000000.safetensors",
+        "host-00000/shard-000001.safetensors",
+        "manifest.json",
+    ]
+
+
+def test_the_sequences_are_those_of_a_local_store(url: str, tmp_path: Path):
+    work(url, "a", "bb")
+    work(str(tmp_path), "a", "bb")
+    remote, local = ActivationStore(url), ActivationStore(tmp_path)
+    assert [remote.sequence_digest(r) for r in remote.sequences()] == [
+        local.sequence_digest(r) for r in local.sequences()
+    ]
+    for (rows, _, _), (expected, _, _) in zip(remote.iterate(11), local.iterate(11), strict=True):
+        np.testing.assert_array_equal(rows, expected)
+    assert list(verify_store(remote)) == []
+    np.testing.assert_array_equal(remote.statistics(11).mean, local.statistics(11).mean)
+    batches = (ShuffledBatches(store, 11, 8, rows=RowFilter(prompt=False)) for store in (remote, local))
+    for one, other in zip(*batches, strict=True):
+        np.testing.assert_array_equal(one.rows, other.rows)
+
+
+def test_a_run_is_continued_and_other_settings_are_refused(url: str):
+    work(url, "a")
+    assert work(url, "a", "bb").sequences_written == 2
+    with pytest.raises(StoreError, match="seed is 7 there and 8 here"):
+        ActivationWriter(url, settings(seed=8), provenance={})
+
+
+def test_every_host_sees_what_the_others_committed(url: str):
+    work(url, "a", host=1)
+    with ActivationWriter(url, SETTINGS, host_index=0, provenance={}) as writer:
+        assert len(writer.committed) == 2
+        work(url, "bb", host=1)
+        assert writer.refresh() == 2
+
+
+def test_a_shard_without_index_is_never_overwritten(url: str):
+    """There is no lock that would tell a crash from another run which is just writing it."""
+    work(url, "a", "bb")
+    root = url.removeprefix("memory:/")
+    MEMORY.rm(f"{root}/host-00000/index/000001.jsonl")
+    left = MEMORY.cat(f"{root}/host-00000/shard-000001.safetensors")
+    assert work(url, "a", "bb").sequences_written == 2
+    assert MEMORY.cat(f"{root}/host-00000/shard-000001.safetensors") == left
+    assert "host-00000/shard-000002.safetensors" in objects(url)
+    assert len(list(ActivationStore(url).sequences())) == 4
+
+
+def test_a_second_run_on_the_same_host_is_refused_when_it_writes(url: str):
+    first = ActivationWriter(url, SETTINGS, provenance={})
+    second = ActivationWriter(url, SETTINGS, provenance={})
+    first.submit(batch("a"))
+    first.close()
+    second.submit(batch("bb"))
+    with pytest.raises(StoreWriteError, match="under the same host index"):
+        second.close()
+    assert len(ActivationStore(url)) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"\0"])
+def test_a_shard_of_the_wrong_size_is_made_again(url: str, damage: Any):
+    work(url, "a", "bb")
+    path = f"{url.removeprefix('memory:/')}/host-00000/shard-000000.safetensors"
+    MEMORY.pipe_file(path, damage(MEMORY.cat(path)))
+    assert work(url, "a", "bb").sequences_written == 2
+    assert list(verify_store(ActivationStore(url))) == []
+
+
+def test_an_upload_that_arrives_changed_is_an_error(url: str, monkeypatch: pytest.MonkeyPatch):
+    writer = ActivationWriter(url, SETTINGS, provenance={})
+    real = type(MEMORY).pipe_file
+
+    def corrupting(self: Any, path: str, value: bytes, **options: Any) -> None:
+        real(self, path, value[:-1] + bytes([value[-1] ^ 1]), **options)
+
+    monkeypatch.setattr(type(MEMORY), "pipe_file", corrupting)
+    writer.submit(batch("a"))
+    with pytest.raises(StoreWriteError, match="another checksum"):
+        writer.close()
+    assert len(ActivationStore(url)) == 0
+
+
+def test_an_upload_that_arrives_cut_is_an_error(url: str, monkeypatch: pytest.MonkeyPatch):
+    writer = ActivationWriter(url, SETTINGS, provenance={})
+    real = type(MEMORY).pipe_file
+    monkeypatch.setattr(
+        type(MEMORY),
+        "pipe_file",
+        lambda self, path, value, **options: real(self, path, value[:-1], **options),
+    )
+    writer.submit(batch("a"))
+    with pytest.raises(StoreWriteError, match="bytes long after its upload"):
+        writer.close()
+
+
+def test_a_store_copied_to_disk_is_read_and_continued_there(url: str, tmp_path: Path):
+    work(url, "a")
+    MEMORY.get(url.removeprefix("memory:/"), str(tmp_path / "copy"), recursive=True)
+    assert len(list(ActivationStore(tmp_path / "copy").sequences())) == 2
+    assert work(str(tmp_path / "copy"), "a", "bb").sequences_written == 2
+    assert list(verify_store(ActivationStore(tmp_path / "copy"))) == []
+
+
+def test_a_local_store_copied_to_objects_is_read_there(url: str, tmp_path: Path):
+    work(str(tmp_path), "a")
+    MEMORY.put(str(tmp_path), url.removeprefix("memory:/"), recursive=True)
+    assert len(list(ActivationStore(url).sequences())) == 2
+    assert work(url, "a", "bb").sequences_written == 2
+
+
+def test_outcomes_are_kept_as_an_object(url: str):
+    work(url, "a")
+    keys = list(ActivationStore(url).index)
+    write_outcomes(url, {keys[0]: True})
+    write_outcomes(url, {keys[1]: False})
+    assert [r.key for r in ActivationStore(url).sequences(solved=True)] == keys[:1]
+
+
+def test_a_file_url_is_a_local_directory(tmp_path: Path):
+    work(f"file://{tmp_path}/store", "a")
+    assert (tmp_path / "store" / "host-00000" / "index.jsonl").exists()
+
+
+def test_an_unknown_kind_of_url_is_one_sentence():
+    with pytest.raises(StoreError, match=r"nosuch://x cannot be opened"):
+        ActivationStore("nosuch://x")
