@@ -1,0 +1,397 @@
+"""The runner end to end: what it stores is what the model computes, once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runner_cases import (
+    TINY,
+    arguments,
+    digests,
+    puzzle,
+    report,
+    run_main,
+    small_checkpoint,
+    start_python,
+    stored_row_errors,
+    tokens,
+    write_tasks,
+)
+
+import distributed_kv_cached_inference
+import generate_jitted
+from activation_store import ActivationStore, verify_coverage, verify_store
+from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
+from run_generation import Generator
+
+DONE, RESUMABLE = 0, 75
+FLOAT32_ERROR = 1e-4
+BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summation
+
+
+def submission(folder: Path) -> bytes:
+    return (folder / "submission.json").read_bytes()
+
+
+def store_of(folder: Path) -> ActivationStore:
+    return ActivationStore(folder / "activations")
+
+
+# --- What is stored -----------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_14_layers_are_those_of_a_plain_forward_pass(tmp_path: Path):
+    """The embedded model and puzzles, in their default layers."""
+    outcome = run_main(
+        tmp_path,
+        model_path=None,
+        dataset_path=None,
+        layers_to_extract=None,
+        n_tasks=1,
+        predictions_per_task=4,
+        max_output_tokens=12,
+        dtype="float32",
+    )
+    assert (outcome.code, outcome.err) == (DONE, "")
+    store = store_of(tmp_path)
+    assert store.layers == FIXED_EXTRACT_LAYERS
+    records = list(store.sequences())
+    assert [r.augmentation for r in records] == ["identity", "rot90", "rot180", "rot270"]
+    generated = [store.generated_tokens(r) for r in records]
+    assert len({token for of_one in generated for token in of_one.tolist()}) > 12  # a lively model
+    for record in records:
+        assert record.n_rows == record.generated_length
+        for layer in store.layers:
+            assert store.rows(record, layer).shape == (record.generated_length, 64)
+            assert store.rows(record, layer).dtype == np.float32
+    for errors in stored_row_errors(tmp_path, TINY):
+        assert errors.max() < FLOAT32_ERROR
+    assert list(verify_store(store)) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four puzzles in two augmentations each, run in one go."""
+    return run_four(tmp_path_factory.mktemp("finished"))
+
+
+def four(folder: Path) -> Path:
+    write_tasks(folder / "tasks.json", **{f"task-{i}": puzzle(*range(i, i + 3)) for i in range(4)})
+    return folder
+
+
+def run_four(folder: Path) -> Path:
+    outcome = run_main(four(folder))
+    assert (outcome.code, outcome.err) == (DONE, "")
+    return folder
+
+
+def test_every_prompt_of_every_task_is_there_and_the_store_is_sound(finished: Path):
+    store = store_of(finished)
+    assert list(verify_store(store)) == []
+    assert list(verify_coverage(store, finished / "tasks.json")) == []
+    assert set(tokens(finished)) == {
+        (f"task-{i}", 0, augmentation, 0) for i in range(4) for augmentation in ("identity", "rot90")
+    }
+    for errors in stored_row_errors(finished, small_checkpoint()):
+        assert errors.max() < FLOAT32_ERROR
+
+
+def test_the_submission_has_an_attempt_for_each_prediction(finished: Path):
+    answers = json.loads(submission(finished))
+    assert list(answers) == [f"task-{i}" for i in range(4)]
+    for tests in answers.values():
+        assert [list(attempts) for attempts in tests] == [["attempt_1", "attempt_2"]]
+
+
+WITH_PROMPT = {"extract_prompt": True, "temperature": 1}  # two samples of one prompt
+
+
+def test_prompt_rows_are_stored_on_request(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    assert run_main(tmp_path, **WITH_PROMPT).code == DONE
+    first, second = store_of(tmp_path).sequences()
+    assert first.n_rows == first.prompt_length + first.generated_length
+    assert second.n_rows == second.generated_length  # its prompt is the first one's
+    for errors in stored_row_errors(tmp_path, small_checkpoint()):
+        assert errors.max() < FLOAT32_ERROR
+
+
+def test_without_capture_the_tokens_are_the_same_and_no_layer_is_stored(finished: Path, tmp_path: Path):
+    # Layers that the model does not have are nobody's business then.
+    flags = {"no_extract_activations": True, "layers_to_extract": [40]}
+    assert run_main(four(tmp_path), **flags).code == DONE
+    assert store_of(tmp_path).layers == ()
+    assert tokens(tmp_path) == tokens(finished)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "bound"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16", BFLOAT16_ERROR),
+        ({"kv_cache_dtype": "bfloat16"}, "float32", BFLOAT16_ERROR),
+    ],
+    ids=["weights", "cache"],
+)
+def test_in_bfloat16_rows_stay_within_its_rounding(
+    flags: dict[str, Any], dtype: str, bound: float, tmp_path: Path
+):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    assert run_main(tmp_path, **flags).code == DONE
+    assert store_of(tmp_path).dtype.name == dtype
+    errors = np.concatenate([e.ravel() for e in stored_row_errors(tmp_path, small_checkpoint())])
+    assert FLOAT32_ERROR < errors.max() < bound
+
+
+def test_the_old_python_loop_gives_the_same_tokens_and_rows(finished: Path, tmp_path: Path):
+    flags = {"generation": "python", "n_tasks": 1, "predictions_per_task": 1, "max_output_tokens": 4}
+    assert run_main(four(tmp_path), **flags).code == DONE
+    ((name, of_one),) = tokens(tmp_path).items()
+    assert of_one == tokens(finished)[name][:4]
+    for errors in stored_row_errors(tmp_path, small_checkpoint()):
+        assert errors.max() < FLOAT32_ERROR
+    assert report(tmp_path)["programs"] == 0
+
+
+# --- Sequences that must not be confused --------------------------------------------------------------------
+
+
+def test_two_tasks_with_one_prompt_are_two_sequences(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", one=puzzle(1, 2), two=puzzle(1, 2))
+    assert run_main(tmp_path, predictions_per_task=1).code == DONE
+    by_task = tokens(tmp_path)
+    assert len(by_task) == len(digests(tmp_path)) == 2
+    assert by_task["one", 0, "identity", 0] == by_task["two", 0, "identity", 0]  # greedy
+
+    sampled = tmp_path / "sampled"
+    sampled.mkdir()
+    flags = {"dataset_path": tmp_path / "tasks.json", "temperature": 1, "predictions_per_task": 1}
+    assert run_main(sampled, **flags).code == DONE
+    by_task = tokens(sampled)
+    assert by_task["one", 0, "identity", 0] != by_task["two", 0, "identity", 0]
+
+
+def test_samples_differ_and_do_not_depend_on_what_runs_beside_them(tmp_path: Path):
+    sampled = {}
+    for batch_size in (4, 1):
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        write_tasks(folder / "tasks.json", task=puzzle(1, 2))
+        flags = {"temperature": 1.0, "predictions_per_task": 4, "augmentations": 2, "batch_size": batch_size}
+        assert run_main(folder, **flags).code == DONE
+        sampled[batch_size] = tokens(folder)
+    assert len({tuple(of_one) for of_one in sampled[4].values()}) == len(sampled[4]) == 4
+    assert sampled[1] == sampled[4]
+
+
+def test_another_seed_gives_other_samples(tmp_path: Path):
+    sampled = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        write_tasks(folder / "tasks.json", task=puzzle(1, 2))
+        flags = {"temperature": 1.0, "predictions_per_task": 1, "random_seed": seed}
+        assert run_main(folder, **flags).code == DONE
+        sampled.append(tokens(folder))
+    assert sampled[0] != sampled[1]
+
+
+# --- The figures of the report ------------------------------------------------------------------------------
+
+
+def test_the_reports_figures_are_those_of_the_store(finished: Path):
+    figures, store = report(finished), store_of(finished)
+    records = list(store.sequences())
+    shards = (finished / "activations").glob("host-*/shard-*")
+    assert figures["tasks"] == 4
+    assert figures["sequences"] == len(records) == 8
+    assert figures["tokens_generated"] == sum(record.generated_length for record in records)
+    assert figures["bytes_stored"] == sum(shard.stat().st_size for shard in shards)
+    assert figures["programs"] == 1
+    assert figures["tokens_per_second"] == figures["tokens_generated"] / figures["generate_seconds"]
+
+
+def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_four(tmp_path)
+    before = digests(tmp_path), submission(tmp_path)
+    monkeypatch.setattr(Generator, "load", lambda *_: pytest.fail("there is nothing to load the model for"))
+    outcome = run_main(tmp_path)
+    assert outcome.code == DONE
+    assert "8 of them done already; 0 calls to make" in outcome.out
+    assert (digests(tmp_path), submission(tmp_path)) == before
+    figures = report(tmp_path)
+    assert (figures["sequences"], figures["sequences_resumed"]) == (8, 8)
+    assert (figures["tokens_generated"], figures["bytes_stored"], figures["tokens_per_second"]) == (0, 0, 0)
+
+
+def test_a_continued_run_counts_only_what_it_added(finished: Path, tmp_path: Path):
+    four(tmp_path)
+    assert run_main(tmp_path, n_tasks=3).code == DONE
+    first = report(tmp_path)
+    assert run_main(tmp_path, n_tasks=99).code == DONE  # as many as there are
+    second = report(tmp_path)
+    assert (second["tasks"], second["sequences"], second["sequences_resumed"]) == (4, 8, 6)
+    added = [r for r in store_of(tmp_path).sequences() if r.task_id == "task-3"]
+    assert second["tokens_generated"] == sum(record.generated_length for record in added)
+    assert first["bytes_stored"] + second["bytes_stored"] == report(finished)["bytes_stored"]
+    assert submission(tmp_path) == submission(finished)
+
+
+def test_sequences_that_are_computed_again_are_neither_stored_nor_counted_twice(
+    finished: Path, tmp_path: Path
+):
+    # In calls of one sequence the first of two is made; in calls of two it is computed beside the other.
+    assert run_main(four(tmp_path), n_tasks=1, predictions_per_task=1, batch_size=1).code == DONE
+    assert run_main(tmp_path, n_tasks=1).code == DONE
+    assert report(tmp_path)["sequences_resumed"] == 1
+    added = [r for r in store_of(tmp_path).sequences() if r.augmentation == "rot90"]
+    assert len(store_of(tmp_path)) == 2
+    assert report(tmp_path)["tokens_generated"] == added[0].generated_length
+    wanted = {name: of_one for name, of_one in tokens(finished).items() if name[0] == "task-0"}
+    assert tokens(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("flags", [{}, WITH_PROMPT, {"no_extract_activations": True}], ids=str)
+def test_everything_is_compiled_before_the_clock_of_generation_starts(
+    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    misses = []
+    generate = Generator.generate
+
+    def counted(self: Generator, call: Any) -> Any:
+        before = generate_jitted._compile.cache_info().misses
+        generation = generate(self, call)
+        misses.append(generate_jitted._compile.cache_info().misses - before)
+        return generation
+
+    monkeypatch.setattr(Generator, "generate", counted)
+    compile_shapes = Generator.compile
+    monkeypatch.setattr(Generator, "compile", lambda *a: (time.sleep(1), compile_shapes(*a))[1])
+    started = time.perf_counter()
+    assert run_main(four(tmp_path), **flags).code == DONE
+    wall = time.perf_counter() - started
+    assert misses == [0] * 4
+    figures = report(tmp_path)
+    assert figures["compile_seconds"] > 1
+    assert sum(figures[f"{phase}_seconds"] for phase in ("load", "compile", "generate")) < wall
+
+
+# --- Stopping and going on ----------------------------------------------------------------------------------
+
+# Says when a call begins, and lets the third one do something first.
+SLOW = """
+import sys, time, jax
+import distributed_kv_cached_inference as runner
+from run_generation import Generator
+something, generate, calls = sys.argv[1], Generator.generate, []
+def slow(self, call):
+    calls.append(call)
+    print("call", len(calls), file=sys.stderr, flush=True)
+    if len(calls) == 3:
+        exec(something)
+    return generate(self, call)
+Generator.generate = slow
+sys.exit(runner.main(sys.argv[2:]))
+"""
+# On the device, where no signal reaches Python before it ends.
+COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, lambda i: i // 2, 1))"
+
+
+@contextlib.contextmanager
+def third_call(folder: Path, something: str) -> Iterator[subprocess.Popen[str]]:
+    """The run of four tasks in a process of its own, in its third call, which does something first."""
+    with start_python(SLOW, something, *arguments(four(folder))) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            assert "call 3\n" in lines  # reads up to it
+            yield process
+        finally:
+            process.kill()
+
+
+def assert_continues_to_the_same_bytes(folder: Path, finished: Path, done: set[int]) -> None:
+    assert len(digests(folder)) in done
+    assert list(verify_store(store_of(folder))) == []
+    outcome = run_main(folder)
+    assert (outcome.code, outcome.err) == (DONE, "")
+    assert report(folder)["sequences_resumed"] in done
+    assert digests(folder) == digests(finished)
+    assert submission(folder) == submission(finished)
+
+
+def test_after_a_kill_the_same_command_continues_to_the_same_bytes(finished: Path, tmp_path: Path):
+    with third_call(tmp_path, COMPUTE_FOR_EVER) as process:
+        process.kill()
+    assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
+
+
+def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(finished: Path, tmp_path: Path):
+    with third_call(tmp_path, "time.sleep(1)") as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == RESUMABLE
+    assert err == "stopping as soon as the running work is done; once more to stop at once\n"
+    assert "stopped early; the same command continues" in out
+    assert "sequences         6 (0 were there already" in out
+    assert json.loads(submission(tmp_path))["task-3"] == [{}]
+    assert_continues_to_the_same_bytes(tmp_path, finished, done={6})
+
+
+def test_a_second_ctrl_c_ends_a_call_that_runs_on(finished: Path, tmp_path: Path):
+    with third_call(tmp_path, COMPUTE_FOR_EVER) as process:
+        time.sleep(2)  # it has left Python by then
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "once more to stop at once" in process.stderr.readline()  # at once, though the call runs on
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == RESUMABLE
+    assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
+
+
+@pytest.mark.parametrize("place", ["load_tasks", "_load_tokenizer", "ActivationWriter"])
+def test_ctrl_c_before_the_first_call_ends_at_once(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(distributed_kv_cached_inference, place, interrupt)
+    outcome = run_main(four(tmp_path))
+    assert outcome.code == RESUMABLE
+    assert outcome.err == "stopped; nothing is lost, the same command continues\n"
+    assert "once more to stop at once" in capfd.readouterr().err
+
+
+# --- The surroundings ---------------------------------------------------------------------------------------
+
+
+def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Generator, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    outcome = run_main(tmp_path, model_path=None, dataset_path=None, layers_to_extract=None)
+    assert "no --model_path given: using the embedded example, a tiny model" in outcome.out
+    assert "no --dataset_path given: using the embedded example, six puzzles" in outcome.out
+    assert "6 tasks, 14 sequences (each test input in 2 augmentations x 1 samples)" in outcome.out
+
+
+def test_the_command_line_itself(finished: Path):
+    """A process as a user starts it: nothing but the report on its output, and an exit code."""
+    script = distributed_kv_cached_inference.__file__
+    run = [sys.executable, script, *arguments(finished)]
+    process = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    assert (process.returncode, process.stderr) == (DONE, "")
+    assert process.stdout.startswith(
+        "4 tasks, 8 sequences (each test input in 2 augmentations x 1 samples), 8"
+    )
+    assert "\ndone\n" in process.stdout
