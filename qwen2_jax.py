@@ -81,9 +81,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         weight = self.param("weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype)
         wide = x.astype(jnp.float32)
-        normed = wide * lax.rsqrt(
-            jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps
-        )
+        normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         # As Hugging Face: back to the model's dtype first, then times the weight.
         return weight * normed.astype(x.dtype)
 

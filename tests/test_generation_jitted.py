@@ -1,0 +1,461 @@
+"""Generation as compiled programs: stopping, sampling, batches, capture, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lively import DEEP, Lively, assert_lively, pad_right, row_errors
+
+from generate_jitted import (
+    GenerateShape,
+    Sampling,
+    bucket_length,
+    compile_generate,
+    generate_single_task_jitted,
+    pad_prompts,
+)
+from generate_python import generate_single_task_python
+from generation_request import check_request
+from qwen2_jax import QwenModel
+from qwen2_jax_with_hooks import create_model_with_hooks
+
+TINY = Lively(layers=3, extract=(0, 2), seed=5)
+LENGTHS = (1, 33, 40)
+STEPS = 64
+
+
+@functools.cache
+def built(scan_layers: bool = True) -> tuple[Any, Any]:
+    """Scanned unless a test is about the other way: it compiles in a third of the time."""
+    return TINY.build(scan_layers=scan_layers)
+
+
+def generate(prompts: list[np.ndarray], max_tokens: int = STEPS, **kwargs: Any) -> Any:
+    ids, lengths = pad_right(prompts, width=48)
+    model, params = built()
+    return generate_single_task_jitted(model, params, ids, max_tokens, prompt_lengths=lengths, **kwargs)
+
+
+PROMPTS = TINY.prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def greedy() -> Any:
+    out = generate(PROMPTS, extract_prompt=True)
+    assert_lively(out.token_ids)
+    return out
+
+
+def assert_rows_close(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    """Rows that are zero in both are equal; all others agree relatively."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    zero = ~expected.any(-1)
+    np.testing.assert_array_equal(zero, ~got.any(-1))
+    assert row_errors(got[~zero], expected[~zero]).max() < tolerance
+
+
+# --- What comes back ----------------------------------------------------------------------------------------
+
+
+def test_shapes_and_types(greedy: Any):
+    described = {
+        name: None if value is None else (value.shape, value.dtype) for name, value in vars(greedy).items()
+    }
+    assert described == {
+        "token_ids": ((3, STEPS), jnp.int32),
+        "lengths": ((3,), jnp.int32),
+        "finished": ((3,), jnp.bool_),
+        "logprobs": ((3, STEPS), jnp.float32),
+        "activations": ((2, STEPS, 3, TINY.hidden), jnp.float32),
+        "prompt_activations": ((2, 48, 3, TINY.hidden), jnp.float32),
+    }
+    np.testing.assert_array_equal(greedy.lengths, STEPS)
+    assert not greedy.finished.any()
+
+
+def test_prompt_rows_are_zero_past_each_prompt_and_nowhere_else(greedy: Any):
+    rows = np.asarray(greedy.prompt_activations)
+    for b, length in enumerate(LENGTHS):
+        assert rows[:, :length, b].any(-1).all()
+        assert not rows[:, length:, b].any()
+
+
+def test_without_activations_the_tokens_are_the_same(greedy: Any):
+    model, params = built()
+    ids, lengths = pad_right(PROMPTS, width=48)
+    plain = generate_single_task_jitted(
+        QwenModel(model.config),
+        params,
+        ids,
+        STEPS,
+        prompt_lengths=lengths,
+        extract_activations=False,
+        extract_prompt=True,
+    )
+    assert plain.activations is None
+    assert plain.prompt_activations is None
+    np.testing.assert_array_equal(plain.token_ids, greedy.token_ids)
+
+
+def test_the_layers_come_in_the_order_asked_for(greedy: Any):
+    model, params = built()
+    ids, lengths = pad_right(PROMPTS, width=48)
+    reordered = create_model_with_hooks(model.config, (2, 1, 0))
+    out: Any = generate_single_task_jitted(reordered, params, ids, 3, prompt_lengths=lengths)
+    assert out.activations.shape == (3, 3, 3, TINY.hidden)
+    assert_rows_close(out.activations[::2][::-1], greedy.activations[:, :3])
+
+
+# --- Stopping -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopping(greedy: Any) -> tuple[tuple[int, ...], list[int], Any]:
+    """EOS ids that end row 0 after 11 tokens and row 1 later; the lengths expected; what was generated."""
+    tokens = np.asarray(greedy.token_ids)
+    eos = [int(tokens[0, 10])]
+    if eos[0] not in tokens[1]:
+        eos.append(int(tokens[1, 20]))
+    expected = [next((t + 1 for t in range(STEPS) if row[t] in eos), STEPS) for row in tokens]
+    return tuple(eos), expected, generate(PROMPTS, eos_token_ids=tuple(eos))
+
+
+def test_a_row_ends_with_its_first_eos_which_is_counted_and_captured(greedy: Any, stopping):
+    eos, expected, out = stopping
+    assert len(set(expected)) > 1
+    np.testing.assert_array_equal(out.lengths, expected)
+    for b, length in enumerate(expected):
+        np.testing.assert_array_equal(out.token_ids[b, :length], greedy.token_ids[b, :length])
+        np.testing.assert_allclose(out.logprobs[b, :length], greedy.logprobs[b, :length], atol=1e-5)
+        assert_rows_close(out.activations[:, :length, b], greedy.activations[:, :length, b], 1e-5)
+        assert bool(out.finished[b]) == (int(out.token_ids[b, length - 1]) in eos)
+        assert np.asarray(out.activations)[:, length - 1, b].any()
+
+
+def test_everything_past_a_rows_end_is_zero(stopping):
+    _, expected, out = stopping
+    for b, length in enumerate(expected):
+        assert not np.asarray(out.token_ids)[b, length:].any()
+        assert not np.asarray(out.logprobs)[b, length:].any()
+        assert not np.asarray(out.activations)[:, length:, b].any()
+
+
+def test_a_row_that_meets_its_eos_with_the_last_token_is_finished(greedy: Any):
+    row = np.asarray(greedy.token_ids)[2].tolist()
+    steps = next(t + 1 for t in range(8, STEPS) if row[t] not in row[:t])
+    ids = (row[steps - 1],)
+    out = generate([PROMPTS[2]], steps, eos_token_ids=ids)
+    assert (int(out.lengths[0]), bool(out.finished[0])) == (steps, True)
+    out = generate([PROMPTS[2]], steps - 1, eos_token_ids=ids)
+    assert (int(out.lengths[0]), bool(out.finished[0])) == (steps - 1, False)
+
+
+def test_the_loop_ends_when_every_row_has_ended():
+    model, params = built()
+    ids, lengths = pad_right(PROMPTS, width=48)
+    request = check_request(model.config, ids, STEPS, prompt_lengths=lengths, eos_token_ids=range(TINY.vocab))
+    shape = GenerateShape(3, 48, STEPS, eos_slots=len(request.eos_token_ids))
+    program = compile_generate(model, params, shape)
+    drawing = (Sampling().traced(), request.seed, request.sequence_ids)
+    state, _ = program.prefill(params, request.input_ids, request.prompt_lengths, *drawing)
+    state = program.decode(params, state, *drawing, request.eos_token_ids)
+    assert int(state.cache.ar.index) == 1
+    np.testing.assert_array_equal(state.lengths, 1)
+
+
+def test_the_pad_token_ends_nothing_and_is_attended_to(greedy: Any):
+    """Qwen can generate its pad token: validity comes from lengths, never from a token's value."""
+    prompt = np.array([0, 5, 0, 7, 0], np.int32)
+    other = np.array([9, 5, 9, 7, 0], np.int32)
+    one, two = (generate([p, *PROMPTS[1:]]).activations for p in (prompt, other))
+    assert row_errors(one[:, :, 0], two[:, :, 0]).min() > 1e-3
+
+
+# --- Samples and batch mates --------------------------------------------------------------------------------
+
+SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
+
+
+def test_a_sequence_does_not_depend_on_its_batch_mates():
+    ids = np.array([11, 22, 33])
+    batch = generate(PROMPTS, sampling=SAMPLING, sequence_ids=ids, seed=9)
+    alone = generate([PROMPTS[1]], sampling=SAMPLING, sequence_ids=ids[1:2], seed=9)
+    others = TINY.prompts((48, 2), seed=1)
+    mixed = generate(
+        [others[0], others[1], PROMPTS[1]], sampling=SAMPLING, sequence_ids=np.array([7, 8, 22]), seed=9
+    )
+    assert_lively(batch.token_ids)
+    for out, b in ((alone, 0), (mixed, 2)):
+        np.testing.assert_array_equal(out.token_ids[b], batch.token_ids[1])
+        np.testing.assert_allclose(out.logprobs[b], batch.logprobs[1], atol=1e-3)
+        assert_rows_close(out.activations[:, :, b], batch.activations[:, :, 1])
+
+
+def test_samples_of_one_prompt_are_adjacent_share_it_and_differ(greedy: Any):
+    out = generate(PROMPTS, sampling=SAMPLING, samples_per_prompt=4, extract_prompt=True, seed=3)
+    tokens = np.asarray(out.token_ids)
+    assert tokens.shape == (12, STEPS)
+    assert len({tuple(row) for row in tokens.tolist()}) == 12
+    assert out.prompt_activations.shape == (2, 48, 3, TINY.hidden)
+    assert_rows_close(out.prompt_activations, greedy.prompt_activations)
+    # Each is what its prompt gives alone, under the same id.
+    for b in (0, 6, 11):
+        alone = generate([PROMPTS[b // 4]], sampling=SAMPLING, sequence_ids=np.array([b]), seed=3)
+        np.testing.assert_array_equal(alone.token_ids[0], tokens[b])
+        assert_rows_close(alone.activations[:, :, 0], out.activations[:, :, b])
+
+
+def test_the_seed_and_the_id_decide_the_tokens_and_default_ids_are_0_to_b():
+    first = generate(PROMPTS, sampling=SAMPLING, seed=3)
+    np.testing.assert_array_equal(
+        generate(PROMPTS, sampling=SAMPLING, seed=3, sequence_ids=[0, 1, 2]).token_ids, first.token_ids
+    )
+    for changed in ({"seed": 4}, {"seed": 3, "sequence_ids": [3, 4, 5]}):
+        other = np.asarray(generate(PROMPTS, sampling=SAMPLING, **changed).token_ids)
+        assert (other != np.asarray(first.token_ids)).any(1).all()
+
+
+def test_the_first_token_and_the_steps_have_keys_of_their_own():
+    """At a temperature that drowns the logits, one key for every step would draw one token for ever."""
+    out = generate(PROMPTS, sampling=Sampling(1e4))
+    assert_lively(out.token_ids, distinct=35)
+
+
+# --- The other paths ----------------------------------------------------------------------------------------
+
+
+def test_the_old_python_loop_gives_the_same():
+    kwargs: dict[str, Any] = {
+        "eos_token_ids": range(0, TINY.vocab, 3),  # a third of all tokens: rows end at different steps
+        "samples_per_prompt": 2,
+        "sampling": SAMPLING,
+        "seed": 5,
+        "extract_prompt": True,
+    }
+    fast = generate(PROMPTS, 4, **kwargs)
+    ids, lengths = pad_right(PROMPTS, width=48)
+    slow: Any = generate_single_task_python(*built(False), ids, 4, prompt_lengths=lengths, **kwargs)
+    assert len(set(np.asarray(fast.lengths).tolist())) > 2
+    for name in ("token_ids", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(slow, name), getattr(fast, name))
+    np.testing.assert_allclose(slow.logprobs, fast.logprobs, atol=1e-4)
+    assert_rows_close(slow.activations, fast.activations)
+    assert_rows_close(slow.prompt_activations, fast.prompt_activations)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_the_growing_cache_in_pieces_gives_the_same(greedy: Any, scan_layers: bool):
+    model, params = built(scan_layers)
+    apply = jax.jit(model.apply)
+    b, start = 1, LENGTHS[1]
+    sequence = np.concatenate([PROMPTS[b], greedy.token_ids[b]])[None]
+    caches: Any = None
+    rows = []
+    for piece in np.split(sequence, [start, start + 1], axis=1):  # the prompt, one token, all others
+        offset = 0 if caches is None else caches[0][0].shape[2]
+        _, caches, captured = apply({"params": params}, piece, None, caches, offset)
+        rows.append(captured[:, :, 0])
+    assert len(caches) == TINY.layers
+    assert caches[0][0].shape == (1, TINY.kv_heads, sequence.size, TINY.hidden // TINY.heads)
+    assert_rows_close(np.concatenate(rows, axis=1)[:, start:], greedy.activations[:, :, b])
+
+
+def test_a_model_for_fixed_caches_starts_none_of_its_own():
+    model, params = built()
+    fixed = QwenModel(model.config.replace(use_fixed_cache=True))
+    logits, caches = fixed.apply({"params": params}, np.ones((1, 3), np.int32))
+    assert caches is None
+    assert logits.shape == (1, 3, TINY.vocab)
+
+
+def test_capture_is_the_base_model_and_can_be_left_out():
+    model, params = built()
+    ids = PROMPTS[1][None]
+    logits, _, rows = model.apply({"params": params}, ids)
+    bare, _ = model.apply({"params": params}, ids, return_activations=False)
+    base, _ = QwenModel(model.config).apply({"params": params}, ids)
+    assert rows.shape == (2, ids.size, 1, TINY.hidden)
+    np.testing.assert_array_equal(logits, bare)
+    np.testing.assert_array_equal(logits, base)
+
+
+def test_unrolled_layers_give_what_scanned_layers_give(greedy: Any):
+    ids, lengths = pad_right(PROMPTS, width=48)
+    out: Any = generate_single_task_jitted(
+        *built(False), ids, STEPS, prompt_lengths=lengths, extract_prompt=True
+    )
+    np.testing.assert_array_equal(out.token_ids, greedy.token_ids)
+    assert_rows_close(out.activations, greedy.activations, 1e-5)
+    assert_rows_close(out.prompt_activations, greedy.prompt_activations, 1e-5)
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------
+
+# Relative error of a row of the 24-layer lively model in bfloat16, weights and residual stream, against the
+# same (rounded) weights in float32: measured 0.04 (layer 10) to 0.08 (layer 23) at the median token, 0.14 at
+# the worst. Lively weights amplify rounding from layer to layer.
+BF16_MEDIAN, BF16_WORST = 0.12, 0.25
+# The same rows by way of the fixed cache and by a plain forward pass, both in bfloat16, differ only in the
+# order of their sums: measured 0.02 to 0.035 at the median token, 0.07 at the worst.
+BF16_PATHS_MEDIAN, BF16_PATHS_WORST = 0.06, 0.15
+
+
+@pytest.fixture(scope="module")
+def half() -> tuple[Any, Any, Any, np.ndarray]:
+    """One sequence's rows [14, tokens, hidden]: float32, bfloat16, bfloat16 while generating; its prompt."""
+    model, params = DEEP.build(jnp.bfloat16, scan_layers=True)
+    wide = model.clone(config=model.config.replace(dtype=jnp.float32))
+    prompt = DEEP.prompts((40,))[0]
+    out: Any = generate_single_task_jitted(model, params, prompt[None], STEPS)
+    sequence = np.concatenate([prompt, out.token_ids[0]])[None]
+    _, _, rows = jax.jit(model.apply)({"params": params}, sequence)
+    wide_params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    _, _, wide_rows = jax.jit(wide.apply)({"params": wide_params}, sequence)
+    return wide_rows[:, :, 0], rows[:, :, 0], out.activations[:, :, 0], prompt
+
+
+def test_bfloat16_rows_stay_within_their_bounds_of_float32(half):
+    wide, rows, _, _ = half
+    assert rows.dtype == jnp.bfloat16
+    errors = row_errors(rows, wide)
+    assert np.median(errors, axis=1).max() < BF16_MEDIAN
+    assert errors.max() < BF16_WORST
+
+
+def test_bfloat16_generation_is_its_own_forward_pass(half):
+    _, rows, generated, prompt = half
+    assert generated.dtype == jnp.bfloat16
+    errors = row_errors(generated, rows[:, len(prompt) :])
+    assert np.median(errors, axis=1).max() < BF16_PATHS_MEDIAN
+    assert errors.max() < BF16_PATHS_WORST
+
+
+def test_the_cache_may_have_a_type_of_its_own(greedy: Any):
+    out = generate(PROMPTS, 8, cache_dtype="bfloat16")
+    assert out.activations.dtype == jnp.float32
+    # Only keys and values are rounded: less than in a model that is bfloat16 throughout.
+    first = row_errors(out.activations[:, 0], greedy.activations[:, 0])
+    assert 1e-5 < first.max() < 2e-2
+    shape = GenerateShape(3, 48, 8)
+    full, halved = (
+        GenerateShape(3, 48, 8, cache_dtype=dtype).cache_config(built()[0].config).nbytes
+        for dtype in (None, np.dtype("bfloat16"))
+    )
+    assert full - 16 == 2 * (halved - 16)
+    buffers = 4 * TINY.hidden * len(TINY.extract) * 8 * 3
+    assert shape.nbytes(built()[0]) == full + buffers
+
+
+# --- Prompts on the host ------------------------------------------------------------------------------------
+
+
+def test_buckets_are_powers_of_two_and_half_way_between():
+    assert [bucket_length(n) for n in (1, 64, 65, 96, 97, 128, 129, 193, 257, 8000)] == [
+        64, 64, 96, 96, 128, 128, 192, 256, 384, 8192,
+    ]  # fmt: skip
+    widths = {bucket_length(n) for n in range(1, 10_000)}
+    assert all(bucket_length(width) == width for width in widths)
+    assert all(n <= bucket_length(n) < 1.5 * n + 64 for n in range(1, 10_000))
+    assert len(widths) == 16
+
+
+def test_prompts_are_padded_on_the_right():
+    ids, lengths = pad_prompts([[1, 2, 3], np.arange(70)])
+    assert ids.shape == (2, 96)
+    assert ids.dtype == lengths.dtype == np.int32
+    assert lengths.tolist() == [3, 70]
+    assert ids[0, :4].tolist() == [1, 2, 3, 0]
+    assert ids[1, :70].tolist() == list(range(70))
+    with pytest.raises(ValueError, match="There are no prompts"):
+        pad_prompts([])
+    with pytest.raises(ValueError, match="Prompt 1 is empty"):
+        pad_prompts([[1], []])
+
+
+def test_jax_arrays_lists_and_any_padding_are_welcome(greedy: Any):
+    model, params = built()
+    ids, lengths = pad_right(PROMPTS, width=48, fill=-100)  # what fills the padding is nobody's business
+    for given in (jnp.asarray(ids), ids.astype(np.int64), ids.tolist()):
+        out = generate_single_task_jitted(
+            model, params, given, STEPS, prompt_lengths=list(lengths), extract_prompt=True
+        )
+        np.testing.assert_array_equal(out.token_ids, greedy.token_ids)
+
+
+# --- What is refused ----------------------------------------------------------------------------------------
+
+IDS = np.ones((2, 5), np.int32)
+
+
+@pytest.mark.parametrize("function", [generate_single_task_jitted, generate_single_task_python])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": np.ones(5, np.int32)}, r"integers \[prompts, tokens\], not int32 of shape \(5,\)"),
+        ({"input_ids": np.ones((2, 5))}, r"input_ids must be integers \[prompts, tokens\], not float64"),
+        ({"input_ids": np.ones((0, 5), np.int32)}, "holds no prompts"),
+        ({"input_ids": np.ones((2, 0), np.int32)}, "Prompt 0 is empty"),
+        ({"prompt_lengths": [5, 0]}, "Prompt 1 is empty; every prompt needs at least one token"),
+        ({"prompt_lengths": [5, -1]}, "Prompt 1 is empty"),
+        ({"prompt_lengths": [5, 6]}, "Prompt 1 is said to have 6 tokens, but input_ids is only 5 wide"),
+        ({"prompt_lengths": [5]}, r"prompt_lengths must be 2 integers, one a prompt, not of shape \(1,\)"),
+        ({"prompt_lengths": [5.0, 5.0]}, "prompt_lengths must be 2 integers"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": 32764}, "5 tokens and 32764 new ones exceed the model's context of 32768"),
+        ({"input_ids": np.full((2, 5), 160)}, r"Token id 160 \(prompt 0, position 0\) is outside .* 160"),
+        ({"input_ids": np.array([[1, 2], [3, -1]])}, r"Token id -1 \(prompt 1, position 1\) is outside"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
+        ({"sequence_ids": [1]}, r"sequence_ids must be 2 integers, one a sequence, not of shape \(1,\)"),
+        ({"sequence_ids": [1.0, 2.0]}, "sequence_ids must be 2 integers"),
+        ({"eos_token_ids": (160,)}, "EOS token id 160 is outside the vocabulary of 160"),
+        ({"eos_token_ids": (-1,)}, "EOS token id -1 is outside"),
+        ({"seed": -1}, r"seed must be between 0 and 2\*\*32 - 1, not -1"),
+        ({"seed": 2**32}, "seed must be between"),
+    ],
+    ids=str,
+)
+def test_bad_requests_are_refused_before_the_weights_are_touched(
+    function, changes: dict[str, Any], message: str
+):
+    request: dict[str, Any] = {"input_ids": IDS, "max_tokens": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        function(built()[0], None, request.pop("input_ids"), request.pop("max_tokens"), **request)
+
+
+def test_a_model_without_hooks_is_refused_when_activations_are_wanted():
+    with pytest.raises(ValueError, match="make it with create_model_with_hooks"):
+        generate_single_task_jitted(QwenModel(TINY.config()), None, IDS, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((3,), r"extract_layers \[3\] are out of range: the model has 3 layers, 0 to 2"),
+        ((0, -1), r"extract_layers \[-1\] are out of range"),
+        ((0, 10, 23), r"extract_layers \[10, 23\] are out of range: the model has 3 layers"),
+        ((), "at least one layer"),
+        ((1, 1), "none twice"),
+    ],
+    ids=str,
+)
+def test_layers_that_the_model_does_not_have_are_refused(layers: tuple[int, ...], message: str):
+    with pytest.raises(ValueError, match=message):
+        create_model_with_hooks(TINY.config(), layers)
+
+
+def test_the_model_itself_refuses_shapes_that_fit_no_cache():
+    model, params = built()
+    with pytest.raises(ValueError, match=r"input_ids must be \[batch, tokens\], not of shape \(5,\)"):
+        model.apply({"params": params}, np.ones(5, np.int32))
+
+
+def test_an_id_outside_the_vocabulary_gives_nan_and_not_a_neighbours_row():
+    model, params = built()
+    for token in (TINY.vocab, -1):
+        logits, _ = model.apply({"params": params}, np.array([[token]]), return_activations=False)
+        assert np.isnan(logits).all()

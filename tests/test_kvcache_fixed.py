@@ -1,0 +1,186 @@
+"""The fixed buffers: two parts, shapes that never change, an index that advances once a token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcache_utils import (
+    ActivationBufferConfig,
+    ARCache,
+    KVCache,
+    KVCacheConfig,
+    PrefillCache,
+    advance_ar_index,
+    create_activation_buffer,
+    create_kv_cache_buffers,
+    get_attention_kv,
+    update_activation_buffer,
+    update_kv_cache_ar,
+    write_prefill_cache,
+)
+
+CONFIG = KVCacheConfig(
+    num_layers=3,
+    num_kv_heads=2,
+    head_dim=4,
+    max_prefill_length=10,
+    max_decode_length=6,
+    num_prompts=2,
+    samples_per_prompt=3,
+)
+LAYOUTS = pytest.mark.parametrize("stacked", [False, True], ids=["tuple of layers", "one stack"])
+
+
+def cache_of(stacked: bool, **changes) -> KVCache:
+    return create_kv_cache_buffers(dataclasses.replace(CONFIG, stacked=stacked, **changes))
+
+
+def shapes(tree) -> list[tuple[tuple[int, ...], str]]:
+    return [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+
+
+def values(rows: int, tokens: int, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shape = (rows, CONFIG.num_kv_heads, tokens, CONFIG.head_dim)
+    return jnp.asarray(rng.normal(size=shape), jnp.float32), jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def all_layers(part: PrefillCache | ARCache) -> np.ndarray:
+    """[layers, k and v, rows, kv_heads, slots, head_dim]"""
+    return np.stack([np.stack(get_attention_kv(part, layer)) for layer in range(CONFIG.num_layers)])
+
+
+@LAYOUTS
+def test_the_two_parts_have_a_row_for_each_prompt_and_for_each_sequence(stacked: bool):
+    cache = cache_of(stacked)
+    assert CONFIG.batch_size == 6
+    assert get_attention_kv(cache.prefill, 0)[0].shape == (2, 2, 10, 4)
+    assert get_attention_kv(cache.ar, 0)[1].shape == (6, 2, 6, 4)
+    assert cache.prefill.capacity == 10
+    assert cache.ar.capacity == 6
+    assert cache.samples_per_prompt == 3
+    assert cache.prefill.length.shape == (2,)
+    assert cache.ar.index.shape == ()
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(cache))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_nbytes_is_what_is_allocated(stacked: bool, dtype):
+    config = dataclasses.replace(CONFIG, stacked=stacked, dtype=dtype)
+    leaves = jax.tree.leaves(create_kv_cache_buffers(config))
+    assert config.nbytes == sum(leaf.nbytes for leaf in leaves)
+    activations = ActivationBufferConfig(3, 5, 2, 8, dtype)
+    assert activations.nbytes == create_activation_buffer(activations).nbytes
+
+
+@pytest.mark.parametrize(
+    "field",
+    [field.name for field in dataclasses.fields(KVCacheConfig) if field.name not in ("dtype", "stacked")],
+)
+def test_a_size_below_one_is_refused_by_name(field: str):
+    with pytest.raises(ValueError, match=rf"KVCacheConfig\.{field} must be at least 1, not 0"):
+        dataclasses.replace(CONFIG, **{field: 0})
+
+
+@LAYOUTS
+def test_a_prompt_is_written_from_slot_0_and_nothing_else_changes(stacked: bool):
+    empty = cache_of(stacked).prefill
+    k, v = values(rows=2, tokens=7)
+    written = write_prefill_cache(empty, 1, k, v)
+    assert shapes(written) == shapes(empty)
+    expected = np.zeros((3, 2, 2, 2, 10, 4), np.float32)
+    expected[1, 0, :, :, :7], expected[1, 1, :, :, :7] = k, v
+    np.testing.assert_array_equal(all_layers(written), expected)
+    assert not all_layers(empty).any()  # pure: the argument is as it was
+
+
+@LAYOUTS
+def test_a_prompt_longer_than_the_buffer_is_refused(stacked: bool):
+    k, v = values(rows=2, tokens=11)
+    with pytest.raises(ValueError, match="11 tokens does not fit the prefill cache of 10 slots"):
+        write_prefill_cache(cache_of(stacked).prefill, 0, k, v)
+
+
+@LAYOUTS
+def test_the_index_advances_once_a_token_and_not_once_a_layer(stacked: bool):
+    cache = cache_of(stacked)
+    before = shapes(cache)
+    expected = np.zeros((3, 2, 6, 2, 6, 4), np.float32)
+    for token in range(CONFIG.max_decode_length):
+        for layer in range(CONFIG.num_layers):
+            k, v = values(rows=6, tokens=1, seed=10 * token + layer)
+            cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
+            expected[layer, 0, :, :, token], expected[layer, 1, :, :, token] = k[:, :, 0], v[:, :, 0]
+            assert int(cache.ar.index) == token
+        cache = advance_ar_index(cache)
+        assert int(cache.ar.index) == token + 1
+        np.testing.assert_array_equal(all_layers(cache.ar), expected)
+        assert shapes(cache) == before
+    assert not all_layers(cache.prefill).any()
+
+
+@LAYOUTS
+def test_a_token_past_the_last_slot_is_nan_and_never_a_silent_overwrite(stacked: bool):
+    cache = cache_of(stacked)
+    full = dataclasses.replace(cache.ar, index=jnp.int32(CONFIG.max_decode_length))
+    k, v = values(rows=6, tokens=1)
+    for part in get_attention_kv(update_kv_cache_ar(full, 2, k, v), 2):
+        assert np.isnan(part[:, :, -1]).all()
+
+
+def test_positions_are_the_prompts_length_and_the_steps_since():
+    cache = cache_of(False)
+    prefill = dataclasses.replace(cache.prefill, length=jnp.array([4, 9], jnp.int32))
+    cache = KVCache(prefill, dataclasses.replace(cache.ar, index=jnp.int32(2)))
+    np.testing.assert_array_equal(cache.positions, [6, 6, 6, 11, 11, 11])
+    np.testing.assert_array_equal(cache.prefill.valid.sum(1), [4, 9])
+    assert cache.prefill.valid[0, 3]
+    assert not cache.prefill.valid[0, 4]
+
+
+def test_both_layouts_hold_the_same_under_jit_with_the_layer_traced_in_a_stack():
+    def fill(cache: KVCache, layer) -> KVCache:
+        prefill = write_prefill_cache(cache.prefill, layer, *values(2, 10, seed=1))
+        return KVCache(prefill, update_kv_cache_ar(cache.ar, layer, *values(6, 1, seed=2)))
+
+    tuples = jax.jit(fill, static_argnums=1)(cache_of(False), 2)
+    stack = jax.jit(fill)(cache_of(True), jnp.int32(2))
+    np.testing.assert_array_equal(all_layers(tuples.prefill), all_layers(stack.prefill))
+    np.testing.assert_array_equal(all_layers(tuples.ar), all_layers(stack.ar))
+    with pytest.raises(TypeError, match="Python int as layer"):
+        jax.jit(fill)(cache_of(False), jnp.int32(2))
+
+
+@LAYOUTS
+def test_a_block_of_slots_is_read_and_a_start_past_the_end_is_clamped(stacked: bool):
+    part = write_prefill_cache(cache_of(stacked).prefill, 1, *values(2, 10))
+    whole = np.stack(get_attention_kv(part, 1))
+    np.testing.assert_array_equal(np.stack(get_attention_kv(part, 1, 3, 4)), whole[:, :, :, 3:7])
+    np.testing.assert_array_equal(np.stack(get_attention_kv(part, 1, 8, 4)), whole[:, :, :, 6:10])
+
+
+def test_a_bfloat16_cache_rounds_what_is_written():
+    part = cache_of(False, dtype=jnp.bfloat16).ar
+    k, v = values(6, 1)
+    read, _ = get_attention_kv(update_kv_cache_ar(part, 0, k, v), 0)
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read[:, :, 0], k[:, :, 0].astype(jnp.bfloat16))
+
+
+def test_the_activation_buffer_takes_one_step_at_a_time():
+    config = ActivationBufferConfig(num_layers=2, max_tokens=3, batch_size=4, hidden_size=5)
+    buffer = create_activation_buffer(config)
+    assert buffer.shape == config.shape == (2, 3, 4, 5)
+    rows = np.random.default_rng(0).normal(size=(3, 2, 4, 5)).astype(np.float32)
+    write = jax.jit(update_activation_buffer, donate_argnums=0)
+    for step in (0, 2):
+        buffer = write(buffer, rows[step], step)
+    np.testing.assert_array_equal(buffer[:, 0], rows[0])
+    np.testing.assert_array_equal(buffer[:, 2], rows[2])
+    assert not buffer[:, 1].any()

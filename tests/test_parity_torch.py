@@ -1,0 +1,241 @@
+"""Live parity with Transformers on torch, in float32: tokens, logits and every captured row.
+
+The rows are those of forward hooks on the torch decoder layers, the last one included: Transformers'
+``hidden_states[-1]`` is the value after the final norm, which is something else. RoPE is relative, so a
+shift of all positions by one is invisible; what is tested is the seam between prompt and decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from lively import DEEP, SHALLOW, Lively, assert_lively, pad_right, row_errors
+
+from attention import attend_two_part
+from generate_jitted import (
+    GenerateShape,
+    Generation,
+    decode_step_with_cache,
+    generate_single_task_jitted,
+    prefill_with_cache,
+)
+from kvcache_utils import KVCache, advance_ar_index, create_kv_cache_buffers
+from qwen2_jax import convert_hf_to_jax_weights, stack_layers
+from qwen2_weights import load_qwen2
+
+pytest.importorskip("torch", reason="live parity needs torch: pip install '.[parity]'")
+from torch_reference import TorchReference
+
+TOLERANCE = 1e-4
+STEPS = 64
+LENGTHS = (1, 2, 17, 63, 64, 65, 128, 129, 299, 300)
+
+SMALL = "6 layers, MQA, untied"
+MODELS = {
+    "24 layers, GQA, tied": DEEP,
+    "24 layers scanned, MHA, untied": dataclasses.replace(DEEP, kv_heads=4, tied=False, seed=1),
+    SMALL: dataclasses.replace(SHALLOW, kv_heads=1, tied=False, seed=2),
+    "6 layers, 14 heads on 2, tied, layers out of order": dataclasses.replace(
+        SHALLOW, heads=14, hidden=112, inner=160, extract=(5, 0, 2), seed=4
+    ),
+}
+
+
+class Case(NamedTuple):
+    """One model on both sides, what we generated from it, and the reference's view of the same sequences."""
+
+    lively: Lively
+    torch: TorchReference
+    model: Any
+    params: Any
+    prompts: list[np.ndarray]
+    out: Generation
+    reference: list[tuple[np.ndarray, np.ndarray]]  # logits [n, vocab], chosen rows [layers, n, hidden]
+
+
+@functools.cache
+def build_case(name: str) -> Case:
+    lively = MODELS[name]
+    torch_model = TorchReference(lively)
+    model, _ = lively.build()
+    params = convert_hf_to_jax_weights(torch_model.model, model.config)
+    if "scanned" in name:
+        model, params = model.clone(config=model.config.replace(scan_layers=True)), stack_layers(params)
+    prompts = lively.prompts(LENGTHS)
+    # Padded with a token that exists, so that a slot read past a prompt's end would change the result.
+    ids, lengths = pad_right(prompts, fill=lively.vocab - 1)
+    out = generate_single_task_jitted(model, params, ids, STEPS, prompt_lengths=lengths, extract_prompt=True)
+    reference = []
+    for prompt, tokens in zip(prompts, np.asarray(out.token_ids), strict=True):
+        logits, rows = torch_model.forward(np.concatenate([prompt, tokens]))
+        reference.append((logits, rows[list(lively.extract)]))
+    return Case(lively, torch_model, model, params, prompts, out, reference)
+
+
+@pytest.fixture(params=MODELS)
+def case(request) -> Case:
+    return build_case(request.param)
+
+
+def test_greedy_tokens_are_those_of_transformers(case: Case):
+    assert_lively(case.out.token_ids)
+    np.testing.assert_array_equal(case.out.lengths, STEPS)
+    for b, prompt in enumerate(case.prompts):
+        # By induction: each token is the reference's choice after all those before it.
+        choices = case.reference[b][0].argmax(-1)[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(case.out.token_ids[b], choices)
+    for b in (0, len(LENGTHS) - 1):  # and with Transformers' own loop and cache
+        np.testing.assert_array_equal(case.out.token_ids[b], case.torch.greedy(case.prompts[b], STEPS))
+
+
+def test_every_generated_row_is_that_of_the_hooked_torch_layer(case: Case):
+    rows = np.asarray(case.out.activations)
+    assert rows.shape == (len(case.lively.extract), STEPS, len(LENGTHS), case.lively.hidden)
+    for b, prompt in enumerate(case.prompts):
+        assert row_errors(rows[:, :, b], case.reference[b][1][:, len(prompt) :]).max() < TOLERANCE
+
+
+def test_every_prompt_row_is_that_of_the_hooked_torch_layer(case: Case):
+    rows = np.asarray(case.out.prompt_activations)
+    assert rows.shape == (len(case.lively.extract), max(LENGTHS), len(LENGTHS), case.lively.hidden)
+    for b, prompt in enumerate(case.prompts):
+        n = len(prompt)
+        assert row_errors(rows[:, :n, b], case.reference[b][1][:, :n]).max() < TOLERANCE
+        assert not rows[:, n:, b].any()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, lively in MODELS.items() if lively.layers - 1 in lively.extract]
+)
+def test_the_last_layers_row_is_taken_before_the_final_norm(name: str):
+    case = build_case(name)
+    b, last = len(LENGTHS) - 1, case.lively.layers - 1
+    tokens = np.concatenate([case.prompts[b], case.out.token_ids[b]])
+    rows = np.asarray(case.out.activations)[case.lively.extract.index(last), :, b]
+    hooked, after_norm = case.torch.last_layer(tokens)
+    assert row_errors(rows, hooked[LENGTHS[b] :]).max() < TOLERANCE
+    assert row_errors(rows, after_norm[LENGTHS[b] :]).min() > 0.1
+
+
+def test_logprobs_are_those_of_the_torch_logits(case: Case):
+    for b, prompt in enumerate(case.prompts):
+        logits = case.reference[b][0][len(prompt) - 1 : -1].astype(np.float64)
+        top = logits.max(-1)
+        expected = -np.log(np.exp(logits - top[:, None]).sum(-1))  # of the largest logit
+        np.testing.assert_allclose(case.out.logprobs[b], expected, atol=1e-3)
+
+
+# --- Prefill and decode step by hand: the logits of every step ----------------------------------------------
+
+
+@functools.cache
+def prefilled(case_name: str) -> tuple[Any, Any]:
+    """The prompts' last logits [B, vocab] and the cache after them."""
+    case = build_case(case_name)
+    shape = GenerateShape(len(LENGTHS), max(LENGTHS), STEPS)
+    cache = create_kv_cache_buffers(shape.cache_config(case.model.config))
+    ids, lengths = pad_right(case.prompts, fill=7)
+    prefill = jax.jit(functools.partial(prefill_with_cache, case.model))
+    return prefill(case.params, ids, lengths, cache)[:2]
+
+
+def stepwise(case_name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher-forced over what was generated.
+
+    Returns:
+        logits [steps + 1, B, vocab] and rows [steps, layers, B, hidden].
+    """
+    case = build_case(case_name)
+    # A fresh function, so that nothing compiled before a fault was planted is used again.
+    step = jax.jit(functools.partial(decode_step_with_cache, case.model))
+    out, cache = prefilled(case_name)
+    logits, rows = [out], []
+    for t in range(steps):
+        out, cache, captured = step(case.params, case.out.token_ids[:, t], cache)
+        logits.append(out)
+        rows.append(captured)
+    return np.stack(logits), np.stack(rows)
+
+
+def stepwise_errors(case_name: str, steps: int) -> tuple[float, float]:
+    """Largest relative error of any logits and of any row."""
+    case = build_case(case_name)
+    logits, rows = stepwise(case_name, steps)
+    logit_error, row_error = 0.0, 0.0
+    for b, prompt in enumerate(case.prompts):
+        n = len(prompt)
+        expected, expected_rows = case.reference[b]
+        logit_error = max(logit_error, row_errors(logits[:, b], expected[n - 1 : n + steps]).max())
+        row_error = max(
+            row_error, row_errors(rows[:, :, b].swapaxes(0, 1), expected_rows[:, n : n + steps]).max()
+        )
+    return logit_error, row_error
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "24 layers, GQA, tied"])
+def test_the_logits_of_prefill_and_of_every_decode_step(name: str):
+    logit_error, row_error = stepwise_errors(name, STEPS)
+    assert logit_error < TOLERANCE
+    assert row_error < TOLERANCE
+
+
+class TestPlantedFaults:
+    """The comparison sees the faults that it is there for."""
+
+    def test_decode_positions_one_too_high(self, monkeypatch):
+        def shifted(cache: KVCache):
+            return cache.prefill.length + cache.ar.index + 1
+
+        monkeypatch.setattr(KVCache, "positions", property(shifted))
+        assert min(stepwise_errors(SMALL, 4)) > 100 * TOLERANCE
+
+    def test_an_index_that_advances_twice_a_token(self, monkeypatch):
+        once = advance_ar_index
+        monkeypatch.setattr("qwen2_jax.advance_ar_index", lambda cache: once(once(cache)))
+        assert min(stepwise_errors(SMALL, 4)) > 100 * TOLERANCE
+
+    def test_a_decode_step_that_reads_one_slot_of_padding(self, monkeypatch):
+        def lengthened(q, cache, layer):
+            prefill = dataclasses.replace(cache.prefill, length=cache.prefill.length + 1)
+            return attend_two_part(q, dataclasses.replace(cache, prefill=prefill), layer)
+
+        monkeypatch.setattr("qwen2_jax.attend_two_part", lengthened)
+        assert min(stepwise_errors(SMALL, 4)) > 100 * TOLERANCE
+
+
+# --- Samples and checkpoints on disk ------------------------------------------------------------------------
+
+
+def test_eight_samples_of_a_prompt_share_it_and_are_all_the_reference():
+    case = build_case(SMALL)
+    chosen = (0, 3, 8)
+    ids, lengths = pad_right([case.prompts[i] for i in chosen])
+    out = generate_single_task_jitted(
+        case.model, case.params, ids, STEPS, prompt_lengths=lengths, samples_per_prompt=8
+    )
+    rows = np.asarray(out.activations)
+    for b, tokens in enumerate(np.asarray(out.token_ids)):
+        i = chosen[b // 8]
+        np.testing.assert_array_equal(tokens, case.out.token_ids[i])
+        expected = case.reference[i][1][:, LENGTHS[i] :]
+        assert row_errors(rows[:, :, b], expected).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", ["6 layers, MQA, untied", "6 layers, 14 heads on 2, tied, layers out of order"]
+)
+@pytest.mark.parametrize("shards", ["one file", "sharded"])
+def test_a_checkpoint_saved_by_transformers_loads_as_the_live_model(name: str, shards: str, tmp_path):
+    case = build_case(name)
+    case.torch.model.save_pretrained(tmp_path, max_shard_size="50KB" if shards == "sharded" else "1GB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shards == "sharded")
+    config, params = load_qwen2(tmp_path)
+    # Transformers drops the width of a window that is not in use.
+    assert config.replace(sliding_window=None) == case.model.config.replace(sliding_window=None)
+    assert jax.tree.structure(params) == jax.tree.structure(case.params)
+    jax.tree.map(np.testing.assert_array_equal, params, case.params)

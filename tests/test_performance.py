@@ -1,0 +1,244 @@
+"""What the compiled programs are, read from the executables: in place, small temporaries, one a bucket.
+
+No clock is read here. The real shape is Qwen2.5-0.5B's, compiled from shapes alone.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib.util
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from lively import SHALLOW, pad_right
+
+import generate_jitted
+from generate_jitted import (
+    GenerateShape,
+    Sampling,
+    compile_generate,
+    generate_single_task_jitted,
+    prefill_with_cache,
+)
+from kvcache_utils import create_kv_cache_buffers
+from products import compiler_options
+from qwen2_config import QwenConfig
+from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
+
+MB = 1e6
+WIDTH = 256
+
+
+def abstract_model(config: QwenConfig, extract: tuple[int, ...] = FIXED_EXTRACT_LAYERS) -> tuple[Any, Any]:
+    """A model and its parameters' shapes; no memory is taken."""
+    model = create_model_with_hooks(config, extract)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    return model, params
+
+
+@functools.cache
+def real(dtype: str, max_tokens: int) -> tuple[Any, Any]:
+    """(bytes of cache and activation buffers, the decode executable) at batch 1 of the 0.5B shape."""
+    model, params = abstract_model(QwenConfig(dtype=dtype))
+    shape = GenerateShape(1, WIDTH, max_tokens)
+    return shape.nbytes(model), compile_generate(model, params, shape).decode
+
+
+@functools.cache
+def modest(max_tokens: int, scan_layers: bool, samples: int = 4) -> tuple[Any, Any]:
+    """As ``real``, of a small model at batch 8, unrolled or scanned."""
+    model, params = abstract_model(SHALLOW.config(scan_layers=scan_layers), SHALLOW.extract)
+    shape = GenerateShape(2, 64, max_tokens, samples)
+    return shape.nbytes(model), compile_generate(model, params, shape).decode
+
+
+# --- The decode loop ---
+
+REAL = [("float32", 64), ("bfloat16", 512)]
+
+
+def assert_state_is_aliased(state_bytes: int, decode: Any) -> None:
+    memory = decode.memory_analysis()
+    outputs = memory.output_size_in_bytes
+    assert outputs >= state_bytes
+    # What is not aliased is no buffer: tables of pointers, 8 bytes an output.
+    assert outputs - memory.alias_size_in_bytes < 4096
+
+
+@pytest.mark.parametrize(("dtype", "max_tokens"), REAL)
+def test_the_whole_state_is_updated_in_place_at_the_real_shape(dtype: str, max_tokens: int):
+    assert_state_is_aliased(*real(dtype, max_tokens))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("max_tokens", [256, 1024])
+def test_the_whole_state_is_updated_in_place(max_tokens: int, scan_layers: bool):
+    assert_state_is_aliased(*modest(max_tokens, scan_layers))
+
+
+def temporaries(decode: Any) -> int:
+    return decode.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_temporaries_do_not_grow_with_max_tokens(scan_layers: bool):
+    """Once there is more than the one block of keys that attention reads at a time."""
+    assert temporaries(modest(1024, scan_layers)[1]) == temporaries(modest(256, scan_layers)[1])
+
+
+@pytest.mark.parametrize(("dtype", "max_tokens"), REAL)
+def test_no_temporary_is_as_large_as_a_weight_matrix_of_the_mlp(dtype: str, max_tokens: int):
+    """Neither the embedding nor any layer's weights are converted, transposed or copied in the loop.
+
+    The limit leaves room for the logits of 8 rows, 4.9 MB, which bfloat16 products on CPU are padded to.
+    """
+    assert temporaries(real(dtype, max_tokens)[1]) < 12 * MB
+
+
+def copied_shapes(decode: Any) -> list[tuple[int, ...]]:
+    """Shapes, without axes of 1, of everything that the program copies."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* (?:copy|copy-start)\(", decode.as_text())
+    return [tuple(int(n) for n in shape.split(",") if n not in ("", "1")) for shape in shapes]
+
+
+def test_the_reader_of_copies_sees_one():
+    def step(buffer, i):
+        return buffer.at[i].set(1.0), buffer.T @ buffer  # not donated, so the update has to copy
+
+    compiled = jax.jit(step).lower(jax.ShapeDtypeStruct((50, 70), jnp.float32), 0).compile()
+    assert (50, 70) in copied_shapes(compiled)
+
+
+def test_neither_cache_nor_activation_buffer_is_copied():
+    _, decode = real("bfloat16", 512)
+    copied = [collections.Counter(shape) for shape in copied_shapes(decode)]
+    heads, head_dim, hidden, layers = 2, 64, 896, len(FIXED_EXTRACT_LAYERS)
+    for buffer in ((heads, WIDTH, head_dim), (heads, 512, head_dim), (layers, 512, hidden)):
+        assert collections.Counter(buffer) not in copied
+
+
+# --- Compilations ---
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[str]]:
+    """One entry for each compilation by XLA from here on, of whatever size."""
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_one_compilation_a_bucket_whatever_the_values(compilations: list[str]):
+    model, params = SHALLOW.build(scan_layers=True)
+    generate_jitted._compile.cache_clear()
+    compilations.clear()  # those of making the parameters
+
+    def run(lengths: tuple[int, ...], **kwargs: Any) -> None:
+        ids, prompt_lengths = pad_right(SHALLOW.prompts(lengths, seed=lengths[0]), width=64)
+        out = generate_single_task_jitted(model, params, ids, 5, prompt_lengths=prompt_lengths, **kwargs)
+        jax.block_until_ready(out)
+
+    run((3, 64), eos_token_ids=(1,))
+    first = len(compilations)
+    assert first == 2  # prefill and decode
+    for kwargs in (
+        {"eos_token_ids": (1, 2, 3, 4, 5, 6, 7, 8)},
+        {"eos_token_ids": (9,), "sampling": Sampling(0.7)},
+        {"eos_token_ids": (9,), "sampling": Sampling(1.5, top_k=20)},
+        {"eos_token_ids": (9,), "sampling": Sampling(1.5, top_k=3, top_p=0.3), "seed": 12},
+        {"eos_token_ids": (9,), "sequence_ids": [2**32 - 1, 5], "seed": 2**32 - 1},
+    ):
+        run((64, 1), **kwargs)
+        run((17, 40), **kwargs)
+    assert len(compilations) == first  # not even for a small operation on the way in or out
+    assert generate_jitted._compile.cache_info().misses == 1
+
+    run((3, 64))  # no EOS: a loop of another kind, compiled once
+    second = len(compilations)
+    assert second == first + 2
+    run((30, 30), sampling=Sampling(0.5), seed=4)
+    assert len(compilations) == second
+
+
+def test_a_program_is_compiled_once_however_many_ask_for_it():
+    generate_jitted._compile.cache_clear()
+    model, params = SHALLOW.build(scan_layers=True)
+    shape = GenerateShape(1, 64, 4)
+    again, _ = SHALLOW.build(scan_layers=True)
+    shapes_only = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params
+    )
+    program = compile_generate(model, params, shape)
+    assert compile_generate(again, shapes_only, GenerateShape(1, 64, 4)) is program
+
+
+# --- Long prompts ---
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_a_prefill_of_8192_tokens_takes_memory_linear_in_its_length(scan_layers: bool):
+    model, params = abstract_model(QwenConfig(scan_layers=scan_layers))
+
+    def temporaries_of(width: int) -> int:
+        config = GenerateShape(1, width, 64).cache_config(model.config)
+
+        def prefill(params, ids, lengths):
+            return prefill_with_cache(model, params, ids, lengths, create_kv_cache_buffers(config))[:2]
+
+        ids = jax.ShapeDtypeStruct((1, width), jnp.int32)
+        lowered = jax.jit(prefill).lower(params, ids, jax.ShapeDtypeStruct((1,), jnp.int32))
+        return temporaries(lowered.compile(compiler_options()))  # pyright: ignore[reportArgumentType]
+
+    half, whole = temporaries_of(4096), temporaries_of(8192)
+    assert whole <= 2.2 * half
+    one_layers_scores = 14 * 8192 * 8192 * 4
+    assert whole < one_layers_scores / 3
+
+
+# --- TPU, by its compiler alone ---
+
+
+@pytest.fixture(scope="module")
+def tpu() -> Any:
+    """One chip of a TPU v4 that is not there; libtpu compiles for it all the same."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu's compiler: pip install '.[tpu]'")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v4-8",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+        }.items():
+            environment.setenv(name, value)
+        environment.setattr(generate_jitted, "compiler_options", dict)  # this process's platform is the CPU
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1")
+        yield SingleDeviceSharding(topology.devices[0])
+
+
+def test_decoding_on_a_tpu_is_in_place_with_2_mb_of_temporaries(tpu: Any):
+    model, params = abstract_model(QwenConfig(dtype="bfloat16", scan_layers=True))
+    on_chip = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=tpu), params)
+    shape = GenerateShape(1, WIDTH, 1100)
+    program = compile_generate(model, on_chip, shape)
+    assert_state_is_aliased(shape.nbytes(model), program.decode)
+    memory: Any = program.decode.memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * MB
+    # A task's own memory, padding included: the target is 100 MB, the stretch 80.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 50 * MB
+    assert temporaries(program.prefill) < 2 * MB
+    counted = np.prod([len(FIXED_EXTRACT_LAYERS), 1100, 896, 2]) + 2 * 24 * 2 * 64 * (WIDTH + 1100) * 2
+    assert memory.output_size_in_bytes < 1.05 * counted

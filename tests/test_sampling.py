@@ -1,0 +1,150 @@
+"""Sampling: which tokens may be chosen, how often, and on what the random numbers depend."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sampling import Sampling, sample_tokens, sequence_keys
+
+DRAWS = 20_000
+
+sample = jax.jit(sample_tokens)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def exact_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probabilities of every token of one row, by sorting; ties with the last token kept are kept."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    keep = np.ones(len(scaled), bool)
+    if sampling.top_k:
+        keep &= scaled >= np.sort(scaled)[::-1][min(sampling.top_k, len(scaled)) - 1]
+    probabilities = softmax(np.where(keep, scaled, -np.inf))
+    if sampling.top_p < 1:
+        order = np.argsort(-probabilities, kind="stable")
+        enough = np.searchsorted(np.cumsum(probabilities[order]), sampling.top_p)
+        keep &= probabilities >= probabilities[order[enough]]
+    return softmax(np.where(keep, scaled, -np.inf))
+
+
+def draw(logits: np.ndarray, sampling: Sampling, draws: int = DRAWS) -> np.ndarray:
+    """Tokens of ``draws`` sequences that all see the same logits."""
+    keys = sequence_keys(np.uint32(1), jnp.arange(draws, dtype=jnp.uint32))
+    tokens, _ = sample(jnp.tile(logits, (draws, 1)), sampling.traced(), keys, 0)
+    return np.asarray(tokens)
+
+
+LOGITS = np.random.default_rng(0).normal(scale=2, size=24).astype(np.float32)
+TIED = np.array([3, 1, 2, 2, 2, 0, -1, 2.5], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("logits", "sampling"),
+    [
+        (LOGITS, Sampling(1.0)),
+        (LOGITS, Sampling(0.5)),
+        (LOGITS, Sampling(2.0)),
+        (LOGITS, Sampling(1.0, top_k=5)),
+        (LOGITS, Sampling(1.0, top_p=0.7)),
+        (LOGITS, Sampling(1.3, top_k=6, top_p=0.8)),
+        (LOGITS, Sampling(0.8, top_k=10**12, top_p=0.999)),
+        (TIED, Sampling(1.0, top_k=3)),  # three tokens tie for the third place
+        (TIED, Sampling(1.0, top_p=0.75)),
+    ],
+    ids=str,
+)
+def test_tokens_come_as_often_as_the_exact_distribution_says(logits: np.ndarray, sampling: Sampling):
+    expected = exact_distribution(logits, sampling)
+    counts = np.bincount(draw(logits, sampling), minlength=len(logits))
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    deviation = np.sqrt(DRAWS * expected * (1 - expected)) + 1e-9
+    assert (np.abs(counts - DRAWS * expected) / np.maximum(deviation, 1))[kept].max() < 4.5
+    assert counts[expected > 0.001].all()
+
+
+def test_ties_with_the_last_token_kept_are_kept():
+    assert set(draw(TIED, Sampling(1.0, top_k=3), 2000)) == {0, 2, 3, 4, 7}
+    assert set(draw(TIED, Sampling(1.0, top_k=2), 2000)) == {0, 7}
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.7, top_k=1), Sampling(0.7, top_p=1e-6), Sampling(1e-4)], ids=str
+)
+def test_what_leaves_one_token_is_greedy(sampling: Sampling):
+    assert set(draw(LOGITS, sampling, 500)) == {int(LOGITS.argmax())}
+
+
+def test_greedy_is_the_largest_logit_the_first_of_equals_and_needs_no_luck():
+    logits = np.random.default_rng(1).normal(size=(50, 30)).astype(np.float32)
+    logits[7, [4, 20]] = 9.0
+    outs = []
+    for seed in (0, 1):
+        keys = sequence_keys(np.uint32(seed), jnp.arange(50, dtype=jnp.uint32))
+        outs.append(np.asarray(sample(logits, Sampling().traced(), keys, seed)[0]))
+    np.testing.assert_array_equal(outs[0], logits.argmax(-1))
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert outs[0].dtype == np.int32
+    assert outs[0][7] == 4
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.3, top_k=2)], ids=str)
+def test_logprobs_are_the_models_own_whatever_the_filter(sampling: Sampling):
+    logits = np.random.default_rng(2).normal(scale=3, size=(9, 40)).astype(np.float32)
+    keys = sequence_keys(np.uint32(3), jnp.arange(9, dtype=jnp.uint32))
+    tokens, logprobs = sample(logits, sampling.traced(), keys, 5)
+    np.testing.assert_allclose(logprobs, np.log(softmax(logits))[np.arange(9), tokens], atol=1e-5)
+
+
+# --- Keys ---------------------------------------------------------------------------------------------------
+
+
+def uniform_tokens(seed: int, ids: list[int], step: int | list[int]) -> list[int]:
+    """One draw each from 100,000 equally likely tokens: two different keys hardly ever agree."""
+    keys = sequence_keys(np.uint32(seed), jnp.array(ids, jnp.uint32))
+    tokens, _ = sample(jnp.zeros((len(ids), 100_000)), Sampling(1.0).traced(), keys, jnp.array(step))
+    return np.asarray(tokens).tolist()
+
+
+def test_every_sequence_every_step_and_every_seed_has_its_own_key():
+    draws = [
+        token
+        for seed in range(5)
+        for step in range(8)
+        for token in uniform_tokens(seed, [0, 1, 2, 2**32 - 1], step)
+    ]
+    assert len(set(draws)) > 0.9 * len(draws)
+    for step in range(20):  # (sequence, step) and (step, sequence) are different keys
+        assert uniform_tokens(0, [step], step + 1) != uniform_tokens(0, [step + 1], step)
+
+
+def test_a_sequences_tokens_do_not_depend_on_its_batch():
+    together = uniform_tokens(7, [5, 6, 7, 8], 3)
+    assert uniform_tokens(7, [8, 5], 3) == [together[3], together[0]]
+    assert uniform_tokens(7, [6], 3) == [together[1]]
+    assert uniform_tokens(7, [6, 6], [3, 4])[0] == together[1]  # nor on the steps of the others
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": float("nan")}, "temperature must be 0"),
+        ({"temperature": float("inf")}, "temperature must be 0"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_k": 1.5}, "top_k must be 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": 1.01}, r"top_p must be in \(0, 1\]"),
+        ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(arguments: dict[str, float], message: str):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""What Transformers on torch computes, the reference for parity: the only test module that imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lively import Lively
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+torch.set_num_threads(1)  # the models are tiny; several threads would mostly wait for each other
+
+
+class TorchReference:
+    """Transformers' own Qwen2 with a lively model's weights, its decoder layers hooked."""
+
+    def __init__(self, lively: Lively):
+        config = Qwen2Config(**lively.hf_config)
+        self.model = Qwen2ForCausalLM(config).eval()
+        state = {name: torch.from_numpy(array) for name, array in lively.state_dict().items()}
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}
+        self.model.tie_weights()
+        self._rows: list[torch.Tensor] = []
+        for layer in self.model.model.layers:
+            layer.register_forward_hook(self._keep)
+
+    def _keep(self, _module: Any, _inputs: Any, output: Any) -> None:
+        # Transformers 4 returns a tuple whose first member is the residual stream, 5 the stream itself.
+        self._rows.append(output[0] if isinstance(output, tuple) else output)
+
+    @torch.no_grad()
+    def greedy(self, prompt: np.ndarray, tokens: int) -> np.ndarray:
+        """``tokens`` greedy tokens after the prompt [n], with Transformers' own loop and cache."""
+        ids = torch.from_numpy(prompt[None].astype(np.int64))
+        out = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        self._rows.clear()
+        return out[0, len(prompt) :].numpy().astype(np.int32)
+
+    @torch.no_grad()
+    def forward(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One plain pass over a sequence [n], no cache: (logits [n, vocab], rows [layers, n, hidden])."""
+        self._rows.clear()
+        ids = torch.from_numpy(token_ids[None].astype(np.int64))
+        logits = self.model(ids, use_cache=False).logits
+        return logits[0].numpy(), torch.stack(self._rows)[:, 0].numpy()
+
+    @torch.no_grad()
+    def last_layer(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last block's output by its hook, and Transformers' ``hidden_states[-1]``: [n, hidden] both."""
+        self._rows.clear()
+        ids = torch.from_numpy(token_ids[None].astype(np.int64))
+        hidden_states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
+        return self._rows[-1][0].numpy(), hidden_states[-1][0].numpy()
