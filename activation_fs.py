@@ -248,7 +248,8 @@ class LocalFile:
 
     def prefetch(self, start: int, stop: int) -> None:
         # Without it a cold map is read fault by fault, at a tenth of the disk's speed.
-        os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
 def _status(status: os.stat_result) -> FileStatus:

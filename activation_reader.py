@@ -28,6 +28,7 @@ from activation_statistics import LayerStatistics
 
 Item = TypeVar("Item")
 OUTCOMES = "outcomes.json"
+SHARDS_AHEAD = 8  # on their way from disk while one is read
 _OPEN_SHARDS = 128  # a file descriptor or two each
 _DIGESTED = ("token_ids", "positions", "logprobs", "is_generated")
 
@@ -181,7 +182,9 @@ class ActivationStore:
         kept = (record for record in sequences if not record.failed)
         shards = (list(of_shard) for _, of_shard in itertools.groupby(kept, key=lambda record: record.path))
         for records in started_ahead(
-            started_ahead(shards, 2, lambda records: self._shard(records[0])), 2, prefetch
+            started_ahead(shards, SHARDS_AHEAD, lambda records: self._shard(records[0])),
+            SHARDS_AHEAD,
+            prefetch,
         ):
             yield from records
 

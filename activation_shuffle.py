@@ -19,12 +19,11 @@ import ml_dtypes
 import numpy as np
 
 from activation_format import SequenceRecord, StoreError, hook_name
-from activation_reader import ActivationStore, RowFilter, started_ahead
+from activation_reader import SHARDS_AHEAD, ActivationStore, RowFilter, started_ahead
 from activation_shard import Shard
 
 RUN_ROWS = 128
 POOL_ROWS = 1 << 15
-SHARDS_AHEAD = 8  # on their way from disk while one is read
 FRAMEWORKS = ("numpy", "jax", "torch")
 
 

@@ -36,6 +36,7 @@ from activation_store import (
     sequence_key,
 )
 from arc_tasks import ArcFormatError, encode_prompt, load_tasks
+from qwen2_config import is_hub_id
 from qwen2_jax import CheckpointError, QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 from qwen2_weights import check_checkpoint, checkpoint_fingerprint, resolve_file
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_RESUMABLE
     except OSError as error:
-        return _fail(f"error: cannot use {error.filename}: {error.strerror}", EXIT_USAGE)
+        return _fail(f"error: {error}", EXIT_USAGE)
 
 
 def _fail(message: str, code: int) -> int:
@@ -95,6 +96,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         UsageError, ArcFormatError, CheckpointError, StoreError: as soon as it is known, each a sentence.
     """
     stop = stop or StopRequest()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
     _say_defaults(options)
     loaded = load_tasks(options.dataset_path, options.n_tasks)
     _check_output(options)
@@ -171,6 +173,7 @@ def _make_calls(
                 )
             )
             tokens = int(np.asarray(generation.lengths)[new].sum())
+            del generation  # its buffers are the writer's; the next call needs the room
             report.tokens_generated += tokens
             progress.update(len(call.sequences), tokens)
         writer.close()
@@ -187,6 +190,8 @@ def _say_defaults(options: RunOptions) -> None:
     for name, what in (("model_path", "a tiny model with random weights"), ("dataset_path", "six puzzles")):
         if Path(getattr(options, name)).is_relative_to(EXAMPLES):
             print(f"no --{name} given: using the embedded example, {what}", flush=True)
+    if is_hub_id(options.model_path):
+        print(f"there is no directory {options.model_path}: asking the Hugging Face hub", flush=True)
 
 
 def _check_output(options: RunOptions) -> None:
@@ -224,11 +229,11 @@ def _load_config(options: RunOptions) -> QwenConfig:
 
 def _load_tokenizer(model_path: str, vocab_size: int) -> Any:
     """The checkpoint's tokenizer, tried out: of a missing vocabulary transformers makes an empty one."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is missing: not needed here
+    # It would warn that torch is missing, which is not needed, and of prompts beyond the tokenizer's limit,
+    # where the model's counts.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
 
-    # Of itself it warns of prompts beyond the tokenizer's own limit; the model's is what counts.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     resolve_file(model_path, "tokenizer_config.json")
     directory = Path(model_path).expanduser()
     try:

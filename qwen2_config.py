@@ -196,6 +196,13 @@ def _as_dict(source: Any) -> Mapping[str, Any]:
     return hf
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether a checkpoint's name can only mean the hub: nothing here has it and it looks like no path."""
+    name = str(source)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    return not is_path and not Path(source).exists()
+
+
 def resolve_file(source: str | Path, name: str, *, revision: str | None = None) -> Path:
     """The local path of one file of a checkpoint: in a directory, or fetched from the hub.
 
@@ -209,7 +216,7 @@ def resolve_file(source: str | Path, name: str, *, revision: str | None = None) 
         return directory / name
     if directory.exists():
         raise CheckpointError(f"{directory} is a file; give the model's directory or a hub id.")
-    if str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+    if not is_hub_id(source):
         raise CheckpointError(f"There is no model directory {directory}.")
     try:
         return Path(hf_hub_download(str(source), name, revision=revision))

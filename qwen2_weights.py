@@ -215,10 +215,10 @@ def _build_tree(config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np
             stack = np.empty((len(names), *specs[names[0]].tree_shape), dtype)
             for slot, name in zip(stack, names, strict=True):
                 slot[...] = load(name, specs[name])
-            leaves[("layers", *path)] = jnp.asarray(stack)
+            leaves[("layers", *path)] = jax.block_until_ready(jnp.asarray(stack))  # before the next is made
     for name, spec in specs.items():
         if not (config.scan_layers and spec.path[0].startswith("layers_")):
-            leaves[spec.path] = jnp.asarray(load(name, spec))
+            leaves[spec.path] = jax.block_until_ready(jnp.asarray(load(name, spec)))
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree

@@ -88,6 +88,27 @@ def test_every_host_sees_what_the_others_committed(url: str):
         assert writer.refresh() == 2
 
 
+def test_listings_that_a_filesystem_keeps_are_asked_for_anew(url: str, monkeypatch: pytest.MonkeyPatch):
+    """As gcsfs and s3fs do: a directory is listed once and the answer kept until it is invalidated."""
+    kept: dict[str, Any] = {}
+    real = type(MEMORY).ls
+
+    def ls(self: Any, path: str, detail: bool = True, **options: Any) -> Any:
+        if path not in kept:
+            kept[path] = real(self, path, detail=detail, **options)
+        return kept[path]
+
+    work(url, "a")
+    def invalidate_cache(self: Any, path: str) -> None:
+        kept.pop(path, None)
+
+    monkeypatch.setattr(type(MEMORY), "ls", ls)
+    monkeypatch.setattr(type(MEMORY), "invalidate_cache", invalidate_cache)
+    store = ActivationStore(url)
+    work(url, "bb", host=1)
+    assert store.index.refresh() == 2
+
+
 def test_a_shard_without_index_is_never_overwritten(url: str):
     """There is no lock that would tell a crash from another run which is just writing it."""
     work(url, "a", "bb")

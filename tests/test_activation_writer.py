@@ -460,6 +460,23 @@ def test_a_background_error_stops_the_run_at_the_next_submit_and_at_close(tmp_pa
     write(tmp_path, batch("b"))  # and the lock is free
 
 
+def test_after_an_error_what_was_in_flight_already_is_not_written(tmp_path: Path):
+    """It may rest on what failed; the next run makes both again."""
+    go = threading.Event()
+
+    def failing() -> list[FinishedSequence]:
+        go.wait(10)
+        raise MemoryError("copy failed")
+
+    writer = ActivationWriter(tmp_path, SETTINGS, provenance={})
+    writer.submit(failing)
+    writer.submit(batch("b"))
+    go.set()
+    with pytest.raises(MemoryError):
+        writer.close()
+    assert len(ActivationStore(tmp_path)) == 0
+
+
 def test_an_error_of_the_run_still_commits_what_is_in_flight_and_is_the_one_seen(tmp_path: Path):
     def run() -> None:
         with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:

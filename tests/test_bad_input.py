@@ -176,6 +176,15 @@ def test_a_checkpoint_that_cannot_be_used(spoil: Spoil, sentence: str, tmp_path:
     assert not (tmp_path / "activations").exists()
 
 
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["Qwen/No-Such-Model", "no/such/directory", "./nowhere"])
+def test_a_model_that_is_neither_here_nor_on_the_hub(name: str, tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    outcome = run_main(tmp_path, model_path=name)
+    assert_refused(outcome, f"There is no model directory {Path(name)}")
+    assert ("asking the Hugging Face hub" in outcome.out) == name.startswith("Qwen")
+
+
 # --- Data sets ----------------------------------------------------------------------------------------------
 
 TASK = json.dumps(puzzle(1, 2))

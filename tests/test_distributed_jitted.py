@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -395,3 +396,13 @@ def test_the_command_line_itself(finished: Path):
         "4 tasks, 8 sequences (each test input in 2 augmentations x 1 samples), 8"
     )
     assert "\ndone\n" in process.stdout
+
+
+def test_whoever_reads_the_output_may_leave(finished: Path):
+    """As in ``... | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = [sys.executable, distributed_kv_cached_inference.__file__, *arguments(finished)]
+    process = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (RESUMABLE, "")
