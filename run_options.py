@@ -54,6 +54,7 @@ class RunOptions:
     random_seed: int = 0
     dtype: str | None = None
     kv_cache_dtype: str | None = None
+    mesh_shape: tuple[int, int] = (1, 1)
     layers_to_extract: tuple[int, ...] = FIXED_EXTRACT_LAYERS
     extract_activations: bool = True
     extract_prompt: bool = False
@@ -93,6 +94,7 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         raise UsageError(f"unknown argument {unknown[0]}; {hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
+    values["mesh_shape"] = tuple(values["mesh_shape"])
     if values["augmentations"] is None:
         # Greedy samples of one prompt are all the same, so greedy predictions differ by augmentation.
         values["augmentations"] = values["predictions_per_task"] if values["temperature"] == 0 else 1
@@ -128,6 +130,11 @@ def _check(options: RunOptions) -> None:
         )
     if options.kv_cache_dtype and options.generation == "python":
         raise UsageError("--kv_cache_dtype is for --generation task; the old loop has no such choice")
+    if options.mesh_shape != (1, 1):
+        raise UsageError(
+            f"--mesh_shape {' '.join(map(str, options.mesh_shape))} is not implemented: a process generates "
+            "on one device; leave it at 1 1"
+        )
     if options.extract_prompt and not options.extract_activations:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
     try:
@@ -198,6 +205,15 @@ def _parser() -> _Parser:
     of_choices: dict[str, Any] = {"choices": dtypes, "metavar": None}
     add(generation, "dtype", "of weights and activations; the checkpoint's own if left out", **of_choices)
     add(generation, "kv_cache_dtype", "of the KV cache; that of the weights if left out", **of_choices)
+    add(
+        generation,
+        "mesh_shape",
+        "devices for data and model parallelism; one so far",
+        shown="1 1",
+        type=int,
+        nargs=2,
+        metavar=("DATA", "MODEL"),
+    )
     add(
         generation,
         "generation",

@@ -99,6 +99,7 @@ def test_listings_that_a_filesystem_keeps_are_asked_for_anew(url: str, monkeypat
         return kept[path]
 
     work(url, "a")
+
     def invalidate_cache(self: Any, path: str) -> None:
         kept.pop(path, None)
 

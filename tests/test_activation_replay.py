@@ -218,9 +218,8 @@ def test_a_wrong_log_probability(tmp_path: Path, run: Run):
     assert "log-probability of generated token 3" in found
 
 
+@pytest.mark.parametrize("run", ["float32"], indirect=True)  # it loads and compiles the model once more
 def test_the_whole_audit_loads_the_model_and_draws_sequences(tmp_path: Path, run: Run):
-    if run.settings.dtype == "bfloat16":
-        pytest.skip("once is enough: it loads and compiles the model again")
     assert findings(tmp_path, run, changed(run, lambda rows: rows[::-1])) != []
     store = ActivationStore(tmp_path)
     found = list(replay_store(store, TINY, count=99))

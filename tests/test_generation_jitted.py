@@ -105,7 +105,7 @@ def test_without_activations_the_tokens_are_the_same(greedy: Any):
 
 def test_the_layers_come_in_the_order_asked_for(greedy: Any):
     model, params = built()
-    reordered = create_model_with_hooks(model.config, (2, 1, 0))
+    reordered: Any = create_model_with_hooks(model.config, (2, 1, 0))
     _, _, rows = reordered.apply({"params": params}, PROMPTS[2][None])
     assert rows.shape == (3, LENGTHS[2], 1, TINY.hidden)
     for of_reordered, of_greedy in ((0, 1), (2, 0)):

@@ -98,6 +98,7 @@ REFUSED = [
     ("--predictions_per_task 100001", "it has to be from 1 to 100000"),
     ("--extract_prompt --no_extract_activations", "contradict each other"),
     ("--generation python --kv_cache_dtype float32", "--kv_cache_dtype is for --generation task"),
+    ("--mesh_shape 2 4", "--mesh_shape 2 4 is not implemented: a process generates on one device"),
     ("--grid_encoder Grid()", "expected one of the known encoders MinimalGridEncoder"),
     ("--prompt_version v9", "unknown --prompt_version 'v9'; known are output-from-examples-v0"),
     ("--model_path=", "--model_path is empty; leave the flag out or give it a value"),
