@@ -220,6 +220,7 @@ def tpu() -> Any:
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_ACCELERATOR_TYPE": "v4-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # somebody else on this machine may be compiling too
         }.items():
             environment.setenv(name, value)
         environment.setattr(generate_jitted, "compiler_options", dict)  # this process's platform is the CPU
