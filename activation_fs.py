@@ -229,9 +229,9 @@ class LocalFile:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._bytes: np.ndarray | None = None
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if hasattr(self, "_descriptor"):  # not when it could not be opened
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def view(self, start: int, stop: int) -> np.ndarray:
         if self._bytes is None:
