@@ -1,0 +1,273 @@
+"""Our generation beside Transformers': the same checkpoint, the same prompts, interleaved in one run.
+
+    python -m benchmarks.compare_peers --batch 1 8 32 --output results.json      # from the checkout's root
+    python -m benchmarks.compare_peers --only 'jitted-*' hf-bf16-dynamic-hidden --batch 1
+
+Prints a Markdown table a batch size and writes every round's numbers to ``--output``. Exits with 1 where a
+check fails: our greedy float32 tokens have to be Transformers', and captures have to be of the right shape,
+finite, nonzero and, in float32, equal to Transformers' hidden states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from arc_tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from benchmarks.machine import describe
+from benchmarks.peers import CONTENDERS, Contender, Job, Measurement, Worker, jax_platform, torch_reaches
+from qwen2_config import QwenConfig
+
+ROOT = Path(__file__).parent.parent
+CACHED_CHECKPOINT = Path(tempfile.gettempdir()) / "qwen2-jax-activations" / "random-qwen2.5-0.5b"
+TOLERANCE = 2e-3  # of float32 rows, relative to their norm, after 24 layers of a lively model and many steps
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare our generation with Transformers'.")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="default: a seeded random Qwen2.5-0.5B, kept in TMPDIR"
+    )
+    parser.add_argument("--tasks", type=Path, default=ROOT / "examples" / "tasks.json", help="ARC tasks")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt_tokens", type=int, default=200)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--growing_tokens", type=int, default=8, help="new tokens of the growing path")
+    parser.add_argument("--rounds", type=int, default=3)
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=["*"], help=f"of {', '.join(names)}")
+    parser.add_argument("--output", type=Path, help="write everything measured to this JSON file")
+    options = parser.parse_args()
+    chosen = [c for c in CONTENDERS if any(fnmatch.fnmatch(c.name, pattern) for pattern in options.only)]
+    if not chosen:
+        parser.error(f"--only {' '.join(options.only)} matches no contender; there are {', '.join(names)}")
+    if min(options.new_tokens, options.growing_tokens) < 2 or min(options.rounds, *options.batch) < 1:
+        parser.error("at least two new tokens, one round and one row are needed")
+
+    checkpoint = options.checkpoint or random_checkpoint()
+    config = QwenConfig.from_hf(checkpoint)
+    chosen, device = runnable(chosen)
+    workers = start_workers(chosen, str(checkpoint), device)
+    limits: dict[str, float] = {}
+    results, problems = [], []
+    for batch in options.batch:
+        prompts = arc_prompts(checkpoint, options.tasks, batch, options.prompt_tokens)
+        job = Job(prompts, options.new_tokens, options.growing_tokens)
+        rounds = compare(chosen, workers, job, options.rounds, limits)
+        problems += [f"batch {batch}: {p}" for p in check(rounds, job, config)]
+        results += [summary(c, measured, job, config, workers) for c, measured in rounds.items()]
+    for worker in workers.values():
+        worker.close()
+
+    limit = max(limits.values())
+    for result in results:
+        result["fraction_of_limit"] = result["bytes_per_second"] / limit
+    report = {
+        "machine": describe() | {"device": device},
+        "command": f"python -m benchmarks.compare_peers {' '.join(sys.argv[1:])}",
+        "bandwidth_limit": limits,
+        "problems": problems,
+        "results": results,
+    }
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(markdown(report))
+    return 1 if problems else 0
+
+
+def random_checkpoint() -> Path:
+    """The seeded 0.5B checkpoint, made on the first call (1 GB, in seconds)."""
+    if not (CACHED_CHECKPOINT / "config.json").exists():
+        CACHED_CHECKPOINT.parent.mkdir(parents=True, exist_ok=True)
+        script = ROOT / "examples" / "make_random_checkpoint.py"
+        with tempfile.TemporaryDirectory(dir=CACHED_CHECKPOINT.parent) as making:
+            subprocess.run([sys.executable, script, f"{making}/model"], check=True)
+            Path(making, "model").rename(CACHED_CHECKPOINT)
+    return CACHED_CHECKPOINT
+
+
+def arc_prompts(checkpoint: Path, tasks: Path, batch: int, tokens: int) -> np.ndarray:
+    """[batch, tokens] int32: text of ARC tasks through the checkpoint's tokenizer, no two rows equal."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    encoder = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
+    streams = [
+        encode_prompt(tokenizer, build_messages(task, 0, encoder, "output-from-examples-v0"))
+        for task in load_tasks(tasks).tasks
+    ]
+    # Row b reads task b from its start; once all tasks are used, again from a little further on.
+    prompts = [
+        np.resize(np.roll(streams[row % len(streams)], -11 * (row // len(streams))), tokens)
+        for row in range(batch)
+    ]
+    assert len(np.unique(prompts, axis=0)) == batch
+    return np.stack(prompts)
+
+
+def runnable(chosen: list[Contender]) -> tuple[list[Contender], str]:
+    """The contenders that can run beside JAX's device, and torch's name of that device."""
+    platform = jax_platform()
+    device = {"cpu": "cpu", "gpu": "cuda"}.get(platform, platform)
+    if any(c.framework == "torch" for c in chosen):
+        if device not in ("cpu", "cuda"):
+            reason = f"JAX runs on {platform}, where torch does not"
+        elif not torch_reaches(device):
+            reason = f"torch is not installed or cannot use {device}"
+        else:
+            return chosen, device
+        print(f"Transformers is left out: {reason}.", file=sys.stderr)
+        chosen = [c for c in chosen if c.framework != "torch"]
+    if not chosen:
+        sys.exit("Nothing is left to compare.")
+    return chosen, device
+
+
+def start_workers(chosen: list[Contender], checkpoint: str, device: str) -> dict[tuple[str, str], Worker]:
+    keys = dict.fromkeys((c.framework, c.dtype) for c in chosen)
+    return {key: Worker(key[0], checkpoint, key[1], device) for key in keys}
+
+
+def compare(
+    chosen: list[Contender],
+    workers: dict[tuple[str, str], Worker],
+    job: Job,
+    rounds: int,
+    limits: dict[str, float],
+) -> dict[Contender, list[Any]]:
+    """``rounds`` measurements a contender after its first run, all contenders taking turns.
+
+    The first element of each list is ``prepare``'s answer. A contender that fails is reported and left out.
+    """
+    measured: dict[Contender, list[Any]] = {c: [] for c in chosen}
+    for turn in ["prepare"] + ["measure"] * rounds:
+        for (framework, _), worker in workers.items():
+            limits[framework] = max(limits.get(framework, 0.0), worker.call("bandwidth"))
+        for contender in list(measured):
+            print(f"batch {len(job.prompts)}: {turn} {contender.name}", file=sys.stderr, flush=True)
+            try:
+                measured[contender].append(
+                    workers[contender.framework, contender.dtype].call(turn, contender, job)
+                )
+            except RuntimeError as error:
+                print(f"{contender.name} failed and is left out:\n{error}", file=sys.stderr)
+                del measured[contender]
+    return measured
+
+
+def check(rounds: dict[Contender, list[Any]], job: Job, config: QwenConfig) -> list[str]:
+    """What must not be believed: sentences."""
+    problems = []
+    last = {contender: measured[-1] for contender, measured in rounds.items()}
+    theirs = next(
+        (m for c, m in last.items() if (c.framework, c.dtype, c.capture) == ("torch", "f32", True)), None
+    )
+    for contender, ours in last.items():
+        if contender.framework != "jax":
+            continue
+        tokens = job.tokens_of(contender)
+        if contender.capture:
+            problems += [f"{contender.name}: {p}" for p in check_capture(ours, tokens, config)]
+        if theirs is None or contender.dtype != "f32":
+            continue
+        equal = ours.tokens == theirs.tokens[:, :tokens]
+        if not equal.all():
+            problems.append(
+                f"{contender.name}: {(~equal).any(1).sum()} of {len(equal)} rows differ from Transformers', "
+                f"first at token {int((~equal).any(0).argmax())}"
+            )
+        elif contender.capture and contender.kind == "jitted":
+            distance = np.linalg.norm(ours.rows - theirs.rows) / np.linalg.norm(theirs.rows)
+            if not distance < TOLERANCE:
+                problems.append(
+                    f"{contender.name}: captured rows differ from Transformers' by {distance:.1e}"
+                )
+    return problems
+
+
+def check_capture(ours: Measurement, tokens: int, config: QwenConfig) -> list[str]:
+    problems = []
+    expected = (14, tokens, len(ours.tokens), config.hidden_size)
+    if ours.capture_shape != expected:
+        problems.append(f"captured {ours.capture_shape} instead of {expected}")
+    assert ours.last_rows is not None
+    if not np.isfinite(ours.last_rows).all() or not (np.linalg.norm(ours.last_rows, axis=-1) > 0).all():
+        problems.append("rows of the last token are zero or not finite")
+    return problems
+
+
+def summary(
+    contender: Contender,
+    measured: list[Any],
+    job: Job,
+    config: QwenConfig,
+    workers: dict[tuple[str, str], Worker],
+) -> dict[str, Any]:
+    """One contender's line of the results: medians over the rounds, and each round."""
+    (compile_seconds, first_seconds), rounds = measured[0], measured[1:]
+    batch, prompt_tokens = job.prompts.shape
+    step = [m.decode / m.steps for m in rounds]
+    tokens = job.tokens_of(contender)
+    itemsize = 2 if contender.dtype == "bf16" else 4
+    slots = batch * (prompt_tokens + (tokens + 1) / 2)  # read by a step, on average
+    kv_bytes = slots * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    weight_bytes = workers[contender.framework, contender.dtype].weight_bytes
+    if not config.tie_word_embeddings:
+        weight_bytes -= config.vocab_size * config.hidden_size * itemsize  # the embedding: a row a sequence
+    median = statistics.median(step)
+    return {
+        "name": contender.name,
+        "batch": batch,
+        "tokens_per_second": batch / median,
+        "tokens_per_second_rounds": [batch / s for s in step],
+        "step_seconds": median,
+        "bytes_per_step": int(weight_bytes + kv_bytes),
+        "bytes_per_second": (weight_bytes + kv_bytes) / median,
+        "prefill_seconds": statistics.median(m.prefill for m in rounds),
+        "compile_seconds": compile_seconds,
+        "first_generation_seconds": first_seconds,
+        "new_tokens": tokens,
+        "peak_bytes": max(m.peak_bytes for m in rounds),
+        "peak_what": rounds[0].peak_what,
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One table a batch size."""
+    limits = ", ".join(f"{name} {limit / 1e9:.1f}" for name, limit in report["bandwidth_limit"].items())
+    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
+    lines = [f"{machine}\n", f"`{report['command']}`\n", f"Memory bandwidth, GB/s: {limits}"]
+    for batch in dict.fromkeys(result["batch"] for result in report["results"]):
+        results = [r for r in report["results"] if r["batch"] == batch]
+        hidden = [r["tokens_per_second"] for r in results if r["name"].endswith("-hidden")]
+        lines += [
+            f"\nBatch {batch}\n",
+            "| contender | tokens/s (rounds) | against the best hf with hidden states | ms a step | GB/s "
+            "| of the limit | prefill s | compile s | first run s | peak GB |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in results:
+            spread = f"{min(r['tokens_per_second_rounds']):.1f}-{max(r['tokens_per_second_rounds']):.1f}"
+            against = f"{r['tokens_per_second'] / max(hidden):.2f}x" if hidden else ""
+            compiled = "" if r["compile_seconds"] is None else f"{r['compile_seconds']:.1f}"
+            lines.append(
+                f"| {r['name']} | {r['tokens_per_second']:.1f} ({spread}) | {against} "
+                f"| {r['step_seconds'] * 1e3:.1f} | {r['bytes_per_second'] / 1e9:.1f} "
+                f"| {r['fraction_of_limit']:.0%} | {r['prefill_seconds']:.2f} | {compiled} "
+                f"| {r['first_generation_seconds']:.1f} | {r['peak_bytes'] / 1e9:.2f} |"
+            )
+    if report["problems"]:
+        lines += ["\nNot to be believed:\n", *(f"- {problem}" for problem in report["problems"])]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""The contenders of ``compare_peers.py``, each framework and dtype in a process of its own.
+
+Thread pools of torch and JAX then never meet, and the peak memory of one is not the other's. A worker holds
+its weights once and answers the parent's calls one at a time; only one worker works at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import PeakMemory, jax_bandwidth, torch_bandwidth, usable_cores
+
+DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to generate: ``kind`` is jitted or growing (ours), dynamic or static (Transformers' caches)."""
+
+    framework: str  # jax or torch
+    dtype: str  # bf16 or f32
+    kind: str
+    capture: bool
+
+    @property
+    def name(self) -> str:
+        if self.framework == "jax":
+            return f"{self.kind}-{self.dtype}" + ("" if self.capture else "-nocapture")
+        return f"hf-{self.dtype}-{self.kind}" + ("-hidden" if self.capture else "")
+
+
+CONTENDERS = (
+    *(Contender("jax", dtype, "jitted", capture) for dtype in DTYPES for capture in (True, False)),
+    *(Contender("jax", dtype, "growing", True) for dtype in DTYPES),
+    *(
+        Contender("torch", dtype, kind, capture)
+        for dtype in DTYPES
+        for kind in ("dynamic", "static")
+        for capture in (True, False)
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every contender of one comparison does: the same prompts [B, P], the same number of tokens."""
+
+    prompts: np.ndarray
+    new_tokens: int
+    growing_tokens: int  # the growing path is too slow for all of them
+
+    def tokens_of(self, contender: Contender) -> int:
+        return self.growing_tokens if contender.kind == "growing" else self.new_tokens
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One round of one contender, in seconds and bytes."""
+
+    prefill: float
+    decode: float
+    steps: int  # forward passes of the whole batch in ``decode``
+    peak_bytes: int
+    peak_what: str
+    tokens: np.ndarray  # [B, new_tokens]
+    rows: np.ndarray | None  # captured [layers 10 and 22, B, hidden] after reading the last token but one
+    last_rows: np.ndarray | None  # captured [14, B, hidden] after reading the last token: ours alone has it
+    capture_shape: tuple[int, ...] | None
+
+
+class JaxPeer:
+    """Our own paths."""
+
+    def __init__(self, checkpoint: str, dtype: str, device: str):
+        import jax
+
+        from qwen2_jax import load_qwen2
+
+        self.config, self.params = load_qwen2(checkpoint, dtype=DTYPES[dtype])
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        self._programs: dict[Contender, Any] = {}
+
+    def bandwidth(self) -> float:
+        return jax_bandwidth()
+
+    def prepare(self, contender: Contender, job: Job) -> tuple[float | None, float]:
+        """Seconds to compile, and to the end of the first generation, compilation included."""
+        started = time.perf_counter()
+        compile_seconds = None
+        if contender.kind == "jitted":
+            from generate_jitted import GenerateShape, bucket_length, compile_generate
+
+            width = bucket_length(job.prompts.shape[1])
+            shape = GenerateShape(len(job.prompts), width, job.new_tokens, stop=False)
+            program = compile_generate(self._model(contender), self.params, shape)
+            self._programs[contender] = program
+            compile_seconds = program.compile_seconds
+        self.measure(contender, job)
+        return compile_seconds, time.perf_counter() - started
+
+    def measure(self, contender: Contender, job: Job) -> Measurement:
+        import jax
+
+        peak = PeakMemory()
+        peak.start()
+        if contender.kind == "growing":
+            from generate_python import generate_single_task_python
+
+            def generate(tokens: int) -> Any:
+                model = self._model(contender)
+                return generate_single_task_python(model, self.params, job.prompts, tokens)
+
+            (_, prefill), (out, whole) = _timed(generate, 1), _timed(generate, job.growing_tokens)
+            decode, steps = whole - prefill, job.growing_tokens - 1
+        else:
+            from generate_jitted import Sampling, pad_prompts
+            from generation_request import check_request
+
+            ids, lengths = pad_prompts(list(job.prompts))
+            request = check_request(self.config, ids, job.new_tokens, prompt_lengths=lengths)
+            program = self._programs[contender]
+            drawing = (Sampling().traced(), request.seed, request.sequence_ids)
+            (state, _), prefill = _timed(
+                lambda: jax.block_until_ready(
+                    program.prefill(self.params, request.input_ids, request.prompt_lengths, *drawing)
+                )
+            )
+            out, decode = _timed(
+                lambda: jax.block_until_ready(
+                    program.decode(self.params, state, *drawing, request.eos_token_ids)
+                )
+            )
+            steps = job.new_tokens
+        peak_bytes, peak_what = peak.read()
+        if statistics := jax.local_devices()[0].memory_stats():
+            peak_bytes, peak_what = statistics["peak_bytes_in_use"], "on the device, since the worker began"
+        measured = Measurement(
+            prefill, decode, steps, peak_bytes, peak_what, np.asarray(out.token_ids), None, None, None
+        )
+        if contender.capture:
+            rows = out.activations
+            measured.rows = np.asarray(rows[np.array([0, 12]), -2], np.float32)
+            measured.last_rows = np.asarray(rows[:, -1], np.float32)
+            measured.capture_shape = rows.shape
+        return measured
+
+    def _model(self, contender: Contender) -> Any:
+        from qwen2_jax import QwenModel
+        from qwen2_jax_with_hooks import create_model_with_hooks
+
+        return create_model_with_hooks(self.config) if contender.capture else QwenModel(self.config)
+
+
+class TorchPeer:
+    """Transformers' ``generate``: what one would use instead."""
+
+    def __init__(self, checkpoint: str, dtype: str, device: str):
+        import torch
+        import transformers
+
+        torch.set_num_threads(usable_cores())
+        transformers.logging.set_verbosity_error()
+        self.device = device
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, DTYPES[dtype])
+        )
+        self.model = model.to(device).eval()
+        self.model.generation_config.eos_token_id = None
+        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
+
+    def bandwidth(self) -> float:
+        return torch_bandwidth(self.device)
+
+    def prepare(self, contender: Contender, job: Job) -> tuple[float | None, float]:
+        return None, _timed(self.measure, contender, job)[1]
+
+    def measure(self, contender: Contender, job: Job) -> Measurement:
+        import torch
+
+        ids = torch.from_numpy(job.prompts.astype(np.int64)).to(self.device)
+        on_device = self.device != "cpu"
+        peak = PeakMemory()
+        peak.start()
+        if on_device:
+            torch.cuda.reset_peak_memory_stats()
+
+        def generate(tokens: int) -> Any:
+            with torch.inference_mode():
+                out = self.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=tokens,
+                    min_new_tokens=tokens,
+                    pad_token_id=0,
+                    cache_implementation=contender.kind,
+                    output_hidden_states=contender.capture,
+                    return_dict_in_generate=True,
+                )
+            out.sequences[0, -1].item()  # waits for the device
+            return out
+
+        (_, prefill), (out, whole) = _timed(generate, 1), _timed(generate, job.new_tokens)
+        peak_bytes, peak_what = peak.read()
+        if on_device:
+            peak_bytes, peak_what = torch.cuda.max_memory_allocated(), "on the device"
+        rows = None
+        if contender.capture:
+            last = out.hidden_states[-1]  # of the step that read the last token but one
+            rows = torch.stack([last[11][:, -1], last[23][:, -1]]).float().cpu().numpy()
+        tokens = out.sequences[:, ids.shape[1] :].cpu().numpy()
+        steps = job.new_tokens - 1
+        return Measurement(prefill, whole - prefill, steps, peak_bytes, peak_what, tokens, rows, None, None)
+
+
+def _timed(run: Any, *args: Any) -> tuple[Any, float]:
+    started = time.perf_counter()
+    result = run(*args)
+    return result, time.perf_counter() - started
+
+
+class Worker:
+    """A peer in a process of its own; ``call`` runs one of its methods there and returns the result.
+
+    Raises:
+        RuntimeError: with the worker's own traceback, for whatever failed there.
+    """
+
+    def __init__(self, framework: str, checkpoint: str, dtype: str, device: str):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, framework, checkpoint, dtype, device), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.weight_bytes: int = self._answer()
+
+    def call(self, method: str, *args: Any) -> Any:
+        self._connection.send((method, args))
+        return self._answer()
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            fine, answer = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(f"The worker died (exit code {self._process.exitcode}).") from None
+        if not fine:
+            raise RuntimeError(answer)
+        return answer
+
+
+def _serve(connection: Connection, framework: str, checkpoint: str, dtype: str, device: str) -> None:
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # an accelerator is shared with the other workers
+    try:
+        peer = (JaxPeer if framework == "jax" else TorchPeer)(checkpoint, dtype, device)
+        connection.send((True, peer.weight_bytes))
+    except Exception:
+        connection.send((False, traceback.format_exc()))
+        return
+    while True:
+        try:
+            method, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, getattr(peer, method)(*args)))
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+
+
+def jax_platform() -> str:
+    """JAX's default backend here, asked in a process that then ends: this one must not hold the device."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_jax_platform)
+
+
+def _jax_platform() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def torch_reaches(device: str) -> bool:
+    """Whether torch is installed and can use ``device``, asked in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_torch_reaches, (device,))
+
+
+def _torch_reaches(device: str) -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return device == "cpu" or torch.cuda.is_available()
