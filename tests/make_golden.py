@@ -23,15 +23,16 @@ def golden(lively: Lively) -> dict[str, np.ndarray]:
     """For each prompt: its greedy tokens, some logits, and the check values of every row."""
     reference = TorchReference(lively)
     tensors = {}
-    for prompt in lively.prompts(LENGTHS):
+    prompts = lively.prompts(LENGTHS)
+    generated = reference.greedy(prompts, STEPS)
+    assert_lively(generated)
+    for prompt, tokens in zip(prompts, generated, strict=True):
         n = len(prompt)
-        tokens = reference.greedy(prompt, STEPS)
-        assert_lively(tokens[None])
-        logits, rows = reference.forward(np.concatenate([prompt, tokens]))
+        (logits,), rows = reference.forward(np.concatenate([prompt, tokens])[None])
         np.testing.assert_array_equal(logits[n - 1 : -1].argmax(-1), tokens)
         tensors[f"{n}.tokens"] = tokens
         tensors[f"{n}.logits"] = np.ascontiguousarray(logits[n - 1 :: LOGIT_STRIDE])
-        tensors[f"{n}.rows"] = check_values(rows[list(lively.extract)], lively).astype(np.float32)
+        tensors[f"{n}.rows"] = check_values(rows[list(lively.extract), 0], lively).astype(np.float32)
     return tensors
 
 

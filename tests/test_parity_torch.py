@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from attention import attend_two_part
 from generate_jitted import (
     GenerateShape,
     Generation,
+    Sampling,
     decode_step_with_cache,
     generate_single_task_jitted,
     prefill_with_cache,
@@ -33,9 +34,10 @@ from torch_reference import TorchReference
 
 TOLERANCE = 1e-4
 STEPS = 64
-LENGTHS = (1, 2, 17, 63, 64, 65, 128, 129, 299, 300)
+LENGTHS = (1, 2, 17, 64, 127, 128, 129, 300)
+SAMPLES = 8
 
-SMALL = "6 layers, MQA, untied"
+SMALL = "6 layers scanned, MQA, untied"
 MODELS = {
     "24 layers, GQA, tied": DEEP,
     "24 layers scanned, MHA, untied": dataclasses.replace(DEEP, kv_heads=4, tied=False, seed=1),
@@ -46,16 +48,51 @@ MODELS = {
 }
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case:
     """One model on both sides, what we generated from it, and the reference's view of the same sequences."""
 
     lively: Lively
     torch: TorchReference
     model: Any
     params: Any
-    prompts: list[np.ndarray]
-    out: Generation
-    reference: list[tuple[np.ndarray, np.ndarray]]  # logits [n, vocab], chosen rows [layers, n, hidden]
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        return self.lively.prompts(LENGTHS)
+
+    def generate(self, samples_per_prompt: int = SAMPLES, **kwargs: Any) -> Generation:
+        # Padded with a token that exists, so that a slot read past a prompt's end would change the result.
+        ids, lengths = pad_right(self.prompts, fill=self.lively.vocab - 1)
+        return generate_single_task_jitted(
+            self.model,
+            self.params,
+            ids,
+            STEPS,
+            prompt_lengths=lengths,
+            samples_per_prompt=samples_per_prompt,
+            extract_prompt=True,
+            **kwargs,
+        )
+
+    def forward(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The reference's logits [B, n, vocab] and chosen rows [layers, B, n, hidden] of whole sequences."""
+        logits, rows = self.torch.forward(sequences)
+        return logits, rows[list(self.lively.extract)]
+
+    @functools.cached_property
+    def out(self) -> Generation:
+        """Greedy: all samples of a prompt are the same."""
+        return self.generate()
+
+    @functools.cached_property
+    def reference(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each prompt and what followed it, logits [n, vocab] and rows [layers, n, hidden]."""
+        result = []
+        for prompt, tokens in zip(self.prompts, np.asarray(self.out.token_ids)[::SAMPLES], strict=True):
+            logits, rows = self.forward(np.concatenate([prompt, tokens])[None])
+            result.append((logits[0], rows[:, 0]))
+        return result
 
 
 @functools.cache
@@ -66,15 +103,7 @@ def build_case(name: str) -> Case:
     params = convert_hf_to_jax_weights(torch_model.model, model.config)
     if "scanned" in name:
         model, params = model.clone(config=model.config.replace(scan_layers=True)), stack_layers(params)
-    prompts = lively.prompts(LENGTHS)
-    # Padded with a token that exists, so that a slot read past a prompt's end would change the result.
-    ids, lengths = pad_right(prompts, fill=lively.vocab - 1)
-    out = generate_single_task_jitted(model, params, ids, STEPS, prompt_lengths=lengths, extract_prompt=True)
-    reference = []
-    for prompt, tokens in zip(prompts, np.asarray(out.token_ids), strict=True):
-        logits, rows = torch_model.forward(np.concatenate([prompt, tokens]))
-        reference.append((logits, rows[list(lively.extract)]))
-    return Case(lively, torch_model, model, params, prompts, out, reference)
+    return Case(lively, torch_model, model, params)
 
 
 @pytest.fixture(params=MODELS)
@@ -85,19 +114,20 @@ def case(request) -> Case:
 def test_greedy_tokens_are_those_of_transformers(case: Case):
     assert_lively(case.out.token_ids)
     np.testing.assert_array_equal(case.out.lengths, STEPS)
-    for b, prompt in enumerate(case.prompts):
-        # By induction: each token is the reference's choice after all those before it.
-        choices = case.reference[b][0].argmax(-1)[len(prompt) - 1 : -1]
-        np.testing.assert_array_equal(case.out.token_ids[b], choices)
-    for b in (0, len(LENGTHS) - 1):  # and with Transformers' own loop and cache
-        np.testing.assert_array_equal(case.out.token_ids[b], case.torch.greedy(case.prompts[b], STEPS))
+    # With Transformers' own loop and cache,
+    expected = case.torch.greedy(case.prompts, STEPS)
+    np.testing.assert_array_equal(case.out.token_ids, expected.repeat(SAMPLES, axis=0))
+    # and by induction: each token is the reference's choice after all those before it.
+    for prompt, tokens, (logits, _) in zip(case.prompts, expected, case.reference, strict=True):
+        np.testing.assert_array_equal(tokens, logits.argmax(-1)[len(prompt) - 1 : -1])
 
 
 def test_every_generated_row_is_that_of_the_hooked_torch_layer(case: Case):
     rows = np.asarray(case.out.activations)
-    assert rows.shape == (len(case.lively.extract), STEPS, len(LENGTHS), case.lively.hidden)
-    for b, prompt in enumerate(case.prompts):
-        assert row_errors(rows[:, :, b], case.reference[b][1][:, len(prompt) :]).max() < TOLERANCE
+    assert rows.shape == (len(case.lively.extract), STEPS, len(LENGTHS) * SAMPLES, case.lively.hidden)
+    for b in range(rows.shape[2]):
+        expected = case.reference[b // SAMPLES][1][:, LENGTHS[b // SAMPLES] :]
+        assert row_errors(rows[:, :, b], expected).max() < TOLERANCE
 
 
 def test_every_prompt_row_is_that_of_the_hooked_torch_layer(case: Case):
@@ -109,25 +139,45 @@ def test_every_prompt_row_is_that_of_the_hooked_torch_layer(case: Case):
         assert not rows[:, n:, b].any()
 
 
+def test_samples_of_one_prompt_go_their_own_ways_each_as_the_reference(case: Case):
+    out = case.generate(sampling=Sampling(temperature=1.0), seed=1)
+    tokens, rows = np.asarray(out.token_ids), np.asarray(out.activations)
+    assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
+    for i, prompt in enumerate(case.prompts):
+        of_prompt = slice(i * SAMPLES, (i + 1) * SAMPLES)
+        sequences = np.concatenate([np.tile(prompt, (SAMPLES, 1)), tokens[of_prompt]], axis=1)
+        logits, expected = case.forward(sequences)
+        errors = row_errors(rows[:, :, of_prompt].swapaxes(1, 2), expected[:, :, len(prompt) :])
+        assert errors.max() < TOLERANCE
+        logprobs = log_softmax(logits[:, len(prompt) - 1 : -1])
+        chosen = np.take_along_axis(logprobs, tokens[of_prompt, :, None], axis=-1)[..., 0]
+        np.testing.assert_allclose(out.logprobs[of_prompt], chosen, atol=1e-3)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def test_one_sample_of_a_prompt_is_what_eight_are():
+    case = build_case(SMALL)  # of every model in the steps by hand, below
+    alone = case.generate(samples_per_prompt=1)
+    np.testing.assert_array_equal(alone.token_ids, case.out.token_ids[::SAMPLES])
+    errors = row_errors(alone.activations, np.asarray(case.out.activations)[:, :, ::SAMPLES])
+    assert errors.max() < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "name", [name for name, lively in MODELS.items() if lively.layers - 1 in lively.extract]
 )
 def test_the_last_layers_row_is_taken_before_the_final_norm(name: str):
     case = build_case(name)
     b, last = len(LENGTHS) - 1, case.lively.layers - 1
-    tokens = np.concatenate([case.prompts[b], case.out.token_ids[b]])
-    rows = np.asarray(case.out.activations)[case.lively.extract.index(last), :, b]
+    tokens = np.concatenate([case.prompts[b], case.out.token_ids[b * SAMPLES]])
+    rows = np.asarray(case.out.activations)[case.lively.extract.index(last), :, b * SAMPLES]
     hooked, after_norm = case.torch.last_layer(tokens)
     assert row_errors(rows, hooked[LENGTHS[b] :]).max() < TOLERANCE
     assert row_errors(rows, after_norm[LENGTHS[b] :]).min() > 0.1
-
-
-def test_logprobs_are_those_of_the_torch_logits(case: Case):
-    for b, prompt in enumerate(case.prompts):
-        logits = case.reference[b][0][len(prompt) - 1 : -1].astype(np.float64)
-        top = logits.max(-1)
-        expected = -np.log(np.exp(logits - top[:, None]).sum(-1))  # of the largest logit
-        np.testing.assert_allclose(case.out.logprobs[b], expected, atol=1e-3)
 
 
 # --- Prefill and decode step by hand: the logits of every step ----------------------------------------------
@@ -156,7 +206,7 @@ def stepwise(case_name: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
     out, cache = prefilled(case_name)
     logits, rows = [out], []
     for t in range(steps):
-        out, cache, captured = step(case.params, case.out.token_ids[:, t], cache)
+        out, cache, captured = step(case.params, case.out.token_ids[::SAMPLES, t], cache)
         logits.append(out)
         rows.append(captured)
     return np.stack(logits), np.stack(rows)
@@ -177,7 +227,7 @@ def stepwise_errors(case_name: str, steps: int) -> tuple[float, float]:
     return logit_error, row_error
 
 
-@pytest.mark.parametrize("name", [SMALL, "24 layers scanned, MHA, untied"])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_logits_of_prefill_and_of_every_decode_step(name: str):
     logit_error, row_error = stepwise_errors(name, STEPS)
     assert logit_error < TOLERANCE
@@ -208,33 +258,16 @@ class TestPlantedFaults:
         assert min(stepwise_errors(SMALL, 4)) > 100 * TOLERANCE
 
 
-# --- Samples and checkpoints on disk ------------------------------------------------------------------------
+# --- Checkpoints on disk ------------------------------------------------------------------------------------
 
 
-def test_eight_samples_of_a_prompt_share_it_and_are_all_the_reference():
-    case = build_case(SMALL)
-    chosen = (0, 3, 8)
-    ids, lengths = pad_right([case.prompts[i] for i in chosen])
-    out = generate_single_task_jitted(
-        case.model, case.params, ids, STEPS, prompt_lengths=lengths, samples_per_prompt=8
-    )
-    rows = np.asarray(out.activations)
-    for b, tokens in enumerate(np.asarray(out.token_ids)):
-        i = chosen[b // 8]
-        np.testing.assert_array_equal(tokens, case.out.token_ids[i])
-        expected = case.reference[i][1][:, LENGTHS[i] :]
-        assert row_errors(rows[:, :, b], expected).max() < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "name", ["6 layers, MQA, untied", "6 layers, 14 heads on 2, tied, layers out of order"]
-)
+@pytest.mark.parametrize("name", [SMALL, "6 layers, 14 heads on 2, tied, layers out of order"])
 @pytest.mark.parametrize("shards", ["one file", "sharded"])
 def test_a_checkpoint_saved_by_transformers_loads_as_the_live_model(name: str, shards: str, tmp_path):
     case = build_case(name)
     case.torch.model.save_pretrained(tmp_path, max_shard_size="50KB" if shards == "sharded" else "1GB")
     assert (len(list(tmp_path.glob("*.safetensors"))) > 3) == (shards == "sharded")
-    config, params = load_qwen2(tmp_path)
+    config, params = load_qwen2(tmp_path, scan_layers=case.model.config.scan_layers)
     # Transformers drops the width of a window that is not in use.
     assert config.replace(sliding_window=None) == case.model.config.replace(sliding_window=None)
     assert jax.tree.structure(params) == jax.tree.structure(case.params)

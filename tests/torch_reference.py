@@ -32,12 +32,19 @@ class TorchReference:
         self._rows.append(output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
-    def greedy(self, prompt: np.ndarray, tokens: int) -> np.ndarray:
-        """``tokens`` greedy tokens after the prompt [n], with Transformers' own loop and cache."""
-        ids = torch.from_numpy(prompt[None].astype(np.int64))
+    def greedy(self, prompts: list[np.ndarray], tokens: int) -> np.ndarray:
+        """``tokens`` greedy tokens after each prompt, with Transformers' own loop and cache: [P, tokens].
+
+        One batch, padded on the left as Transformers wants it.
+        """
+        width = max(map(len, prompts))
+        ids, mask = torch.zeros((2, len(prompts), width), dtype=torch.int64)
+        for row, valid, prompt in zip(ids, mask, prompts, strict=True):
+            row[width - len(prompt) :] = torch.from_numpy(prompt)
+            valid[width - len(prompt) :] = 1
         out = self.model.generate(  # pyright: ignore[reportAttributeAccessIssue]
             ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
@@ -45,15 +52,18 @@ class TorchReference:
             pad_token_id=0,
         )
         self._rows.clear()
-        return out[0, len(prompt) :].numpy().astype(np.int32)
+        return out[:, width:].numpy().astype(np.int32)
 
     @torch.no_grad()
     def forward(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One plain pass over a sequence [n], no cache: (logits [n, vocab], rows [layers, n, hidden])."""
+        """One plain pass over sequences [B, n], no cache.
+
+        Returns:
+            logits [B, n, vocab] and rows [layers, B, n, hidden].
+        """
         self._rows.clear()
-        ids = torch.from_numpy(token_ids[None].astype(np.int64))
-        logits = self.model(ids, use_cache=False).logits
-        return logits[0].numpy(), torch.stack(self._rows)[:, 0].numpy()
+        logits = self.model(torch.from_numpy(token_ids.astype(np.int64)), use_cache=False).logits
+        return logits.numpy(), torch.stack(self._rows).numpy()
 
     @torch.no_grad()
     def last_layer(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
