@@ -37,8 +37,13 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
 
     def traced(self) -> SamplingArrays:
+        """In the device's types, at their ends: below float32's normal numbers a device may read 0."""
+        tiny, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+        temperature = 0.0 if self.temperature < tiny else min(self.temperature, largest)
         return SamplingArrays(
-            np.float32(self.temperature), np.int32(min(self.top_k, 2**31 - 1)), np.float32(self.top_p)
+            np.float32(temperature),
+            np.int32(min(self.top_k, 2**31 - 1)),
+            np.float32(max(self.top_p, tiny)),
         )
 
 
@@ -88,8 +93,10 @@ def sample_tokens(
 def _draw(logits: Array, key: Array, step: Array, sampling: SamplingArrays) -> Array:
     """One token of one row ``[vocab]``, by the Gumbel trick over what top-k and top-p keep."""
     noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32)
+    # Relative to the largest: a tiny temperature takes all others to -inf, and none to +inf.
+    scaled = (logits - jnp.max(logits)) / sampling.temperature
     kept = logits >= _threshold(logits, sampling)
-    return jnp.argmax(jnp.where(kept, logits / sampling.temperature + noise, -jnp.inf)).astype(jnp.int32)
+    return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf)).astype(jnp.int32)
 
 
 def _threshold(logits: Array, sampling: SamplingArrays) -> Array:

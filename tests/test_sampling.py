@@ -56,6 +56,9 @@ TIED = np.array([3, 1, 2, 2, 2, 0, -1, 2.5], np.float32)
         (LOGITS, Sampling(0.8, top_k=10**12, top_p=0.999)),
         (TIED, Sampling(1.0, top_k=3)),  # three tokens tie for the third place
         (TIED, Sampling(1.0, top_p=0.75)),
+        (TIED, Sampling(2e-38)),  # what is left is the largest alone
+        (np.array([1, 2, 2, 2], np.float32), Sampling(2e-38)),  # or several, equally likely
+        (LOGITS, Sampling(1e300)),  # more than float32 can hold: all are equally likely
     ],
     ids=str,
 )
@@ -75,10 +78,19 @@ def test_ties_with_the_last_token_kept_are_kept():
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0.7, top_k=1), Sampling(0.7, top_p=1e-6), Sampling(1e-4)], ids=str
+    "sampling",
+    [
+        Sampling(0.7, top_k=1),
+        Sampling(0.7, top_p=1e-6),
+        Sampling(0.7, top_p=1e-300),
+        # A logit divided by these overflows float32; the last two are no normal float32 themselves.
+        *(Sampling(temperature) for temperature in (1e-4, 1e-30, 2e-38, 1e-38, 1e-44, 1e-300)),
+        Sampling(1e-38, top_k=5, top_p=0.9),
+    ],
+    ids=str,
 )
 def test_what_leaves_one_token_is_greedy(sampling: Sampling):
-    assert set(draw(LOGITS, sampling, 500)) == {int(LOGITS.argmax())}
+    assert set(draw(10 * LOGITS, sampling, 500)) == {int(LOGITS.argmax())}
 
 
 def test_greedy_is_the_largest_logit_the_first_of_equals_and_needs_no_luck():
