@@ -10,6 +10,11 @@ the others are done), 2 bad usage.
 
 from __future__ import annotations
 
+from run_signals import EXIT_RESUMABLE, STOPPED, StopRequest, end_on_signals
+
+if __name__ == "__main__":
+    end_on_signals()  # already during the other imports, which take seconds
+
 import contextlib
 import hashlib
 import importlib.metadata
@@ -44,7 +49,6 @@ from run_generation import Clock, Generator, finished_sequences
 from run_options import EXAMPLES, RunOptions, UsageError, parse_options
 from run_plan import Call, Prompt, build_prompts, plan_calls
 from run_report import Progress, Report, failure_entries, report_path, write_answers
-from run_signals import EXIT_RESUMABLE, StopRequest
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_USAGE = 0, 1, 2
 _TOKENIZER_FILES = (
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; the same command continues" if isinstance(error, StoreWriteError) else ""
         return _fail(f"error: {error}{hint}", EXIT_RESUMABLE if hint else EXIT_USAGE)
     except KeyboardInterrupt:
-        return _fail("stopped; nothing is lost, the same command continues", EXIT_RESUMABLE)
+        return _fail(STOPPED, EXIT_RESUMABLE)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         reason = str(error).partition("\n")[0]
         return _fail(

@@ -74,13 +74,17 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
     return ids, lengths
 
 
+def eos_slots(count: int) -> int:
+    """The slots that so many EOS ids are padded to, of which a program is compiled."""
+    return -(-max(count, 1) // _EOS_SLOTS) * _EOS_SLOTS
+
+
 def _pack_eos(eos_token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """The ids as an int32 array padded with -1, which no token is."""
     for token in eos_token_ids:
         if not 0 <= token < vocab_size:
             raise ValueError(f"EOS token id {token} is outside the vocabulary of {vocab_size}.")
-    slots = -(-max(len(eos_token_ids), 1) // _EOS_SLOTS) * _EOS_SLOTS
-    packed = np.full(slots, -1, np.int32)
+    packed = np.full(eos_slots(len(eos_token_ids)), -1, np.int32)
     packed[: len(eos_token_ids)] = list(eos_token_ids)
     return packed
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from activation_store import FinishedSequence
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from generate_python import generate_single_task_python
+from generation_request import eos_slots
 from qwen2_jax import QwenModel, load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 from run_options import RunOptions
@@ -96,6 +97,7 @@ class Generator:
             cache_dtype=None if cache_dtype is None else np.dtype(cache_dtype),
             stop=len(self.eos_token_ids) > 0,
             capture_prompt=self.options.extract_prompt,
+            eos_slots=eos_slots(len(self.eos_token_ids)),
         )
 
 

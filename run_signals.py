@@ -8,6 +8,18 @@ import signal
 from collections.abc import Iterator
 
 EXIT_RESUMABLE = 75
+STOPPED = "stopped; nothing is lost, the same command continues"
+
+
+def end_on_signals() -> None:
+    """SIGINT and SIGTERM end the process in one sentence, as long as there is nothing to bring in order."""
+
+    def end(_number: int, _frame: object) -> None:
+        os.write(2, f"{STOPPED}\n".encode())
+        os._exit(EXIT_RESUMABLE)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 class StopRequest:

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lively import rewrite_json
 from runner_cases import (
+    REPOSITORY,
     TINY,
     arguments,
+    copy_small,
     digests,
     puzzle,
     report,
@@ -264,29 +267,42 @@ def test_sequences_that_are_computed_again_are_neither_stored_nor_counted_twice(
     assert tokens(tmp_path) == wanted
 
 
-@pytest.mark.parametrize("flags", [{}, WITH_PROMPT, {"no_extract_activations": True}], ids=str)
-def test_everything_is_compiled_before_the_clock_of_generation_starts(
-    flags: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    misses = []
+@pytest.fixture
+def compiled_in_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each call of the model, how many shapes it compiled."""
+    counts = []
     generate = Generator.generate
 
     def counted(self: Generator, call: Any) -> Any:
         before = generate_jitted._compile.cache_info().misses
         generation = generate(self, call)
-        misses.append(generate_jitted._compile.cache_info().misses - before)
+        counts.append(generate_jitted._compile.cache_info().misses - before)
         return generation
 
     monkeypatch.setattr(Generator, "generate", counted)
+    return counts
+
+
+@pytest.mark.parametrize("flags", [{}, WITH_PROMPT, {"no_extract_activations": True}], ids=str)
+def test_everything_is_compiled_before_the_clock_of_generation_starts(
+    flags: dict[str, Any], compiled_in_calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     compile_shapes = Generator.compile
     monkeypatch.setattr(Generator, "compile", lambda *a: (time.sleep(1), compile_shapes(*a))[1])
     started = time.perf_counter()
     assert run_main(four(tmp_path), **flags).code == DONE
     wall = time.perf_counter() - started
-    assert misses == [0] * 4
+    assert compiled_in_calls == [0] * 4
     figures = report(tmp_path)
     assert figures["compile_seconds"] > 1
     assert sum(figures[f"{phase}_seconds"] for phase in ("load", "compile", "generate")) < wall
+
+
+def test_so_are_the_programs_for_more_eos_ids_than_usual(compiled_in_calls: list[int], tmp_path: Path):
+    model = copy_small(tmp_path / "model")
+    rewrite_json(model / "generation_config.json", eos_token_id=list(range(12)))
+    assert run_main(four(tmp_path), model_path=model).code == DONE
+    assert compiled_in_calls == [0] * 4
 
 
 # --- Stopping and going on ----------------------------------------------------------------------------------
@@ -361,6 +377,35 @@ def test_a_second_ctrl_c_ends_a_call_that_runs_on(finished: Path, tmp_path: Path
         process.communicate(timeout=20)
     assert process.returncode == RESUMABLE
     assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
+
+
+def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
+    """Exit code and errors of a Python whose import of jax takes for ever, and is met by Ctrl-C."""
+    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=20), process.communicate()[1]
+
+
+def test_ctrl_c_while_the_modules_are_imported_is_a_sentence(tmp_path: Path):
+    code, err = interrupt_while_importing(tmp_path, "distributed_kv_cached_inference.py")
+    assert (code, err) == (RESUMABLE, "stopped; nothing is lost, the same command continues\n")
+
+
+def test_as_a_library_the_runner_leaves_ctrl_c_alone(tmp_path: Path):
+    code, err = interrupt_while_importing(tmp_path, "-c", "import distributed_kv_cached_inference")
+    assert code == -signal.SIGINT
+    assert err.endswith("KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize("place", ["load_tasks", "_load_tokenizer", "ActivationWriter"])
