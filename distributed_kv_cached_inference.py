@@ -103,7 +103,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
     _say_defaults(options)
     loaded = load_tasks(options.dataset_path, options.n_tasks)
-    _check_output(options)
+    _check_places(options)
     config = _load_config(options)
     check_checkpoint(options.model_path, config)
     tokenizer = _load_tokenizer(options.model_path, config.vocab_size)
@@ -198,17 +198,31 @@ def _say_defaults(options: RunOptions) -> None:
         print(f"there is no directory {options.model_path}: asking the Hugging Face hub", flush=True)
 
 
-def _check_output(options: RunOptions) -> None:
-    for path in (Path(options.output_filepath), report_path(options)):
+def _check_places(options: RunOptions) -> None:
+    """What is written can be, and is no part of what is read."""
+    output, store, dataset = (
+        Path(path) for path in (options.output_filepath, options.activations_dir, options.dataset_path)
+    )
+    for path in (output, report_path(options)):
         if path.is_dir():
             raise UsageError(f"--output_filepath: {path} is a directory; name a file to write")
-    folder = Path(options.output_filepath).parent
+        if path.resolve() == dataset.resolve():
+            raise UsageError(f"--output_filepath: {path} is the data set; name another file")
+    if dataset.is_dir() and dataset.resolve() in (output.parent.resolve(), store.resolve()):
+        flag = "activations_dir" if dataset.resolve() == store.resolve() else "output_filepath"
+        raise UsageError(
+            f"--{flag}: in {dataset}, the data set, every .json file is a task; name another directory"
+        )
+    if "://" not in options.activations_dir:
+        for path in (store, *store.parents):
+            if path.is_file():
+                raise UsageError(f"--activations_dir: {path} is a file; name a directory")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
-        raise UsageError(f"--output_filepath: cannot write in {folder}: {error.strerror}") from error
+        raise UsageError(f"--output_filepath: cannot write in {output.parent}: {error.strerror}") from error
 
 
 def _device_name() -> str:
@@ -223,6 +237,11 @@ def _load_config(options: RunOptions) -> QwenConfig:
     config = QwenConfig.from_hf(options.model_path)
     if options.dtype is not None:
         config = config.replace(dtype=options.dtype)
+    if options.max_output_tokens >= config.max_position_embeddings:
+        raise UsageError(
+            f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "
+            f"context is {config.max_position_embeddings}"
+        )
     if options.extract_activations:
         try:
             create_model_with_hooks(config, options.layers_to_extract)

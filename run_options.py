@@ -107,10 +107,11 @@ def _check(options: RunOptions) -> None:
     for name in ("model_path", "dataset_path", "activations_dir", "output_filepath"):
         if not getattr(options, name):
             raise UsageError(f"--{name} is empty; leave the flag out or give it a value")
-    if "://" in options.output_filepath or Path(options.output_filepath).name in ("", ".."):
-        raise UsageError(f"--output_filepath {options.output_filepath} is not the path of a local file")
-    if Path(options.output_filepath) == Path(options.activations_dir):
-        raise UsageError(f"--output_filepath and --activations_dir are both {options.output_filepath}")
+    output = options.output_filepath
+    if "://" in output or output.endswith("/") or Path(output).name in ("", ".."):
+        raise UsageError(f"--output_filepath {output} is not the path of a local file")
+    if Path(output) == Path(options.activations_dir):
+        raise UsageError(f"--output_filepath and --activations_dir are both {output}")
     for name in ("batch_size", "max_output_tokens", "predictions_per_task", "augmentations"):
         if getattr(options, name) < 1:
             raise UsageError(f"--{name} must be at least 1, not {getattr(options, name)}")

@@ -106,6 +106,14 @@ def run_main(folder: Path | str, **flags: Any) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def assert_refused(outcome: Outcome, sentence: str) -> None:
+    """Bad usage, told in one line."""
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert sentence in outcome.err, outcome.err
+
+
 def run_python(script: str, *words: str) -> str:
     """What a script prints that is run in a process of its own, and sees the modules here."""
     process = start_python(script, *words)

@@ -106,6 +106,7 @@ REFUSED = [
     ("--activations_dir=", "--activations_dir is empty"),
     ("--output_filepath=", "--output_filepath is empty"),
     ("--output_filepath gs://bucket/s.json", "gs://bucket/s.json is not the path of a local file"),
+    ("--output_filepath answers/", "--output_filepath answers/ is not the path of a local file"),
     ("--output_filepath ..", "--output_filepath .. is not the path of a local file"),
     ("--output_filepath x --activations_dir ./x", "--output_filepath and --activations_dir are both x"),
     ("--batchsize 3", "unknown argument --batchsize; did you mean --batch_size?"),
