@@ -13,7 +13,7 @@ from __future__ import annotations
 from run_signals import EXIT_RESUMABLE, STOPPED, StopRequest, end_on_signals
 
 if __name__ == "__main__":
-    end_on_signals()  # already during the other imports, which take seconds
+    end_on_signals()  # here, as the other imports take seconds
 
 import contextlib
 import hashlib
@@ -63,10 +63,8 @@ _PROBE = "Input 0123456789"
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    stop = StopRequest()
     try:
-        with stop.on_signals():
-            return run(parse_options(argv), stop)
+        return run(parse_options(argv))
     except (UsageError, ArcFormatError, CheckpointError) as error:
         return _fail(f"error: {error}", EXIT_USAGE)
     except StoreError as error:
@@ -95,6 +93,8 @@ def _fail(message: str, code: int) -> int:
 
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     """One run of the main job, its report printed and written; the exit code.
+
+    A signal while it generates ends it in good order; at any other moment nothing is lost by its end.
 
     Raises:
         UsageError, ArcFormatError, CheckpointError, StoreError: as soon as it is known, each a sentence.

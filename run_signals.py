@@ -5,58 +5,60 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 EXIT_RESUMABLE = 75
 STOPPED = "stopped; nothing is lost, the same command continues"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_on_signals() -> None:
-    """SIGINT and SIGTERM end the process in one sentence, as long as there is nothing to bring in order."""
+    """From now on SIGINT and SIGTERM end the process at once, in a sentence.
+
+    For the command line, from its first moment on. Raising KeyboardInterrupt would not do: what is raised
+    during an import or in a callback of the garbage collector ends in a traceback, if it ends anything.
+    """
 
     def end(_number: int, _frame: object) -> None:
         os.write(2, f"{STOPPED}\n".encode())
         os._exit(EXIT_RESUMABLE)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, end)
 
 
 class StopRequest:
-    """Whether the run was asked to stop.
-
-    While results are being made (``deferred``) the first signal only sets ``requested``; anywhere else
-    nothing is lost by stopping on the spot, and it raises KeyboardInterrupt.
-    """
+    """Whether a run was asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._deferring = False
-
-    @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Within, SIGINT and SIGTERM are stop requests; main thread only."""
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal interrupts nothing; look at ``requested`` between two pieces of work."""
-        self._deferring = True
+        """Within, the first signal interrupts nothing; look at ``requested`` between two pieces of work.
+
+        The next one does what it did before. In a thread of its own a run is left to its caller: Python
+        handles signals on the main thread only.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(_number: int, _frame: object) -> None:
+            self.requested = True
+            restore()
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"stopping as soon as the running work is done; once more to stop at once\n")
+
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
         try:
+            for number in _SIGNALS:
+                signal.signal(number, handle)
             yield
         finally:
-            self._deferring = False
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.requested:
-            os._exit(EXIT_RESUMABLE)
-        self.requested = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"stopping as soon as the running work is done; once more to stop at once\n")
-        if not self._deferring:
-            raise KeyboardInterrupt
+            restore()

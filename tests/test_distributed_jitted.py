@@ -39,6 +39,8 @@ from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 from run_generation import Generator
 
 DONE, RESUMABLE = 0, 75
+STOPPED = "stopped; nothing is lost, the same command continues\n"
+SCRIPT = distributed_kv_cached_inference.__file__
 FLOAT32_ERROR = 1e-4
 BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summation
 
@@ -309,10 +311,9 @@ def test_so_are_the_programs_for_more_eos_ids_than_usual(compiled_in_calls: list
 
 # Says when a call begins, and lets the third one do something first.
 SLOW = """
-import sys, time, jax
-import distributed_kv_cached_inference as runner
+import runpy, sys, time, jax
 from run_generation import Generator
-something, generate, calls = sys.argv[1], Generator.generate, []
+script, something, generate, calls = sys.argv[1], sys.argv[2], Generator.generate, []
 def slow(self, call):
     calls.append(call)
     print("call", len(calls), file=sys.stderr, flush=True)
@@ -320,7 +321,8 @@ def slow(self, call):
         exec(something)
     return generate(self, call)
 Generator.generate = slow
-sys.exit(runner.main(sys.argv[2:]))
+del sys.argv[1:3]
+runpy.run_path(script, run_name="__main__")
 """
 # On the device, where no signal reaches Python before it ends.
 COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, lambda i: i // 2, 1))"
@@ -329,7 +331,7 @@ COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, l
 @contextlib.contextmanager
 def third_call(folder: Path, something: str) -> Iterator[subprocess.Popen[str]]:
     """The run of four tasks in a process of its own, in its third call, which does something first."""
-    with start_python(SLOW, something, *arguments(four(folder))) as process:
+    with start_python(SLOW, SCRIPT, something, *arguments(four(folder))) as process:
         try:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, "")
@@ -374,7 +376,7 @@ def test_a_second_ctrl_c_ends_a_call_that_runs_on(finished: Path, tmp_path: Path
         assert process.stderr is not None
         assert "once more to stop at once" in process.stderr.readline()  # at once, though the call runs on
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        assert process.communicate(timeout=20)[1] == STOPPED
     assert process.returncode == RESUMABLE
     assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
 
@@ -399,7 +401,7 @@ def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
 
 def test_ctrl_c_while_the_modules_are_imported_is_a_sentence(tmp_path: Path):
     code, err = interrupt_while_importing(tmp_path, "distributed_kv_cached_inference.py")
-    assert (code, err) == (RESUMABLE, "stopped; nothing is lost, the same command continues\n")
+    assert (code, err) == (RESUMABLE, STOPPED)
 
 
 def test_as_a_library_the_runner_leaves_ctrl_c_alone(tmp_path: Path):
@@ -408,23 +410,43 @@ def test_as_a_library_the_runner_leaves_ctrl_c_alone(tmp_path: Path):
     assert err.endswith("KeyboardInterrupt\n")
 
 
-@pytest.mark.parametrize("place", ["load_tasks", "_load_tokenizer", "ActivationWriter"])
-def test_ctrl_c_before_the_first_call_ends_at_once(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
-    interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)  # noqa: E731
-    monkeypatch.setattr(distributed_kv_cached_inference, place, interrupt)
+# Ctrl-C where Python passes over what a signal's handler raises.
+IN_A_CALLBACK = """
+import gc, importlib, runpy, signal, sys
+def interrupt(*_, **__):
+    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
+    gc.collect()
+script, module, name = sys.argv[1:4]
+setattr(importlib.import_module(module), name, interrupt)
+del sys.argv[1:4]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("arc_tasks", "load_tasks"), ("run_generation", "compile_generate")]
+)
+def test_ctrl_c_before_the_first_call_ends_at_once(module: str, name: str, tmp_path: Path):
+    process = start_python(IN_A_CALLBACK, SCRIPT, module, name, *arguments(four(tmp_path)))
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (RESUMABLE, STOPPED)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_in_a_notebook_an_interrupt_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Generator, "load", interrupt)
     outcome = run_main(four(tmp_path))
-    assert outcome.code == RESUMABLE
-    assert outcome.err == "stopped; nothing is lost, the same command continues\n"
-    assert "once more to stop at once" in capfd.readouterr().err
+    assert (outcome.code, outcome.err) == (RESUMABLE, STOPPED)
 
 
 # --- The surroundings ---------------------------------------------------------------------------------------
 
 
 def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Generator, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Generator, "load", interrupt)
     outcome = run_main(tmp_path, model_path=None, dataset_path=None, layers_to_extract=None)
     assert "no --model_path given: using the embedded example, a tiny model" in outcome.out
     assert "no --dataset_path given: using the embedded example, six puzzles" in outcome.out
@@ -433,8 +455,7 @@ def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pyt
 
 def test_the_command_line_itself(finished: Path):
     """A process as a user starts it: nothing but the report on its output, and an exit code."""
-    script = distributed_kv_cached_inference.__file__
-    run = [sys.executable, script, *arguments(finished)]
+    run = [sys.executable, SCRIPT, *arguments(finished)]
     process = subprocess.run(run, capture_output=True, text=True, timeout=100)
     assert (process.returncode, process.stderr) == (DONE, "")
     assert process.stdout.startswith(
@@ -447,7 +468,7 @@ def test_whoever_reads_the_output_may_leave(finished: Path):
     """As in ``... | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)
-    run = [sys.executable, distributed_kv_cached_inference.__file__, *arguments(finished)]
+    run = [sys.executable, SCRIPT, *arguments(finished)]
     process = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100)
     os.close(writing)
     assert (process.returncode, process.stderr) == (RESUMABLE, "")

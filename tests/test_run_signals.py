@@ -1,37 +1,67 @@
-"""Ctrl-C and SIGTERM within one process. (A second signal ends the process: test_distributed_jitted.)"""
+"""Ctrl-C and SIGTERM within one process. (What they do to the command line: test_distributed_jitted.)"""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from run_signals import StopRequest
 
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-@SIGNALS
-def test_where_nothing_would_be_lost_a_signal_interrupts(number: int, capfd: pytest.CaptureFixture[str]):
+@pytest.fixture
+def caught() -> Iterator[list[int]]:
+    """The signals that reach whoever handled them before."""
+    numbers: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: numbers.append(n)) for number in SIGNALS}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_while_results_are_made_a_signal_only_asks_to_stop(
+    number: int, caught: list[int], capfd: pytest.CaptureFixture[str]
+):
     stop = StopRequest()
-    with stop.on_signals(), pytest.raises(KeyboardInterrupt):
+    with stop.deferred():
+        assert not stop.requested
         signal.raise_signal(number)
-    assert stop.requested
-    assert "once more to stop at once" in capfd.readouterr().err
-
-
-@SIGNALS
-def test_while_results_are_made_it_only_asks_to_stop(number: int):
-    stop = StopRequest()
-    with stop.on_signals():
-        with stop.deferred():
-            assert not stop.requested
-            signal.raise_signal(number)
         assert stop.requested
+        assert "once more to stop at once" in capfd.readouterr().err
+        assert caught == []
 
 
-def test_the_handlers_of_before_are_put_back():
-    before = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]
-    with StopRequest().on_signals():
-        assert signal.getsignal(signal.SIGINT) != before[0]
-    assert [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)] == before
+@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_second_signal_does_what_it_did_before(first: int, second: int, caught: list[int]):
+    with StopRequest().deferred():
+        signal.raise_signal(first)
+        signal.raise_signal(second)
+    assert caught == [second]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_afterwards_signals_go_to_who_had_them_before(number: int, caught: list[int]):
+    stop = StopRequest()
+    with pytest.raises(OSError, match="full"), stop.deferred():
+        raise OSError("full")
+    signal.raise_signal(number)
+    assert caught == [number]
+    assert not stop.requested
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(caught: list[int]):
+    def run() -> bool:
+        stop = StopRequest()
+        with stop.deferred():
+            signal.raise_signal(signal.SIGINT)
+        return stop.requested
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not pool.submit(run).result()
+    assert caught == [signal.SIGINT]
