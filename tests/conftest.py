@@ -23,3 +23,11 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the weights are read before the input is refused")
 
     monkeypatch.setattr(Generator, "load", load)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four puzzles in two augmentations each, run in one go."""
+    from runner_cases import run_four
+
+    return run_four(tmp_path_factory.mktemp("finished"))

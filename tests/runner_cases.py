@@ -106,6 +106,18 @@ def run_main(folder: Path | str, **flags: Any) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def four(folder: Path) -> Path:
+    """Four puzzles that make one shape, ready to be run in ``folder``."""
+    write_tasks(folder / "tasks.json", **{f"task-{i}": puzzle(*range(i, i + 3)) for i in range(4)})
+    return folder
+
+
+def run_four(folder: Path) -> Path:
+    outcome = run_main(four(folder))
+    assert (outcome.code, outcome.err) == (0, "")
+    return folder
+
+
 def assert_refused(outcome: Outcome, sentence: str) -> None:
     """Bad usage, told in one line."""
     assert outcome.code == 2
@@ -130,6 +142,14 @@ def start_python(script: str, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def submission(folder: Path) -> bytes:
+    return (folder / "submission.json").read_bytes()
+
+
+def store_of(folder: Path) -> ActivationStore:
+    return ActivationStore(folder / "activations")
 
 
 def report(folder: Path) -> dict[str, Any]:

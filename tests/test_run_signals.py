@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM within one process. (What they do to the command line: test_distributed_jitted.)"""
+"""Ctrl-C and SIGTERM within one process. (What they do to the command line: test_stopping.)"""
 
 from __future__ import annotations
 
