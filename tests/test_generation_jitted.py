@@ -238,9 +238,9 @@ def test_the_old_python_loop_gives_the_same():
         "seed": 5,
         "extract_prompt": True,
     }
-    fast = generate(PROMPTS, 3, **kwargs)
+    fast = generate(PROMPTS, 2, **kwargs)
     ids, lengths = pad_right(PROMPTS, width=48)
-    slow: Any = generate_single_task_python(*built(), ids, 3, prompt_lengths=lengths, **kwargs)
+    slow: Any = generate_single_task_python(*built(), ids, 2, prompt_lengths=lengths, **kwargs)
     assert len(set(np.asarray(fast.lengths).tolist())) > 1
     for name in ("token_ids", "lengths", "finished"):
         np.testing.assert_array_equal(getattr(slow, name), getattr(fast, name))
