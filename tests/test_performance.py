@@ -199,7 +199,7 @@ def test_a_prefill_of_8192_tokens_takes_memory_linear_in_its_length(scan_layers:
 
         ids = jax.ShapeDtypeStruct((1, width), jnp.int32)
         lowered = jax.jit(prefill).lower(params, ids, jax.ShapeDtypeStruct((1,), jnp.int32))
-        return temporaries(lowered.compile(compiler_options()))  # pyright: ignore[reportArgumentType]
+        return temporaries(lowered.compile(compiler_options()))
 
     half, whole = temporaries_of(4096), temporaries_of(8192)
     assert whole <= 2.2 * half

@@ -1,0 +1,79 @@
+"""Products: float32 results whatever the formulation, and no weight-sized temporaries on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import products
+from products import compiler_options, embed, linear, logits_f32
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def exact(x: jax.Array, kernel: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 9)])
+@pytest.mark.parametrize(("size", "outputs"), [(896, 128), (4864, 64), (97, 33), (13, 1)])
+def test_logits_are_float32_sums_of_exact_products(dtype, rows, size: int, outputs: int):
+    x, kernel = normal(*rows, size, dtype=dtype), normal(size, outputs, dtype=dtype)
+    expected = exact(x, kernel)
+    tolerance = 1e-6 * np.sqrt(size) * max(1.0, np.abs(expected).max())
+    for got in (logits_f32(x, kernel, tied=False), logits_f32(x, kernel.T, tied=True)):
+        assert got.dtype == jnp.float32
+        assert got.shape == (*rows, outputs)
+        np.testing.assert_allclose(got, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("outputs", [1, 7, 24, 25, 1187])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int, tied: bool):
+    x = normal(1, 1, 56)
+    weights = normal(outputs, 56) if tied else normal(56, outputs)
+    whole = logits_f32(x, weights, tied=tied)
+    monkeypatch.setattr(products, "_PARTIAL_BYTES", 100)
+    np.testing.assert_allclose(logits_f32(x, weights, tied=tied), whole, atol=1e-5)
+
+
+def test_a_linear_layer_adds_its_bias_in_float32_and_gives_its_input_s_type():
+    x, kernel, bias = normal(1, 1, 896), normal(896, 64), normal(64)
+    got = linear(x, kernel, bias)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), exact(x, kernel) + np.asarray(bias, np.float64), rtol=2**-8, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_row_takes_a_fraction_of_the_weights_as_temporaries(tied: bool):
+    """XLA's own dot of one row would convert all weights to float32, twice their size."""
+    weights = jax.ShapeDtypeStruct((151936, 896) if tied else (896, 4864), jnp.bfloat16)
+
+    def loop(x, weights):
+        def body(_, x):
+            return x + logits_f32(x, weights, tied=tied).mean().astype(x.dtype)
+
+        return jax.lax.fori_loop(0, 3, body, x)
+
+    lowered = jax.jit(loop).lower(jax.ShapeDtypeStruct((1, 1, 896), jnp.bfloat16), weights)
+    temporaries: Any = lowered.compile(compiler_options()).memory_analysis()
+    assert temporaries.temp_size_in_bytes < 6e6
+
+
+def test_a_token_outside_the_table_gives_nan():
+    table = normal(5, 8)
+    got = embed(jnp.array([4, 5, -1]), table)
+    np.testing.assert_array_equal(got[0], table[4])
+    assert np.isnan(np.asarray(got[1:], np.float32)).all()
