@@ -160,3 +160,11 @@ def test_a_sequences_tokens_do_not_depend_on_its_batch():
 def test_settings_that_mean_nothing_are_refused(arguments: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         Sampling(**arguments)  # type: ignore[arg-type]
+
+
+def test_greedy_takes_the_first_of_equal_logits_in_a_whole_vocabulary():
+    logits = np.full((3, 151936), -2.0, np.float32)
+    logits[0, [151935, 151934]] = 1.5
+    logits[1, 77_777] = -1.0
+    tokens, _ = sample_tokens(jnp.asarray(logits), Sampling().traced(), sequence_keys(0, jnp.arange(3)), 0)
+    np.testing.assert_array_equal(tokens, [151934, 77_777, 0])
