@@ -20,7 +20,8 @@ from jax import Array, lax
 from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from products import einsum_f32
 
-_DECODE_KEYS = 128  # keys a decode step reads at once
+DECODE_KEYS = 128  # keys a decode step reads at once
+STEP_PIECE = 16  # of them, keys of earlier steps that are summed alone
 _PREFILL_KEYS = 512  # keys a block of queries reads at once
 _SCORE_BYTES = 32 * 2**20  # scores of a block of queries and a block of keys
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -98,25 +99,53 @@ def attend_two_part(q: Array, cache: KVCache, layer: int | Array) -> Array:
     kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
     by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
     by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
-    partial = _accumulate_part(_nothing(by_prompt), by_prompt, cache.prefill, layer, cache.prefill.length)
+    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
     partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
-    partial = _accumulate_part(partial, by_row, cache.ar, layer, cache.ar.index[None] + 1)
+    partial = _accumulate_steps(partial, by_row, cache.ar, layer)
     return partial.attended.reshape(q.shape).astype(q.dtype)
 
 
-def _accumulate_part(
-    partial: PartialSoftmax, q: Array, part: PrefillCache | ARCache, layer: int | Array, valid: Array
+def _accumulate_prompt(
+    partial: PartialSoftmax, q: Array, part: PrefillCache, layer: int | Array
 ) -> PartialSoftmax:
-    """Merges one part of the cache, its slots below ``valid`` ([rows] or [1])."""
-    keys = min(_DECODE_KEYS, part.capacity)
+    """Merges the prompts' part of the cache, as far as the longest prompt."""
+    keys = min(DECODE_KEYS, part.capacity)
 
     def read(start: Array) -> tuple[Array, Array]:
         return get_attention_kv(part, layer, start, keys)
 
     def visible(key_slots: Array) -> Array:
-        return (key_slots < valid[:, None])[:, None]
+        return (key_slots < part.length[:, None])[:, None]
 
-    return _accumulate(partial, q, read, visible, keys, part.capacity, jnp.max(valid))
+    return _accumulate(partial, q, read, visible, keys, part.capacity, jnp.max(part.length))
+
+
+def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array) -> PartialSoftmax:
+    """Merges the decode steps' part, around its ring from the oldest sequence's first step to this one.
+
+    Pieces are merged in the order of their steps, and one that holds nothing of a row's sequence changes not
+    a bit of that row. So neither the place in the ring nor the rows beside it show in what a sequence
+    computes, if sequences begin at multiples of a piece and the ring's capacity is one.
+    """
+    capacity = part.capacity
+    keys = min(DECODE_KEYS, capacity)
+    blocks = -(-capacity // keys)
+    pieces = keys // STEP_PIECE if keys % STEP_PIECE == 0 else 1
+
+    def block_of(step: Array) -> Array:
+        return step // capacity * blocks + step % capacity // keys
+
+    def merge(block: Array, partial: PartialSoftmax) -> PartialSoftmax:
+        # The last block of the ring may have to start early to stay inside.
+        start = jnp.minimum(block % blocks * keys, capacity - keys)
+        k, v = get_attention_kv(part, layer, start, keys)
+        slots = start + jnp.arange(keys, dtype=jnp.int32)
+        steps = part.index - (part.index - slots) % capacity  # at which each slot was last written
+        visible = (block_of(steps) == block) & (steps >= part.start[:, None])
+        return _merge(partial, q, k, v, visible[:, None], pieces)
+
+    oldest = jnp.maximum(jnp.min(part.start), part.index - capacity + 1)
+    return lax.fori_loop(block_of(oldest), block_of(part.index) + 1, merge, partial)
 
 
 def _accumulate(
@@ -143,18 +172,36 @@ def _accumulate(
         start = jnp.minimum(first, capacity - keys)
         k, v = read(start)
         slots = start + jnp.arange(keys, dtype=jnp.int32)
-        mask = (visible(slots) & (slots >= first))[:, :, None, None]
-        scores = einsum_f32("rqkgd,rkld->rqkgl", q, k) * q.shape[-1] ** -0.5
-        scores = jnp.where(mask, scores, -jnp.inf)
-        peak = jnp.maximum(partial.peak, scores.max(-1))
-        old, new = jnp.exp(partial.peak - peak), jnp.exp(scores - peak[..., None])
-        return PartialSoftmax(
-            peak,
-            partial.total * old + new.sum(-1),
-            partial.weighted * old[..., None] + einsum_f32("rqkgl,rkld->rqkgd", new.astype(v.dtype), v),
-        )
+        return _merge(partial, q, k, v, visible(slots) & (slots >= first))
 
     return lax.fori_loop(0, (seen + keys - 1) // keys, merge, partial)
+
+
+def _merge(
+    partial: PartialSoftmax, q: Array, k: Array, v: Array, visible: Array, pieces: int = 1
+) -> PartialSoftmax:
+    """``partial`` and one block of keys, in equal ``pieces`` that are summed alone and merged in their order.
+
+    The result is that of as many smaller blocks, bit for bit, at nearly the speed of one.
+
+    Args:
+        visible: [rows or 1, queries or 1, keys] bool.
+    """
+    scores = einsum_f32("rqkgd,rkld->rqkgl", q, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
+    scores = scores.reshape(*scores.shape[:-1], pieces, -1)
+    peaks = [partial.peak]
+    for own_peak in jnp.unstack(scores.max(-1), axis=-1):
+        peaks.append(jnp.maximum(peaks[-1], own_peak))
+    weights = jnp.exp(scores - jnp.stack(peaks[1:], axis=-1)[..., None])
+    totals = jnp.unstack(weights.sum(-1), axis=-1)
+    v = v.reshape(*v.shape[:2], pieces, -1, v.shape[-1])
+    sums = einsum_f32("rqkgpl,rkpld->prqkgd", weights.astype(v.dtype), v)
+    total, weighted = partial.total, partial.weighted
+    for before, peak, own_total, own_sum in zip(peaks, peaks[1:], totals, sums, strict=False):
+        kept = jnp.exp(before - peak)
+        total, weighted = total * kept + own_total, weighted * kept[..., None] + own_sum
+    return PartialSoftmax(peaks[-1], total, weighted)
 
 
 def _nothing(q: Array) -> PartialSoftmax:

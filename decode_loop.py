@@ -31,17 +31,17 @@ from sampling import SamplingArrays, sample_tokens, sequence_keys
 class DecodeState:
     """Everything the decode loop carries; every field keeps its shape and is updated in place.
 
-    The current step is ``cache.ar.index``: the number of generated tokens read so far.
+    Of each row, ``cache.ar.tokens_read`` generated tokens have been read so far.
     """
 
     cache: KVCache
     next_token: Array  # [B] int32: chosen, not yet read
     next_logprob: Array  # [B] float32
     ended: Array  # [B] bool: an EOS has been read
-    token_ids: Array  # [B, max_tokens] int32
-    logprobs: Array  # [B, max_tokens] float32
+    token_ids: Array  # [B, columns] int32: a column a step, max_tokens or those of a window
+    logprobs: Array  # [B, columns] float32
     lengths: Array  # [B] int32
-    activations: Array | None  # [layers, max_tokens, B, hidden]
+    activations: Array | None  # [layers, columns, B, hidden]
 
 
 def prefill_with_cache(
@@ -102,7 +102,9 @@ def run_prefill(
     logits, cache, rows = prefill_with_cache(model, params, input_ids, prompt_lengths, cache)
     logits = jnp.repeat(logits, cache_config.samples_per_prompt, axis=0)
     token, logprob = sample_tokens(logits, sampling, sequence_keys(seed, sequence_ids), 0)
-    return _start_decode_state(model, cache, token, logprob), rows if capture_prompt else None
+    ended = jnp.zeros(token.shape, bool)
+    state = start_decode_state(model, cache, token, logprob, ended, columns=cache.ar.capacity)
+    return state, rows if capture_prompt else None
 
 
 def run_decode(
@@ -124,7 +126,7 @@ def run_decode(
     max_tokens = state.token_ids.shape[1]
 
     def body(state: DecodeState) -> DecodeState:
-        return _decode_one(model, params, state, sampling, keys, eos_token_ids)
+        return decode_one(model, params, state, state.cache.ar.index, sampling, keys, eos_token_ids)
 
     if not stop:
         return lax.fori_loop(0, max_tokens, lambda _, state: body(state), state)
@@ -133,37 +135,45 @@ def run_decode(
     )
 
 
-def _start_decode_state(model: QwenModel, cache: KVCache, token: Array, logprob: Array) -> DecodeState:
-    """Zeroed outputs beside ``cache``, as long as it; the activation buffer only for a model with hooks."""
-    batch, max_tokens, config = cache.ar.batch_size, cache.ar.capacity, model.config
+def start_decode_state(
+    model: QwenModel, cache: KVCache, token: Array, logprob: Array, ended: Array, columns: int
+) -> DecodeState:
+    """Zeroed outputs of ``columns`` steps beside ``cache``, with activations only for a model with hooks."""
+    batch, config = cache.ar.batch_size, model.config
     activations = None
     if isinstance(model, QwenModelWithActivations):
         activations = create_activation_buffer(
             ActivationBufferConfig(
-                len(model.extract_layers), max_tokens, batch, config.hidden_size, config.dtype
+                len(model.extract_layers), columns, batch, config.hidden_size, config.dtype
             )
         )
     return DecodeState(
         cache=cache,
         next_token=token,
         next_logprob=logprob,
-        ended=jnp.zeros(batch, bool),
-        token_ids=jnp.zeros((batch, max_tokens), jnp.int32),
-        logprobs=jnp.zeros((batch, max_tokens), jnp.float32),
+        ended=ended,
+        token_ids=jnp.zeros((batch, columns), jnp.int32),
+        logprobs=jnp.zeros((batch, columns), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
         activations=activations,
     )
 
 
-def _decode_one(
-    model: QwenModel, params: Any, state: DecodeState, sampling: SamplingArrays, keys: Array, eos: Array
+def decode_one(
+    model: QwenModel,
+    params: Any,
+    state: DecodeState,
+    column: Array,
+    sampling: SamplingArrays,
+    keys: Array,
+    eos: Array,
 ) -> DecodeState:
-    """Reads ``next_token``, keeps its row, chooses the one after it."""
-    step, live = state.cache.ar.index, ~state.ended
+    """Reads ``next_token``, keeps its row in ``column`` of the outputs, chooses the one after it."""
+    step, live = state.cache.ar.tokens_read, ~state.ended
     logits, cache, rows = decode_step_with_cache(model, params, state.next_token, state.cache)
     activations = state.activations
     if activations is not None and rows is not None:
-        activations = update_activation_buffer(activations, jnp.where(live[:, None], rows, 0), step)
+        activations = update_activation_buffer(activations, jnp.where(live[:, None], rows, 0), column)
     token_column = jnp.where(live, state.next_token, 0)[:, None]
     logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
     next_token, next_logprob = sample_tokens(logits, sampling, keys, step + 1)
@@ -172,8 +182,8 @@ def _decode_one(
         next_token=next_token,
         next_logprob=next_logprob,
         ended=state.ended | jnp.any(state.next_token[:, None] == eos, axis=-1),
-        token_ids=lax.dynamic_update_slice(state.token_ids, token_column, (0, step)),
-        logprobs=lax.dynamic_update_slice(state.logprobs, logprob_column, (0, step)),
+        token_ids=lax.dynamic_update_slice(state.token_ids, token_column, (0, column)),
+        logprobs=lax.dynamic_update_slice(state.logprobs, logprob_column, (0, column)),
         lengths=state.lengths + live,
         activations=activations,
     )

@@ -6,13 +6,17 @@ concatenated, so several sequences that continue one prompt share its prefill pa
 attention", Athiwaratkun et al. 2024), and ragged prompts need neither left padding nor scatters:
 prompts differ in ``length``, decode steps are aligned. Keys are stored rotated.
 
+The ar part is a ring over decode steps: step t is written to slot ``t % capacity`` of all rows alike. Each
+row remembers the step at which its sequence began, so that rows may begin at different times and a row
+whose sequence has ended can take another one, without a scatter (``start`` is 0 where all begin together).
+
 Everything here is pure, safe under ``jit`` and keeps every shape. A layer is chosen by an index into
 either a tuple of per-layer buffers (unrolled layers) or one stack ``[layers, ...]`` (scanned layers);
 both are updated in place when the buffers are donated.
 
     config = KVCacheConfig(num_layers=24, num_kv_heads=2, head_dim=64,
                            max_prefill_length=256, max_decode_length=1100)
-    config.nbytes                                          # 33_325_056 bytes at float32 (two scalars more)
+    config.nbytes                                          # 33_325_056 bytes at float32 (three scalars more)
     cache = create_kv_cache_buffers(config)
 """
 
@@ -61,7 +65,7 @@ class KVCacheConfig:
         """Bytes of all buffers, known before anything is allocated."""
         per_slot = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         slots = self.num_prompts * self.max_prefill_length + self.batch_size * self.max_decode_length
-        return per_slot * slots + 4 * self.num_prompts + 4
+        return per_slot * slots + 4 * self.num_prompts + 4 * self.batch_size + 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +111,25 @@ class PrefillCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ARCache:
-    """The generated tokens' keys and values; slots 0..index-1 are written, for all rows alike."""
+    """The generated tokens' keys and values, a ring: step t of all rows is in slot ``t % capacity``.
+
+    Row b's sequence holds the steps from ``start[b]`` on; earlier ones belong to another sequence.
+    """
 
     k: LayerBuffers  # [B, kv_heads, max_decode_length, head_dim] a layer
     v: LayerBuffers
-    index: Array  # int32 scalar: tokens read so far, advanced once per token, not once per layer
+    index: Array  # int32 scalar: the step being made, advanced once per token, not once per layer
+    start: Array  # [B] int32: the step at which each row's sequence began
 
     @property
     def capacity(self) -> int:
-        """Decode steps the buffers have room for: max_decode_length."""
+        """Decode steps that a sequence has room for: max_decode_length."""
         return _shape(self.k)[2]
+
+    @property
+    def tokens_read(self) -> Array:
+        """[B] int32: the generated tokens that each row's sequence has read."""
+        return self.index - self.start
 
     @property
     def batch_size(self) -> int:
@@ -138,7 +151,7 @@ class KVCache:
     @property
     def positions(self) -> Array:
         """[B] int32: the position of the token that the next decode step reads."""
-        return jnp.repeat(self.prefill.length, self.samples_per_prompt) + self.ar.index
+        return jnp.repeat(self.prefill.length, self.samples_per_prompt) + self.ar.tokens_read
 
 
 def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
@@ -156,7 +169,12 @@ def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
         PrefillCache(
             buffers(prompts, prompt_slots), buffers(prompts, prompt_slots), jnp.zeros(prompts, jnp.int32)
         ),
-        ARCache(buffers(rows, decode_slots), buffers(rows, decode_slots), jnp.zeros((), jnp.int32)),
+        ARCache(
+            buffers(rows, decode_slots),
+            buffers(rows, decode_slots),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros(rows, jnp.int32),
+        ),
     )
 
 
@@ -181,20 +199,21 @@ def write_prefill_cache(cache: PrefillCache, layer: int | Array, k: Array, v: Ar
 
 
 def update_kv_cache_ar(cache: ARCache, layer: int | Array, k: Array, v: Array) -> ARCache:
-    """Writes one layer's key and value of one decode step at ``cache.index``.
+    """Writes one layer's key and value of one decode step at ``cache.index``, around the ring.
 
     The index does not move here: one token passes through all layers at the same index. Advance it
-    once afterwards with :func:`advance_ar_index`. A write past the last slot would be clamped onto it
-    by XLA, in silence; here it writes NaN, so that nothing computed from it can pass for a result.
+    once afterwards with :func:`advance_ar_index`. A sequence longer than the ring would overwrite its own
+    beginning, in silence; its row writes NaN, so that nothing computed from it can pass for a result.
 
     Args:
         layer: index of the layer; may be traced if the buffers are stacked.
         k, v: [B, kv_heads, 1, head_dim], keys rotated.
     """
-    fits = cache.index < cache.capacity
+    fits = (cache.tokens_read < cache.capacity)[:, None, None, None]
     k, v = jnp.where(fits, k, jnp.nan), jnp.where(fits, v, jnp.nan)
+    slot = cache.index % cache.capacity
     return dataclasses.replace(
-        cache, k=_write(cache.k, layer, k, slot=cache.index), v=_write(cache.v, layer, v, slot=cache.index)
+        cache, k=_write(cache.k, layer, k, slot=slot), v=_write(cache.v, layer, v, slot=slot)
     )
 
 

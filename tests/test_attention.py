@@ -172,6 +172,74 @@ def test_a_stack_of_layers_gives_what_a_tuple_gives():
     np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
 
 
+# --- The ring of decode steps -------------------------------------------------------------------------------
+
+PIECE = attention.STEP_PIECE
+
+
+def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
+    """Prompts of one token, and each row's own keys and values of the steps since its start.
+
+    What a row holds at its own n-th step is always the same. Slots of nobody's hold ``filler``.
+    """
+    cache = create_kv_cache_buffers(config)
+    prefill = dataclasses.replace(cache.prefill, length=jnp.ones_like(cache.prefill.length))
+    own = normal(np.random.default_rng(seed), 2, config.batch_size, config.num_kv_heads, 4096, HEAD_DIM)
+    parts = np.full((2, *cache.ar.k[0].shape), filler, np.float32)
+    for b, start in enumerate(starts):
+        steps = np.arange(max(start, index - config.max_decode_length + 1), index + 1)
+        parts[:, b, :, steps % config.max_decode_length] = np.moveaxis(own[:, b, :, steps - start], 2, 1)
+    k, v = ((jnp.asarray(part),) * config.num_layers for part in parts)
+    ar = dataclasses.replace(cache.ar, k=k, v=v, index=jnp.int32(index), start=jnp.asarray(starts, jnp.int32))
+    return KVCache(prefill, ar)
+
+
+def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np.ndarray:
+    out, index = [], int(cache.ar.index)
+    for b, (query, start) in enumerate(zip(q, starts, strict=True)):
+        slots = np.arange(start, index + 1) % cache.ar.capacity
+        k, v = (
+            np.concatenate([np.asarray(of_prompt[0])[b, :, :1], np.asarray(of_steps[0])[b][:, slots]], axis=1)
+            for of_prompt, of_steps in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+        )
+        out.append(reference(query, k, v))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("capacity", [5, 16, 100, 128, 144, 300, 320])
+@pytest.mark.parametrize("laps", [0, 1, 2.5])
+def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float):
+    """At any step and capacity, whether or not they are multiples of anything."""
+    index = int(capacity * laps) + capacity * 2 // 3
+    ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
+    starts = [max(index - age, 0) for age in ages]
+    config = sizes(1, capacity, prompts=5)
+    cache = ring_of(config, starts, index, seed=4, filler=GARBAGE)
+    q = normal(np.random.default_rng(5), 5, 4, HEAD_DIM)
+    np.testing.assert_allclose(attend(q, cache, 0), expected_on_the_ring(q, cache, starts), atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    age=st.integers(0, 319),
+    starts=st.lists(st.integers(0, 60).map(lambda n: n * PIECE), min_size=2, max_size=2),
+    mates=st.lists(st.integers(0, 319), min_size=4, max_size=4),
+    filler=st.sampled_from([0.0, GARBAGE]),
+)
+def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
+    age: int, starts: list[int], mates: list[int], filler: float
+):
+    config = sizes(1, 320, prompts=3)
+    q = normal(np.random.default_rng(6), 3, 4, HEAD_DIM)
+    outs = []
+    for start, of_mates in zip(starts, (mates[:2], mates[2:]), strict=True):
+        index = start + age
+        all_starts = [start, *(max(0, index - mate) // PIECE * PIECE for mate in of_mates)]
+        all_starts = [max(s, index - 319) for s in all_starts]
+        outs.append(attend(q, ring_of(config, all_starts, index, seed=7, filler=filler), 0)[0])
+    np.testing.assert_array_equal(*outs)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=2, max_size=2),

@@ -66,6 +66,7 @@ def test_the_two_parts_have_a_row_for_each_prompt_and_for_each_sequence(stacked:
     assert cache.samples_per_prompt == 3
     assert cache.prefill.length.shape == (2,)
     assert cache.ar.index.shape == ()
+    assert cache.ar.start.shape == (6,)
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(cache))
 
 
@@ -126,12 +127,16 @@ def test_the_index_advances_once_a_token_and_not_once_a_layer(stacked: bool):
 
 
 @LAYOUTS
-def test_a_token_past_the_last_slot_is_nan_and_never_a_silent_overwrite(stacked: bool):
-    cache = cache_of(stacked)
-    full = dataclasses.replace(cache.ar, index=jnp.int32(CONFIG.max_decode_length))
-    k, v = values(rows=6, tokens=1)
-    for part in get_attention_kv(update_kv_cache_ar(full, 2, k, v), 2):
-        assert np.isnan(part[:, :, -1]).all()
+def test_steps_go_around_the_ring_as_long_as_a_rows_sequence_has_room(stacked: bool):
+    capacity = CONFIG.max_decode_length
+    step = 2 * capacity + 3
+    ages = jnp.array([0, 1, capacity - 1, capacity, capacity + 1, step], jnp.int32)  # the last three: too old
+    ar = dataclasses.replace(cache_of(stacked).ar, index=jnp.int32(step), start=step - ages)
+    written = all_layers(update_kv_cache_ar(ar, 2, *values(rows=6, tokens=1)))
+    expected = np.zeros_like(written)
+    expected[2, :, :, :, 3] = np.stack(values(rows=6, tokens=1))[:, :, :, 0]
+    expected[2, :, 3:, :, 3] = np.nan  # and never a silent overwrite of a sequence's own beginning
+    np.testing.assert_array_equal(written, expected)
 
 
 def test_positions_are_the_prompts_length_and_the_steps_since():
@@ -139,6 +144,9 @@ def test_positions_are_the_prompts_length_and_the_steps_since():
     prefill = dataclasses.replace(cache.prefill, length=jnp.array([4, 9], jnp.int32))
     cache = KVCache(prefill, dataclasses.replace(cache.ar, index=jnp.int32(2)))
     np.testing.assert_array_equal(cache.positions, [6, 6, 6, 11, 11, 11])
+    starts = jnp.array([0, 1, 2, 2, 1, 0], jnp.int32)
+    later = KVCache(prefill, dataclasses.replace(cache.ar, start=starts))
+    np.testing.assert_array_equal(later.positions, [6, 5, 4, 9, 10, 11])
     np.testing.assert_array_equal(cache.prefill.valid.sum(1), [4, 9])
     assert cache.prefill.valid[0, 3]
     assert not cache.prefill.valid[0, 4]
