@@ -45,6 +45,7 @@ from qwen2_config import is_hub_id
 from qwen2_jax import CheckpointError, QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 from qwen2_weights import check_checkpoint, checkpoint_fingerprint, resolve_file
+from run_continuous import make_continuously
 from run_generation import Clock, Generator, finished_sequences
 from run_options import EXAMPLES, RunOptions, UsageError, parse_options
 from run_plan import Call, Prompt, build_prompts, plan_calls
@@ -116,16 +117,15 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     keys = [sequence_key(settings, sequence) for sequence in _all_sequences(prompts, options)]
 
     with ActivationWriter(options.activations_dir, settings, provenance=_provenance(options)) as writer:
-        calls = plan_calls(prompts, options, lambda s: sequence_key(settings, s) in writer.committed)
         report.sequences_resumed = sum(key in writer.committed for key in keys)
         print(
             f"{report.tasks} tasks, {len(keys)} sequences (each test input in {options.augmentations} "
             f"augmentations x {options.samples_per_prompt} samples), {report.sequences_resumed} of them done "
-            f"already; {len(calls)} calls to make",
+            "already",
             flush=True,
         )
-        if calls:
-            _make_calls(calls, options, eos, settings, writer, report, stop)
+        if report.sequences_resumed < len(keys):
+            _generate(prompts, options, eos, settings, writer, report, stop)
         writer.close()
         records = [writer.committed[key] for key in keys if key in writer.committed]
 
@@ -146,8 +146,8 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     return EXIT_TASKS_FAILED if report.tasks_failed or report.sequences_failed else EXIT_DONE
 
 
-def _make_calls(
-    calls: Sequence[Call],
+def _generate(
+    prompts: Sequence[Prompt],
     options: RunOptions,
     eos: tuple[int, ...],
     settings: StoreSettings,
@@ -155,10 +155,33 @@ def _make_calls(
     report: Report,
     stop: StopRequest,
 ) -> None:
-    """Loads the weights and makes the calls; each is stored while the next one computes."""
-    loading, compiling, generating = Clock(), Clock(), Clock()
+    """Loads the weights and makes what is not committed yet, by the way that ``--generation`` names."""
+
+    def is_done(sequence: SequenceId) -> bool:
+        return sequence_key(settings, sequence) in writer.committed
+
+    loading = Clock()
     with loading:
         generator = Generator.load(options, eos)
+    report.load_seconds = loading.seconds
+    if options.generation == "continuous":
+        left = [sequence for sequence in _all_sequences(prompts, options) if not is_done(sequence)]
+        make_continuously(left, generator, writer, report, stop)
+    else:
+        _make_calls(plan_calls(prompts, options, is_done), generator, settings, writer, report, stop)
+
+
+def _make_calls(
+    calls: Sequence[Call],
+    generator: Generator,
+    settings: StoreSettings,
+    writer: ActivationWriter,
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Makes the calls; each is stored while the next one computes."""
+    options, compiling, generating = generator.options, Clock(), Clock()
+    print(f"{len(calls)} calls to make", flush=True)
     if options.generation == "task":
         with compiling:
             report.programs = generator.compile(calls)
@@ -181,8 +204,7 @@ def _make_calls(
             report.tokens_generated += tokens
             progress.update(len(call.sequences), tokens)
         writer.close()
-    report.load_seconds, report.compile_seconds = loading.seconds, compiling.seconds
-    report.generate_seconds = generating.seconds
+    report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 
 
 def _all_sequences(prompts: Sequence[Prompt], options: RunOptions) -> list[SequenceId]:

@@ -58,7 +58,8 @@ class RunOptions:
     layers_to_extract: tuple[int, ...] = FIXED_EXTRACT_LAYERS
     extract_activations: bool = True
     extract_prompt: bool = False
-    generation: str = "task"
+    generation: str = "continuous"
+    memory_budget: float | None = None
 
     @property
     def samples_per_prompt(self) -> int:
@@ -129,8 +130,12 @@ def _check(options: RunOptions) -> None:
             f"at temperature 0 the {options.samples_per_prompt} samples of one prompt would be the same; "
             "give a --temperature above 0 or as many --augmentations as --predictions_per_task"
         )
+    if options.memory_budget is not None and not options.memory_budget > 0:
+        raise UsageError(f"--memory_budget must be above 0, not {options.memory_budget}")
     if options.kv_cache_dtype and options.generation == "python":
-        raise UsageError("--kv_cache_dtype is for --generation task; the old loop has no such choice")
+        raise UsageError(
+            "--kv_cache_dtype is for the compiled ways of --generation; the old loop has no such choice"
+        )
     if options.mesh_shape != (1, 1):
         raise UsageError(
             f"--mesh_shape {' '.join(map(str, options.mesh_shape))} is not implemented: a process generates "
@@ -218,9 +223,18 @@ def _parser() -> _Parser:
     add(
         generation,
         "generation",
-        "task: one compiled call per ARC task; python: the old uncompiled loop, slow, for comparison",
-        choices=["task", "python"],
+        "continuous: slots that take the next sequence as soon as one has ended; task: one compiled call per "
+        "ARC task; python: the old uncompiled loop, slow, for comparison",
+        choices=["continuous", "task", "python"],
         metavar=None,
+    )
+    add(
+        generation,
+        "memory_budget",
+        "GB that --generation continuous may take on the device; where --batch_size sequences at once would "
+        "take more, there are fewer (default: nearly all of an accelerator's, half of the machine's on CPU)",
+        type=float,
+        metavar="GB",
     )
 
     capture = parser.add_argument_group("capture")

@@ -61,7 +61,8 @@ class Report:
 
     ``tokens_generated`` counts the tokens of new sequences, ``generate_seconds`` the time from the first
     call until the last row is on disk, without loading and compiling. ``sequences`` and the score are over
-    all that was asked for, whenever it was made.
+    all that was asked for, whenever it was made. Of ``slot_steps``, the decode steps of all slots of
+    ``--generation continuous``, ``live_steps`` read a token of a sequence that had not ended.
     """
 
     model: str
@@ -76,6 +77,9 @@ class Report:
     compile_seconds: float = 0.0
     programs: int = 0
     generate_seconds: float = 0.0
+    slots: int = 0
+    slot_steps: int = 0
+    live_steps: int = 0
     bytes_stored: int = 0
     peak_memory_bytes: int = 0
     peak_memory_of: str = ""
@@ -89,6 +93,10 @@ class Report:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens_generated / self.generate_seconds if self.generate_seconds else 0.0
+
+    @property
+    def slot_occupancy(self) -> float:
+        return self.live_steps / self.slot_steps if self.slot_steps else 0.0
 
     def add_failed_sequences(self, records: Sequence[SequenceRecord]) -> None:
         self.sequences_failed = [
@@ -124,6 +132,7 @@ class Report:
             lines += [
                 f"  tokens generated  {self.tokens_generated} in {self.generate_seconds:.1f} s: "
                 f"{self.tokens_per_second:.1f} tokens/s",
+                *self._occupancy_lines(),
                 f"  before that       weights loaded in {self.load_seconds:.1f} s"
                 f"{compiled if self.programs else ''}",
                 f"  stored            {self.bytes_stored / 1e6:.1f} MB",
@@ -141,8 +150,14 @@ class Report:
         lines += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
         return "\n".join(lines)
 
+    def _occupancy_lines(self) -> list[str]:
+        if not self.slot_steps:
+            return []
+        return [f"  slot occupancy    {self.slot_occupancy:.1%} of {self.slots} slots"]
+
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "tokens_per_second": self.tokens_per_second}
+        derived = {"tokens_per_second": self.tokens_per_second, "slot_occupancy": self.slot_occupancy}
+        return dataclasses.asdict(self) | derived
 
 
 def _listing(kind: str, failures: Sequence[tuple[str, str]]) -> list[str]:

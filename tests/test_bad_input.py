@@ -15,6 +15,7 @@ from lively import rewrite_json, rewrite_safetensors
 from runner_cases import LAYERS, assert_refused, copy_small, puzzle, report, run_main, write_tasks
 
 import distributed_kv_cached_inference
+import run_continuous
 from activation_store import ActivationStore
 from run_generation import Generator
 
@@ -263,14 +264,18 @@ def test_more_tokens_than_the_model_has_positions(tmp_path: Path):
 # --- Devices ------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_runs_out_of_memory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("generation", ["continuous", "task"])
+def test_a_device_that_runs_out_of_memory_is_a_sentence(
+    generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
 
-    def generate(*_: object) -> None:
+    def generate(*_: object, **__: object) -> None:
         raise distributed_kv_cached_inference.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nframe 1")
 
     monkeypatch.setattr(Generator, "generate", generate)
-    outcome = run_main(tmp_path)
+    monkeypatch.setattr(run_continuous, "start_stage", generate)
+    outcome = run_main(tmp_path, generation=generation)
     assert outcome.code == RESUMABLE
     assert outcome.err == (
         "error: the device failed (RESOURCE_EXHAUSTED: 9 GB); the same command continues, with a smaller "

@@ -175,6 +175,6 @@ def test_a_directory_that_another_run_writes_to_is_refused(tmp_path: Path, monke
     def make_calls(*_: object) -> None:  # in the middle of the first run
         second.append(run_main(tmp_path, output_filepath=tmp_path / "second.json"))
 
-    monkeypatch.setattr(distributed_kv_cached_inference, "_make_calls", make_calls)
+    monkeypatch.setattr(distributed_kv_cached_inference, "_generate", make_calls)
     run_main(tmp_path)
     assert_refused(second[0], "is in use: another run writes to this directory")

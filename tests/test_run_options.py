@@ -18,7 +18,7 @@ def test_without_flags_it_is_the_embedded_example_with_everything_captured():
     assert Path(options.dataset_path).is_file()
     assert options.extract_activations
     assert options.layers_to_extract == FIXED_EXTRACT_LAYERS
-    assert options.generation == "task"
+    assert options.generation == "continuous"
     assert options.n_tasks is None
     assert options.sampling == Sampling(0.0, 0, 1.0)
 
@@ -88,6 +88,7 @@ REFUSED = [
     ("--n_tasks", "argument --n_tasks: expected one argument"),
     ("--layers_to_extract", "argument --layers_to_extract: expected at least one argument"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ("--memory_budget 0", "--memory_budget must be above 0, not 0.0"),
     ("--generation loop", "argument --generation: invalid choice: 'loop'"),
     ("--temperature -1", "temperature must be 0 (greedy) or a positive number, not -1.0"),
     ("--temperature nan", "temperature must be 0 (greedy) or a positive number, not nan"),
@@ -97,7 +98,7 @@ REFUSED = [
     ("--augmentations 4", "at temperature 0 the 2 samples of one prompt would be the same"),
     ("--predictions_per_task 100001", "it has to be from 1 to 100000"),
     ("--extract_prompt --no_extract_activations", "contradict each other"),
-    ("--generation python --kv_cache_dtype float32", "--kv_cache_dtype is for --generation task"),
+    ("--generation python --kv_cache_dtype float32", "--kv_cache_dtype is for the compiled ways"),
     ("--mesh_shape 2 4", "--mesh_shape 2 4 is not implemented: a process generates on one device"),
     ("--grid_encoder Grid()", "expected one of the known encoders MinimalGridEncoder"),
     ("--prompt_version v9", "unknown --prompt_version 'v9'; known are output-from-examples-v0"),

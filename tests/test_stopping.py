@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from runner_cases import (
@@ -33,18 +34,40 @@ DONE, RESUMABLE = 0, 75
 STOPPED = "stopped; nothing is lost, the same command continues\n"
 SCRIPT = distributed_kv_cached_inference.__file__
 
-# Says when a call begins, and lets the third one do something first.
+
+class Uninterrupted(NamedTuple):
+    """A run of four tasks that nothing came between."""
+
+    flags: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["continuous", "task"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    # Each call and each window ends two of the eight sequences.
+    flags = {"batch_size": 2, "generation": request.param}
+    folder = four(tmp_path_factory.mktemp(f"uninterrupted-{request.param}"))
+    assert run_main(folder, **flags).code == DONE
+    return Uninterrupted(flags, folder)
+
+
+# Says when a call or a window begins, and lets the third one do something first; shards are of two sequences.
 SLOW = """
 import runpy, sys, time, jax
-from run_generation import Generator
-script, something, generate, calls = sys.argv[1], sys.argv[2], Generator.generate, []
-def slow(self, call):
-    calls.append(call)
-    print("call", len(calls), file=sys.stderr, flush=True)
-    if len(calls) == 3:
-        exec(something)
-    return generate(self, call)
-Generator.generate = slow
+import continuous, run_continuous, run_generation
+script, something, calls = sys.argv[1], sys.argv[2], []
+def slow(owner, name):
+    original = getattr(owner, name)
+    def slowed(*args):
+        calls.append(args)
+        print("call", len(calls), file=sys.stderr, flush=True)
+        if len(calls) == 3:
+            exec(something)
+        return original(*args)
+    setattr(owner, name, slowed)
+slow(run_generation.Generator, "generate")
+slow(continuous._Driver, "_dispatch")
+run_continuous.SHARD_SEQUENCES = 2
 del sys.argv[1:3]
 runpy.run_path(script, run_name="__main__")
 """
@@ -53,9 +76,9 @@ COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, l
 
 
 @contextlib.contextmanager
-def third_call(folder: Path, something: str) -> Iterator[subprocess.Popen[str]]:
-    """The run of four tasks in a process of its own, in its third call, which does something first."""
-    with start_python(SLOW, SCRIPT, something, *arguments(four(folder))) as process:
+def third_call(folder: Path, flags: dict[str, Any], something: str) -> Iterator[subprocess.Popen[str]]:
+    """The run of four tasks in a process of its own, its third call or window doing something first."""
+    with start_python(SLOW, SCRIPT, something, *arguments(four(folder), **flags)) as process:
         try:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, "")
@@ -65,36 +88,41 @@ def third_call(folder: Path, something: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def assert_continues_to_the_same_bytes(folder: Path, finished: Path, done: set[int]) -> None:
+def assert_continues_to_the_same_bytes(folder: Path, expected: Uninterrupted, done: set[int]) -> None:
     assert len(digests(folder)) in done
     assert list(verify_store(store_of(folder))) == []
-    outcome = run_main(folder)
+    outcome = run_main(folder, **expected.flags)
     assert (outcome.code, outcome.err) == (DONE, "")
     assert report(folder)["sequences_resumed"] in done
-    assert digests(folder) == digests(finished)
-    assert submission(folder) == submission(finished)
+    assert digests(folder) == digests(expected.folder)
+    assert submission(folder) == submission(expected.folder)
 
 
-def test_after_a_kill_the_same_command_continues_to_the_same_bytes(finished: Path, tmp_path: Path):
-    with third_call(tmp_path, COMPUTE_FOR_EVER) as process:
+def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
+    uninterrupted: Uninterrupted, tmp_path: Path
+):
+    with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
         process.kill()
-    assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
 
 
-def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(finished: Path, tmp_path: Path):
-    with third_call(tmp_path, "time.sleep(1)") as process:
+def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(
+    uninterrupted: Uninterrupted, tmp_path: Path
+):
+    with third_call(tmp_path, uninterrupted.flags, "time.sleep(1)") as process:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=100)
     assert process.returncode == RESUMABLE
     assert err == "stopping as soon as the running work is done; once more to stop at once\n"
     assert "stopped early; the same command continues" in out
     assert "sequences         6 (0 were there already" in out
-    assert json.loads(submission(tmp_path))["task-3"] == [{}]
-    assert_continues_to_the_same_bytes(tmp_path, finished, done={6})
+    attempts = [attempt for tests in json.loads(submission(tmp_path)).values() for attempt in tests]
+    assert sum(map(len, attempts)) == 6
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={6})
 
 
-def test_a_second_ctrl_c_ends_a_call_that_runs_on(finished: Path, tmp_path: Path):
-    with third_call(tmp_path, COMPUTE_FOR_EVER) as process:
+def test_a_second_ctrl_c_ends_a_call_that_runs_on(uninterrupted: Uninterrupted, tmp_path: Path):
+    with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
         time.sleep(2)  # it has left Python by then
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
@@ -102,7 +130,7 @@ def test_a_second_ctrl_c_ends_a_call_that_runs_on(finished: Path, tmp_path: Path
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == STOPPED
     assert process.returncode == RESUMABLE
-    assert_continues_to_the_same_bytes(tmp_path, finished, done={0, 2, 4})
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
 
 
 def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
@@ -147,9 +175,7 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [("arc_tasks", "load_tasks"), ("run_generation", "compile_generate")]
-)
+@pytest.mark.parametrize(("module", "name"), [("arc_tasks", "load_tasks"), ("run_continuous", "start_stage")])
 def test_ctrl_c_before_the_first_call_ends_at_once(module: str, name: str, tmp_path: Path):
     process = start_python(IN_A_CALLBACK, SCRIPT, module, name, *arguments(four(tmp_path)))
     _, err = process.communicate(timeout=100)

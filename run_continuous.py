@@ -1,0 +1,126 @@
+"""``--generation continuous``: a run's sequences through slots that are refilled, stored as they end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from activation_store import ActivationWriter, FinishedSequence, SequenceId
+from continuous import Drawing, FinishedItem, Occupancy, WorkItem, order_items, run_slots
+from generation_request import bucket_length
+from run_generation import Clock, Generator
+from run_plan import sampling_id
+from run_report import Progress, Report
+from run_signals import StopRequest
+from slot_plan import Stage, device_memory_budget, plan_stages, start_stage
+from window_loop import SlotShape
+
+# A shard is committed once it has either: enough to be read well, little enough to be lost by a crash.
+SHARD_BYTES = 64 * 2**20
+SHARD_SEQUENCES = 256
+
+
+def make_continuously(
+    sequences: Sequence[SequenceId],
+    generator: Generator,
+    writer: ActivationWriter,
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Generates ``sequences`` and stores each soon after it has ended."""
+    options, model, params = generator.options, generator.model, generator.params
+    drawing = Drawing.check(model.config, generator.eos_token_ids, options.sampling, options.random_seed)
+    items = order_items(
+        model.config,
+        (
+            WorkItem(
+                sequence.prompt_token_ids,
+                sampling_id(sequence),
+                options.max_output_tokens,
+                options.extract_prompt and sequence.sample_index == 0,
+                sequence,
+            )
+            for sequence in sequences
+        ),
+    )
+    compiling, generating = Clock(), Clock()
+    progress = Progress(len(items))
+
+    def count(window: Occupancy) -> None:
+        report.slot_steps += window.slots * window.steps
+        report.live_steps += window.live_steps
+
+    with contextlib.closing(progress), ThreadPoolExecutor(1) as device:
+        for stage in _stages(generator, items):
+            with compiling:
+                programs, slots = start_stage(
+                    model,
+                    params,
+                    stage,
+                    capture_prompt=options.extract_prompt,
+                    eos_slots=len(drawing.eos_token_ids),
+                )
+            report.programs += 1
+            report.slots = max(report.slots, programs.shape.slots)
+            of_stage = [item for item in items if bucket_length(len(item.prompt)) in stage.widths]
+            with stop.deferred(), generating:
+                finished = run_slots(
+                    programs,
+                    slots,
+                    params,
+                    of_stage,
+                    drawing,
+                    should_stop=lambda: stop.requested,
+                    on_window=count,
+                )
+                del slots  # they are the windows' now
+                _store(finished, device, writer, report, progress)
+            if stop.requested:
+                break
+        with stop.deferred(), generating:
+            writer.close()
+    report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
+
+
+def _stages(generator: Generator, items: Sequence[WorkItem]) -> list[Stage]:
+    options = generator.options
+    cache_dtype = None if options.kv_cache_dtype is None else np.dtype(options.kv_cache_dtype)
+    budget = device_memory_budget() if options.memory_budget is None else int(options.memory_budget * 1e9)
+    return plan_stages(
+        generator.model,
+        generator.params,
+        {bucket_length(len(item.prompt)) for item in items},
+        SlotShape(options.batch_size, 1, options.max_output_tokens, cache_dtype=cache_dtype),
+        budget,
+        options.extract_prompt,
+    )
+
+
+def _store(
+    finished: Iterator[FinishedItem],
+    device: ThreadPoolExecutor,
+    writer: ActivationWriter,
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Hands finished sequences to the writer, in shards."""
+    shard: list[FinishedSequence] = []
+    size = 0
+    # Signals are handled on the main thread, and only between two Python instructions: it must not be the
+    # one that waits for a window.
+    try:
+        while (item := device.submit(next, finished, None).result()) is not None:
+            shard.append(
+                FinishedSequence(item.item.name, item.token_ids, item.logprobs, item.finish_reason, item.rows)
+            )
+            size += 0 if item.rows is None else item.rows.nbytes
+            report.tokens_generated += len(item.token_ids)
+            progress.update(1, len(item.token_ids))
+            if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES:
+                writer.submit(shard)
+                shard, size = [], 0
+    finally:  # also what was finished before a device failed
+        writer.submit(shard)
