@@ -21,7 +21,6 @@ from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from products import einsum_f32
 
 DECODE_KEYS = 128  # keys a decode step reads at once
-STEP_PIECE = 16  # of them, keys of earlier steps that are summed alone
 _PREFILL_KEYS = 512  # keys a block of queries reads at once
 _SCORE_BYTES = 32 * 2**20  # scores of a block of queries and a block of keys
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -123,14 +122,16 @@ def _accumulate_prompt(
 def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array) -> PartialSoftmax:
     """Merges the decode steps' part, around its ring from the oldest sequence's first step to this one.
 
-    Pieces are merged in the order of their steps, and one that holds nothing of a row's sequence changes not
-    a bit of that row. So neither the place in the ring nor the rows beside it show in what a sequence
-    computes, if sequences begin at multiples of a piece and the ring's capacity is one.
+    Where rows begin at different times, blocks are summed in pieces of ``begin_every`` steps, merged in their
+    order; one that holds nothing of a row's sequence changes not a bit of that row. So neither the place in
+    the ring nor the rows beside it show in what a sequence computes, if the ring's capacity is a multiple of
+    a piece. (Pieces cost a little everywhere, and on TPU a copy of all values at each call.)
     """
     capacity = part.capacity
     keys = min(DECODE_KEYS, capacity)
     blocks = -(-capacity // keys)
-    pieces = keys // STEP_PIECE if keys % STEP_PIECE == 0 else 1
+    piece = part.begin_every or keys
+    pieces = keys // piece if keys % piece == 0 else 1
 
     def block_of(step: Array) -> Array:
         return step // capacity * blocks + step % capacity // keys

@@ -21,14 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from attention import STEP_PIECE
 from generation_request import bucket_length, check_request
 from qwen2_config import QwenConfig
 from qwen2_jax import QwenModel
 from sampling import Sampling, SamplingArrays
 from slot_plan import device_memory_budget, plan_stages, start_stage
 from slot_programs import SlotPrograms
-from window_loop import PrefilledPrompt, SlotShape, SlotState, Window
+from window_loop import STEP_PIECE, PrefilledPrompt, SlotShape, SlotState, Window
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -47,12 +47,13 @@ class KVCacheConfig:
     samples_per_prompt: int = 1
     dtype: Any = jnp.float32
     stacked: bool = False
+    begin_every: int | None = None  # rows begin at multiples of so many steps; None: all at step 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("dtype", "stacked") and value < 1:
+            if field.name not in ("dtype", "stacked") and value is not None and value < 1:
                 raise ValueError(f"KVCacheConfig.{field.name} must be at least 1, not {value}.")
 
     @property
@@ -120,6 +121,7 @@ class ARCache:
     v: LayerBuffers
     index: Array  # int32 scalar: the step being made, advanced once per token, not once per layer
     start: Array  # [B] int32: the step at which each row's sequence began
+    begin_every: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
@@ -174,6 +176,7 @@ def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
             buffers(rows, decode_slots),
             jnp.zeros((), jnp.int32),
             jnp.zeros(rows, jnp.int32),
+            config.begin_every,
         ),
     )
 

@@ -5,8 +5,8 @@ window, however long the sequences are. Between two windows ``insert`` gives slo
 a new one, from the prompt that ``prefill_prompt`` has read.
 
 What a sequence computes depends on nothing but itself and on the number of slots. It begins at a multiple
-of the window, which is a multiple of the pieces that attention sums alone (``attention.STEP_PIECE``); its
-prompt is read alone; its random keys are those of its own id and its own steps. Functions here are traced;
+of the window, which is a multiple of the pieces that attention sums alone (``STEP_PIECE``); its prompt
+is read alone; its random keys are those of its own id and its own steps. Functions here are traced;
 ``continuous`` compiles them and decides what goes where.
 """
 
@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from attention import DECODE_KEYS, STEP_PIECE
+from attention import DECODE_KEYS
 from decode_loop import DecodeState, decode_one, prefill_with_cache, start_decode_state
-from kvcache_utils import ARCache, KVCache, KVCacheConfig, LayerBuffers, PrefillCache, create_kv_cache_buffers
+from kvcache_utils import KVCache, KVCacheConfig, LayerBuffers, PrefillCache, create_kv_cache_buffers
 from qwen2_jax import QwenModel
 from sampling import SamplingArrays, sample_tokens, sequence_keys
+
+STEP_PIECE = 16  # sequences begin at multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class SlotShape:
             num_prompts=self.slots if slots is None else slots,
             dtype=config.dtype if self.cache_dtype is None else self.cache_dtype,
             stacked=config.scan_layers,
+            begin_every=STEP_PIECE,
         )
 
 
@@ -146,8 +149,8 @@ def insert(
             _set_row(prefill.v, prompt.cache.v, slot),
             prefill.length.at[slot].set(prompt.cache.length[0]),
         )
-        ar = ARCache(
-            _clear_row(ar.k, slot), _clear_row(ar.v, slot), ar.index, ar.start.at[slot].set(ar.index)
+        ar = dataclasses.replace(
+            ar, k=_clear_row(ar.k, slot), v=_clear_row(ar.v, slot), start=ar.start.at[slot].set(ar.index)
         )
         return SlotState(
             cache=KVCache(prefill, ar),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import attention
 from attention import attend_causal, attend_two_part
 from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
+from window_loop import STEP_PIECE
 
 HEAD_DIM = 8
 GARBAGE = 1e4  # in slots that hold no token: finite, and large enough to ruin every sum it enters
@@ -174,7 +175,7 @@ def test_a_stack_of_layers_gives_what_a_tuple_gives():
 
 # --- The ring of decode steps -------------------------------------------------------------------------------
 
-PIECE = attention.STEP_PIECE
+PIECE = STEP_PIECE
 
 
 def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
@@ -213,7 +214,7 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
     index = int(capacity * laps) + capacity * 2 // 3
     ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
     starts = [max(index - age, 0) for age in ages]
-    config = sizes(1, capacity, prompts=5)
+    config = dataclasses.replace(sizes(1, capacity, prompts=5), begin_every=PIECE)
     cache = ring_of(config, starts, index, seed=4, filler=GARBAGE)
     q = normal(np.random.default_rng(5), 5, 4, HEAD_DIM)
     np.testing.assert_allclose(attend(q, cache, 0), expected_on_the_ring(q, cache, starts), atol=1e-5)
@@ -229,7 +230,7 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
 def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
     age: int, starts: list[int], mates: list[int], filler: float
 ):
-    config = sizes(1, 320, prompts=3)
+    config = dataclasses.replace(sizes(1, 320, prompts=3), begin_every=PIECE)
     q = normal(np.random.default_rng(6), 3, 4, HEAD_DIM)
     outs = []
     for start, of_mates in zip(starts, (mates[:2], mates[2:]), strict=True):

@@ -166,5 +166,7 @@ def test_greedy_takes_the_first_of_equal_logits_in_a_whole_vocabulary():
     logits = np.full((3, 151936), -2.0, np.float32)
     logits[0, [151935, 151934]] = 1.5
     logits[1, 77_777] = -1.0
-    tokens, _ = sample_tokens(jnp.asarray(logits), Sampling().traced(), sequence_keys(np.uint32(0), jnp.arange(3)), 0)
+    tokens, _ = sample_tokens(
+        jnp.asarray(logits), Sampling().traced(), sequence_keys(np.uint32(0), jnp.arange(3)), 0
+    )
     np.testing.assert_array_equal(tokens, [151934, 77_777, 0])
