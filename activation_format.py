@@ -254,6 +254,7 @@ def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, A
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
 _LINE_FIELDS = SequenceRecord._fields[:-1]
+_DECODER = json.JSONDecoder()
 
 
 def encode_line(record: SequenceRecord) -> bytes:
@@ -273,8 +274,14 @@ def line_key(line: bytes) -> bytes | None:
 
 
 def decode_line(line: bytes, host: int) -> SequenceRecord:
-    """The record of an index line; StoreError when it is not one."""
+    """The record of an index line, with or without its newline; StoreError when it is not one."""
     try:
-        return SequenceRecord(host=host, **json.loads(line))
+        text = line.decode()
+        values, end = _DECODER.raw_decode(text)  # not json.loads, which is twice as slow on bytes
+        if text[end:] not in ("", "\n"):
+            raise ValueError("something follows the object")
+        if tuple(values) == _LINE_FIELDS:
+            return SequenceRecord._make([*values.values(), host])
+        return SequenceRecord(host=host, **values)
     except (ValueError, TypeError) as error:
         raise StoreError(f"an index line of {host_name(host)} is damaged: {line[:80]!r}") from error

@@ -157,7 +157,7 @@ class LocalFiles:
             return file.read(-1 if stop is None else stop - start)
 
     def open_file(self, name: str) -> "LocalFile":
-        return LocalFile(self.root / name)
+        return LocalFile(f"{self.root}/{name}")
 
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
@@ -225,7 +225,7 @@ class LocalFiles:
 class LocalFile:
     """A local file: read, or mapped once it is viewed. Views stay valid when the file is let go of."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
         self._bytes: np.ndarray | None = None
 

@@ -144,11 +144,16 @@ class ActivationStore:
         A view into the file's memory map for a local store: nothing is read before it is used, and other
         layers never are.
         """
-        return self._rows(record, layer, 0, record.n_rows)
+        self.require_layer(layer)
+        self._require_rows(record)
+        return self._shard(record).layer(hook_name(layer))[record.row_start : _end(record)]
 
     def columns(self, record: SequenceRecord, layer: int) -> RowColumns:
         """Token, position and so on of each row that `rows` returns."""
-        return self._columns(record, layer, 0, record.n_rows)
+        place = self.require_layer(layer)
+        self._require_rows(record)
+        at = slice(record.row_start, _end(record))
+        return _columns(_known(self._shard(record), place), at, record.prompt_length)
 
     def iterate(
         self,
@@ -162,31 +167,39 @@ class ActivationStore:
         `rows` are views as in `ActivationStore.rows`; only filtering by norm copies.
         """
         chosen = rows or RowFilter()
-        for record in self._prefetched(layer, self.sequences() if sequences is None else sequences):
-            start, stop = chosen.row_range(record)
-            if start == stop:
-                continue
-            data, columns = self._rows(record, layer, start, stop), self._columns(record, layer, start, stop)
-            if chosen.max_norm is not None and not (keep := columns.norms <= chosen.max_norm).all():
-                data, columns = data[keep], RowColumns(*(column[keep] for column in columns))
-            if len(data):
-                yield data, columns, record
+        place, hook = self.require_layer(layer), hook_name(layer)
+        for shard, records in self._shards_ahead(hook, self.sequences() if sequences is None else sequences):
+            of_layer, known = shard.layer(hook), _known(shard, place)
+            for record in records:
+                start, stop = chosen.row_range(record)
+                if start == stop:
+                    continue
+                at = slice(record.row_start + start, record.row_start + stop)
+                data, columns = of_layer[at], _columns(known, at, record.prompt_length)
+                if chosen.max_norm is not None and not (keep := columns.norms <= chosen.max_norm).all():
+                    data, columns = data[keep], RowColumns(*(column[keep] for column in columns))
+                if len(data):
+                    yield data, columns, record
 
-    def _prefetched(self, layer: int, sequences: Iterable[SequenceRecord]) -> Iterator[SequenceRecord]:
-        """The sequences; the layer of the next few shards is on its way from disk while one is used."""
+    def _shards_ahead(
+        self, hook: str, sequences: Iterable[SequenceRecord]
+    ) -> Iterator[tuple[Shard, list[SequenceRecord]]]:
+        """The sequences by shard; the rows of the next few are on their way from disk while one is used."""
 
-        def prefetch(records: list[SequenceRecord]) -> None:
-            first, end = records[0].row_start, records[-1].row_start + records[-1].n_rows
-            self._shard(records[0]).prefetch(hook_name(layer), min(first, end), max(first, end))
+        def opened(group: tuple[Any, Iterator[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
+            records = list(group[1])
+            return self._shard(records[0]), records
+
+        def prefetched(of_shard: tuple[Shard, list[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
+            shard, records = of_shard
+            for name in ("token_ids", "positions", "logprobs", "norms"):
+                shard.prefetch(name)
+            shard.prefetch(hook, [(min(r.row_start for r in records), max(_end(r) for r in records))])
+            return of_shard
 
         kept = (record for record in sequences if not record.failed)
-        shards = (list(of_shard) for _, of_shard in itertools.groupby(kept, key=lambda record: record.path))
-        for records in started_ahead(
-            started_ahead(shards, SHARDS_AHEAD, lambda records: self._shard(records[0])),
-            SHARDS_AHEAD,
-            prefetch,
-        ):
-            yield from records
+        groups = itertools.groupby(kept, key=lambda record: (record.host, record.shard))
+        return ahead(map(prefetched, ahead(map(opened, groups), SHARDS_AHEAD)), SHARDS_AHEAD)
 
     def prompt_token_ids(self, record: SequenceRecord) -> np.ndarray:
         """The prompt, int32 [prompt_length]; kept whether or not its rows are."""
@@ -274,41 +287,35 @@ class ActivationStore:
     def _shard(self, record: SequenceRecord) -> Shard:
         return self.open_shard(record.path, record.shard_bytes)
 
-    def _rows(self, record: SequenceRecord, layer: int, start: int, stop: int) -> np.ndarray:
-        self.require_layer(layer)
-        self._require_rows(record)
-        first = record.row_start
-        return self._shard(record).layer(hook_name(layer))[first + start : first + stop]
-
-    def _columns(self, record: SequenceRecord, layer: int, start: int, stop: int) -> RowColumns:
-        place = self.require_layer(layer)
-        self._require_rows(record)
-        shard = self._shard(record)
-        rows = slice(record.row_start + start, record.row_start + stop)
-        positions = shard.column("positions")[rows]
-        return RowColumns(
-            token_ids=shard.column("token_ids")[rows],
-            positions=positions,
-            is_generated=positions >= record.prompt_length,  # the tensor lies at the file's other end
-            logprobs=shard.column("logprobs")[rows],
-            norms=shard.column("norms")[place][rows],
-        )
-
     def _generated(self, record: SequenceRecord, name: str) -> np.ndarray:
         self._require_rows(record)
         stop = _end(record)
         return self._shard(record).column(name)[stop - record.generated_length : stop]
 
 
-def started_ahead(items: Iterable[Item], distance: int, start: Callable[[Item], object]) -> Iterator[Item]:
-    """The items in order, `start` called for each one `distance` items before it is yielded."""
+def ahead(items: Iterable[Item], distance: int) -> Iterator[Item]:
+    """The items in order, each drawn `distance` items before it is yielded."""
     waiting: deque[Item] = deque()
     for item in items:
-        start(item)
         waiting.append(item)
         if len(waiting) > distance:
             yield waiting.popleft()
     yield from waiting
+
+
+def _known(shard: Shard, place: int) -> tuple[np.ndarray, ...]:
+    """Tokens, positions, log-probabilities and norms of all rows of a shard."""
+    return *(shard.column(name) for name in ("token_ids", "positions", "logprobs")), shard.column("norms")[
+        place
+    ]
+
+
+def _columns(known: tuple[np.ndarray, ...], at: slice, prompt_length: int) -> RowColumns:
+    """What is known of the rows `at` of a shard, which are those of one sequence."""
+    token_ids, positions, logprobs, norms = known
+    of_rows = positions[at]
+    # Not the stored is_generated, which lies at the file's other end.
+    return RowColumns(token_ids[at], of_rows, of_rows >= prompt_length, logprobs[at], norms[at])
 
 
 def _end(record: SequenceRecord) -> int:

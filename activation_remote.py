@@ -34,11 +34,9 @@ class RemoteFile:
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
-        self._head = b""
 
     def view(self, start: int, stop: int) -> np.ndarray:
-        data = self._head[start:stop] if stop <= len(self._head) else self._read(start, stop)
-        return np.frombuffer(data, np.uint8)
+        return np.frombuffer(self._read(start, stop), np.uint8)
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         into = out.reshape(-1).view(np.uint8)
@@ -48,9 +46,7 @@ class RemoteFile:
         into[:] = data
 
     def prefetch(self, start: int, stop: int) -> None:
-        """The first part is fetched now and kept: one request then serves many small reads."""
-        if start == 0:
-            self._head = self._read(0, stop)
+        """Nothing: a request would have to be waited for."""
 
 
 class RemoteFiles:

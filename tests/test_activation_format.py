@@ -132,6 +132,18 @@ def test_an_index_line_reads_back_as_it_was():
     assert decode_line(line[:-1], host=2) == RECORD
 
 
+def test_an_index_line_reads_back_in_any_order_of_fields():
+    values = json.loads(encode_line(RECORD))
+    line = json.dumps(dict(reversed(values.items())), indent=1).encode()
+    assert decode_line(line, host=2) == RECORD
+
+
+@pytest.mark.parametrize("line", [encode_line(RECORD)[:-1] + b"}", encode_line(RECORD) * 2])
+def test_what_follows_an_index_line_is_damage(line: bytes):
+    with pytest.raises(StoreError, match="damaged"):
+        decode_line(line, host=2)
+
+
 def test_the_key_is_found_without_parsing_the_line():
     assert line_key(encode_line(RECORD)[:-1]) == bytes.fromhex(RECORD.key)
 

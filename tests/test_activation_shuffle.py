@@ -36,7 +36,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 @pytest.fixture(autouse=True)
 def _small_pools(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(activation_shuffle, "RUN_ROWS", 16)
+    monkeypatch.setattr(activation_shuffle, "BLOCK_ROWS", 16)
     monkeypatch.setattr(activation_shuffle, "POOL_ROWS", 256)
 
 
@@ -53,6 +53,25 @@ def test_an_epoch_holds_every_row_once_and_mixed(store: ActivationStore):
     assert sorted(found) == list(range(total(store)))
     # Neighbours in a batch are far apart in the store: a third of it on average, as in a true shuffle.
     assert np.abs(np.diff(found)).mean() > 0.2 * total(store)
+
+
+def test_short_sequences_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Sixty sequences of five rows in three files are no sixty reads: what lies together comes as a block."""
+    with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
+        for shard in range(3):
+            part = [sequence(f"s{shard}-{n}", of=SETTINGS, prompt=1, generated=4) for n in range(20)]
+            writer.submit(part)
+    opened: list[str] = []
+    real = ActivationStore.open_shard
+    monkeypatch.setattr(
+        ActivationStore,
+        "open_shard",
+        lambda self, path, size: (opened.append(path), real(self, path, size))[1],
+    )
+    monkeypatch.setattr(activation_shuffle, "POOL_ROWS", 16)  # nearly every block is a pool of its own
+    found = numbers(ShuffledBatches(ActivationStore(tmp_path), 11, 50))
+    assert len(found) == 300
+    assert len(opened) <= 3 * 100 / 16 + 6
 
 
 def test_batches_have_the_size_asked_for_but_the_last(store: ActivationStore):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -116,6 +117,17 @@ def test_rows_of_any_strides_are_stored_as_they_read(tmp_path: Path):
     tensors = safetensors.numpy.load_file(tmp_path / SHARD)
     for layer, hook in enumerate(of.hook_names):
         np.testing.assert_array_equal(tensors[hook], np.concatenate([view[layer], reversed_columns[layer]]))
+
+
+@pytest.mark.parametrize("tasks", [("a",), ("a", "bb"), ("ccc", "dddd", "eeeee")])
+def test_layers_begin_at_a_multiple_of_64_bytes(tmp_path: Path, tasks: tuple[str, ...]):
+    """The kernel copies rows from odd addresses at half the speed; 32 columns of bfloat16 are 64 bytes."""
+    of = settings(hidden_size=32)
+    write(tmp_path, batch(*tasks, of=of), of=of)
+    data = (tmp_path / SHARD).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert [(8 + length + header[hook]["data_offsets"][0]) % 64 for hook in of.hook_names] == [0, 0, 0]
 
 
 def test_the_bytes_of_a_shard_follow_from_its_sequences_alone(tmp_path: Path):
