@@ -5,13 +5,15 @@
 
 Prompts are those of the tasks, answers as long as the true ones (no EOS), rows of 14 layers captured. All
 three read the same prompts and make the same tokens; prefills count, compiling and loading do not. A static
-batch runs until its longest answer ends. Of ``--sequences N`` every k-th is taken, so that lengths keep their
-distribution; ``--plot`` draws the occupancy of the slots over time (extra ``plots``).
+batch runs until its longest answer ends. Prefills are the same work for all, and on a CPU most of it: the
+table gives tokens a second with them and without. Of ``--sequences N`` every k-th is taken, so that lengths
+keep their distribution; ``--plot`` draws the occupancy of the slots over time (extra ``plots``).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import time
@@ -37,6 +39,21 @@ from window_loop import SlotShape
 ROOT = Path(__file__).parent.parent
 ENCODER = "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))"
 Batches = list[list[WorkItem]]
+
+
+class Timed:
+    """A program whose seconds are added up; it returns when they have passed."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+        self.memory_analysis = program.memory_analysis
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        started = time.perf_counter()
+        out = jax.block_until_ready(self._program(*args))
+        self.seconds += time.perf_counter() - started
+        return out
 
 
 class Moment(NamedTuple):
@@ -113,9 +130,11 @@ def measure_slots(model: Any, params: Any, items: list[WorkItem], slots: int) ->
     widths = {bucket_length(len(item.prompt)) for item in items}
     shape = SlotShape(slots, 1, max(item.max_tokens for item in items))
     windows: list[tuple[float, Occupancy]] = []
-    seconds, compile_seconds, tokens, expected, peak = 0.0, 0.0, 0, 0, 0
+    seconds, prefill, compile_seconds, tokens, expected, peak = 0.0, 0.0, 0.0, 0, 0, 0
     for stage in plan_stages(model, params, widths, shape, device_memory_budget()):
         programs, free = start_stage(model, params, stage)
+        prefills = {width: Timed(program) for width, program in programs.prefills.items()}
+        programs = dataclasses.replace(programs, prefills=prefills)
         compile_seconds += programs.compile_seconds
         memory = PeakMemory()
         memory.start()
@@ -129,6 +148,7 @@ def measure_slots(model: Any, params: Any, items: list[WorkItem], slots: int) ->
         del free
         tokens += sum(len(of_item.token_ids) for of_item in finished)
         seconds = time.perf_counter() - started
+        prefill += sum(program.seconds for program in prefills.values())
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         peak = max(peak, memory.read()[0] - before + weights)
         expected = max(expected, expected_bytes(model, params, programs))
@@ -136,7 +156,7 @@ def measure_slots(model: Any, params: Any, items: list[WorkItem], slots: int) ->
     made = sum(window.steps * window.slots for _, window in windows)
     over_time = [Moment(at, window.live_steps / (window.steps * window.slots)) for at, window in windows]
     assert tokens == sum(item.max_tokens for item in items)
-    return result(tokens, seconds, live / made, over_time) | {
+    return result(tokens, seconds, prefill, live / made, over_time) | {
         "compile_seconds": compile_seconds,
         "expected_bytes": expected,
         "measured_bytes_on_cpu": peak,
@@ -145,7 +165,7 @@ def measure_slots(model: Any, params: Any, items: list[WorkItem], slots: int) ->
 
 def measure_static(model: Any, params: Any, batches: Batches) -> dict[str, Any]:
     """``generate_single_task_jitted``'s programs: each batch to the end of its longest answer."""
-    seconds, tokens, compile_seconds = 0.0, 0, 0.0
+    seconds, prefill, tokens, compile_seconds = 0.0, 0.0, 0, 0.0
     over_time: list[Moment] = []
     for batch in batches:
         longest = max(item.max_tokens for item in batch)
@@ -154,6 +174,8 @@ def measure_static(model: Any, params: Any, batches: Batches) -> dict[str, Any]:
         shape = GenerateShape(len(ids), ids.shape[1], longest, stop=False)
         program = compile_generate(model, params, shape)
         compile_seconds += program.compile_seconds
+        reading = Timed(program.prefill)
+        program = dataclasses.replace(program, prefill=reading)
         started = time.perf_counter()
         out = program(params, request, Sampling())
         rows = np.asarray(out.activations)
@@ -162,9 +184,10 @@ def measure_static(model: Any, params: Any, batches: Batches) -> dict[str, Any]:
         took = time.perf_counter() - started
         over_time += static_moments(batch, seconds, took)
         seconds += took
+        prefill += reading.seconds
         tokens += sum(item.max_tokens for item in batch)
         del out, rows
-    return result(tokens, seconds, static_occupancy(batches), over_time) | {
+    return result(tokens, seconds, prefill, static_occupancy(batches), over_time) | {
         "compile_seconds": compile_seconds
     }
 
@@ -180,8 +203,20 @@ def measure_transformers(checkpoint: Path, dtype: str, batches: Batches) -> dict
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
     model = model.to(device).eval()
     model.generation_config.eos_token_id = None
-    seconds, tokens = 0.0, 0
+    seconds, prefill, tokens = 0.0, 0.0, 0
     over_time: list[Moment] = []
+
+    def generate(ids: Any, mask: Any, new_tokens: int) -> float:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens, pad_token_id=0, output_hidden_states=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        out.sequences[0, -1].item()  # waits for the device
+        return time.perf_counter() - started
+
     for batch in batches:
         longest = max(item.max_tokens for item in batch)
         width = max(len(item.prompt) for item in batch)
@@ -190,20 +225,12 @@ def measure_transformers(checkpoint: Path, dtype: str, batches: Batches) -> dict
         for row, item in enumerate(batch):
             ids[row, width - len(item.prompt) :] = torch.from_numpy(item.prompt.astype(np.int64))
             mask[row, width - len(item.prompt) :] = 1
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids.to(device), attention_mask=mask.to(device), do_sample=False, max_new_tokens=longest,
-                min_new_tokens=longest, pad_token_id=0, output_hidden_states=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        out.sequences[0, -1].item()  # waits for the device
-        took = time.perf_counter() - started
+        took = generate(ids, mask, longest)
         over_time += static_moments(batch, seconds, took)
         seconds += took
+        prefill += generate(ids, mask, 1)  # besides, to tell the two apart
         tokens += sum(item.max_tokens for item in batch)
-        del out
-    return result(tokens, seconds, static_occupancy(batches), over_time)
+    return result(tokens, seconds, prefill, static_occupancy(batches), over_time)
 
 
 def simulate(sequences: int, slots: int) -> dict[str, Any]:
@@ -242,11 +269,15 @@ def static_occupancy(batches: Batches) -> float:
     return sum(item.max_tokens for batch in batches for item in batch) / made
 
 
-def result(tokens: int, seconds: float, occupancy: float, over_time: list[Moment]) -> dict[str, Any]:
+def result(
+    tokens: int, seconds: float, prefill: float, occupancy: float, over_time: list[Moment]
+) -> dict[str, Any]:
     return {
         "valid_tokens_per_second": tokens / seconds,
         "tokens": tokens,
         "seconds": seconds,
+        "prefill_seconds": prefill,
+        "tokens_per_second_without_prefill": tokens / (seconds - prefill),
         "occupancy": occupancy,
         "occupancy_over_time": over_time,
     }
@@ -261,16 +292,18 @@ def markdown(report: dict[str, Any]) -> str:
         ", ".join(f"{key} {value}" for key, value in report["machine"].items()),
         f"\n{report['sequences']} sequences, {report['dtype']}, {report['batch']} at once; prompts "
         f"{report['prompt_tokens']}, answers {report['answer_tokens']}\n",
-        "| | valid tokens/s | slots are faster by | occupancy | seconds |",
-        "|---|---|---|---|---|",
+        "| | valid tokens/s | slots are faster by | without prefills | slots are faster by | occupancy "
+        "| seconds | of which prefill |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ours = report["results"]["slots"]
     for name, measured in report["results"].items():
-        lines.append(
-            f"| {name} | {measured['valid_tokens_per_second']:.1f} "
-            f"| {ours['valid_tokens_per_second'] / measured['valid_tokens_per_second']:.2f}x"
-            f"| {measured['occupancy']:.1%} | {measured['seconds']:.1f} |"
-        )
+        cells = [name]
+        for figure in ("valid_tokens_per_second", "tokens_per_second_without_prefill"):
+            cells += [f"{measured[figure]:.1f}", f"{ours[figure] / measured[figure]:.2f}x"]
+        cells += [f"{measured['occupancy']:.1%}"]
+        cells += [f"{measured[figure]:.1f}" for figure in ("seconds", "prefill_seconds")]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"\nmemory: {ours['expected_bytes'] / 1e6:.0f} MB expected; resident on CPU, host rows included, "
         f"{ours['measured_bytes_on_cpu'] / 1e6:.0f} MB"
