@@ -121,6 +121,7 @@ def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={6})
 
 
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
 def test_a_second_ctrl_c_ends_a_call_that_runs_on(uninterrupted: Uninterrupted, tmp_path: Path):
     with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
         time.sleep(2)  # it has left Python by then
