@@ -51,7 +51,8 @@ def replay_store(store: ActivationStore, model_path: str, count: int, seed: int 
     if checkpoint_fingerprint(model_path) != settings.model_fingerprint:
         yield f"{model_path} is not the model that made the store (its fingerprint differs)"
         return
-    config, params = load_qwen2(model_path, dtype=settings.dtype)
+    # Scanned layers compile in a fraction of the time, which counts for a handful of sequences.
+    config, params = load_qwen2(model_path, dtype=settings.dtype, scan_layers=True)
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return

@@ -155,20 +155,26 @@ def _compile(
     model: QwenModel, shape: GenerateShape, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
 ) -> CompiledGenerate:
     params = jax.tree.unflatten(treedef, leaves)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside the GIL
+        options = compiler_options()
+        prefill, decode = pool.map(lambda p: p.compile(options), lower_generate(model, params, shape))
+    return CompiledGenerate(shape, prefill, decode, time.perf_counter() - started)
+
+
+def lower_generate(
+    model: QwenModel, params: Any, shape: GenerateShape
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Prefill and decode as ``CompiledGenerate`` calls them, traced but not compiled."""
     prompts = shape.num_prompts
     drawing = (Sampling().traced(), _struct((), jnp.uint32), _struct((shape.batch_size,), jnp.uint32))
-    started = time.perf_counter()
     prefill = functools.partial(run_prefill, model, shape.cache_config(model.config), shape.capture_prompt)
     lowered = jax.jit(prefill).lower(
         params, _struct((prompts, shape.prompt_width), jnp.int32), _struct((prompts,), jnp.int32), *drawing
     )
     state = jax.tree.map(lambda info: _struct(info.shape, info.dtype), lowered.out_info[0])
     decode = jax.jit(functools.partial(run_decode, model, shape.stop), donate_argnums=1)
-    lowered_decode = decode.lower(params, state, *drawing, _struct((shape.eos_slots,), jnp.int32))
-    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside the GIL
-        options = compiler_options()
-        compiled, compiled_decode = pool.map(lambda p: p.compile(options), (lowered, lowered_decode))
-    return CompiledGenerate(shape, compiled, compiled_decode, time.perf_counter() - started)
+    return lowered, decode.lower(params, state, *drawing, _struct((shape.eos_slots,), jnp.int32))
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""The old generation path: a Python loop over a growing, concatenated cache, one dispatch per operation.
+"""The old generation path: a Python loop over a growing, concatenated cache, the model dispatched operation by operation.
 
 It is kept as the reference that the compiled path is tested against, and for ``--generation python``.
 It takes the same arguments and returns the same ``Generation``, slowly.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,6 +17,8 @@ from generate_jitted import Generation
 from generation_request import check_request
 from qwen2_jax import QwenModel
 from sampling import Sampling, sample_tokens, sequence_keys
+
+_sample = jax.jit(sample_tokens)
 
 
 def generate_single_task_python(
@@ -57,7 +60,7 @@ def generate_single_task_python(
     mask = np.arange(width) < lengths[:, None]
     logits, caches, prompt_rows = growing.apply(variables, jnp.asarray(ids), mask)  # type: ignore[misc]
     last = jnp.take_along_axis(logits, jnp.asarray(lengths - 1)[:, None, None], axis=1)[:, 0]
-    token, logprob = sample_tokens(last, sampling.traced(), keys, 0)
+    token, logprob = _sample(last, sampling.traced(), keys, 0)
 
     tokens = np.zeros((batch, max_tokens), np.int32)
     logprobs = np.zeros((batch, max_tokens), np.float32)
@@ -75,7 +78,7 @@ def generate_single_task_python(
         ended |= live & np.isin(tokens[:, step], request.eos_token_ids)
         if ended.all():
             break
-        token, logprob = sample_tokens(logits[:, 0], sampling.traced(), keys, step + 1)
+        token, logprob = _sample(logits[:, 0], sampling.traced(), keys, step + 1)
     prompt = None
     if extract_prompt:
         valid = (np.arange(width) < lengths[:, None])[::samples_per_prompt].T

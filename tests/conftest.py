@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a wro
 
 if importlib.util.find_spec("qwen2_jax") is None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """All processes of one run of the suite share what they compile; the next run starts from nothing."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def run(request: pytest.FixtureRequest) -> Run:
-    config, params = load_qwen2(TINY, dtype=request.param)
+    config, params = load_qwen2(TINY, dtype=request.param, scan_layers=True)  # soon compiled
     model = create_model_with_hooks(config, LAYERS)
     prompts = np.random.default_rng(0).integers(0, 500, (len(PROMPTS), max(PROMPTS))).astype(np.int32)
     generation = generate_single_task_jitted(

@@ -149,15 +149,15 @@ def test_samples_of_one_prompt_are_prefilled_once_in_whichever_order_they_arrive
 
 def test_without_hooks_the_tokens_are_the_same(finished):
     model, params = built()
-    items = workload()[:9]
+    items = workload()[:SAMPLES]
     kwargs: dict[str, Any] = {"eos_token_ids": EOS, "sampling": SAMPLING, "seed": 9}
     for result in generate_continuous(QwenModel(model.config), params, items, **kwargs):
         assert result.rows is None
         np.testing.assert_array_equal(result.token_ids, finished[0][result.item.name].token_ids)
 
 
-def test_unrolled_layers_give_the_same(finished):
-    items = workload()[:12]
+def test_unrolled_layers_give_the_same():
+    items = workload()[: 2 * SAMPLES]
     results = {
         r.item.name: r
         for r in generate_continuous(
@@ -288,7 +288,7 @@ def test_memory_on_the_device_does_not_grow_with_the_number_of_sequences():
 @pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
 def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int):
     shape = SlotShape(slots, 192, LONGEST)
-    programs = compile_slots(*built(scan_layers), shape, (64, 96, 128, 192), capture_prompt=True)
+    programs = compile_slots(*built(scan_layers), shape, (64, 192), capture_prompt=True)
     cache_bytes = shape.cache_config(built()[0]).nbytes
     for program in (programs.window, programs.insert):
         memory: Any = program.memory_analysis()

@@ -26,6 +26,7 @@ from generate_jitted import (
     Sampling,
     compile_generate,
     generate_single_task_jitted,
+    lower_generate,
     prefill_with_cache,
 )
 from kvcache_utils import create_kv_cache_buffers
@@ -45,12 +46,17 @@ def abstract_model(config: QwenConfig, extract: tuple[int, ...] = FIXED_EXTRACT_
     return model, params
 
 
+def compile_decode(model: Any, params: Any, shape: GenerateShape) -> jax.stages.Compiled:
+    """The decode executable of ``compile_generate`` without the prefill beside it."""
+    return lower_generate(model, params, shape)[1].compile(compiler_options())
+
+
 @functools.cache
 def real(dtype: str, max_tokens: int) -> tuple[Any, Any]:
     """(bytes of cache and activation buffers, the decode executable) at batch 1 of the 0.5B shape."""
     model, params = abstract_model(QwenConfig(dtype=dtype))
     shape = GenerateShape(1, WIDTH, max_tokens)
-    return shape.nbytes(model), compile_generate(model, params, shape).decode
+    return shape.nbytes(model), compile_decode(model, params, shape)
 
 
 @functools.cache
@@ -58,7 +64,7 @@ def modest(max_tokens: int, scan_layers: bool, samples: int = 4) -> tuple[Any, A
     """As ``real``, of a small model at batch 8, unrolled or scanned."""
     model, params = abstract_model(SMALL.config(scan_layers=scan_layers), SMALL.extract)
     shape = GenerateShape(2, 64, max_tokens, samples)
-    return shape.nbytes(model), compile_generate(model, params, shape).decode
+    return shape.nbytes(model), compile_decode(model, params, shape)
 
 
 # --- The decode loop ---
