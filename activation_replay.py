@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from activation_format import SequenceRecord, hook_name
 from activation_reader import ActivationStore
@@ -56,9 +57,8 @@ def replay_store(store: ActivationStore, model_path: str, count: int, seed: int 
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return
-    yield from replay_sequences(
-        store, _choose(store, count, seed), plain_forward(config, params, store.layers)
-    )
+    chosen = tqdm(_choose(store, count, seed), "replay", unit="seq", disable=None, leave=False)
+    yield from replay_sequences(store, chosen, plain_forward(config, params, store.layers))
 
 
 def replay_sequences(

@@ -13,12 +13,15 @@ The command line looks after a store:
     python -m activation_store export DIR --layer 12 --context_size 128 --output OUT
     python -m activation_store import-legacy PICKLES --output DIR --hidden_size 896
 
-Exit codes: 0 all well, 1 findings or an error, 2 bad usage.
+Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
 
 from activation_export import export_saelens
 from activation_format import (
@@ -73,6 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # StoreError, and those of the data set and the checkpoint
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output is gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,7 +131,8 @@ def _verify(options: argparse.Namespace) -> int:
     store = ActivationStore(options.directory)
     findings = 0
     for finding in _findings(store, options):
-        print(finding, flush=True)
+        tqdm.write(finding)  # beside the progress bars of a terminal
+        sys.stdout.flush()
         findings += 1
     for note in store_notes(store):
         print(f"note: {note}")

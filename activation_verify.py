@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from activation_format import (
     FINISH_REASONS,
@@ -54,7 +55,8 @@ def verify_store(store: ActivationStore) -> Iterator[str]:
                 lines.setdefault(record.shard, []).append(record)
         lines.pop("", None)  # failed sequences: nothing is stored
         present = store.files.shards(host)
-        for shard, records in lines.items():
+        # A bar on a terminal only: every byte is read.
+        for shard, records in tqdm(lines.items(), host_name(host), unit="shard", disable=None, leave=False):
             where = f"{host_name(host)}/{shard}"
             for problem in _shard_problems(store, where, records, present.get(shard)):
                 yield f"{where}: {problem}"

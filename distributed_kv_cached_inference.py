@@ -46,7 +46,7 @@ from qwen2_jax import CheckpointError, QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 from qwen2_weights import check_checkpoint, checkpoint_fingerprint, resolve_file
 from run_continuous import make_continuously
-from run_generation import Clock, Generator, finished_sequences
+from run_generation import Clock, Generator, finished_sequences, keep_programs
 from run_options import EXAMPLES, RunOptions, UsageError, parse_options
 from run_plan import Call, Prompt, build_prompts, plan_calls
 from run_report import Progress, Report, failure_entries, report_path, write_answers
@@ -105,6 +105,8 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     _say_defaults(options)
     loaded = load_tasks(options.dataset_path, options.n_tasks)
     _check_places(options)
+    if options.compilation_cache_dir is not None:
+        keep_programs(options.compilation_cache_dir)
     config = _load_config(options)
     check_checkpoint(options.model_path, config)
     tokenizer = _load_tokenizer(options.model_path, config.vocab_size)

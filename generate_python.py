@@ -1,4 +1,4 @@
-"""The old generation path: a Python loop over a growing, concatenated cache, the model dispatched operation by operation.
+"""The old generation path: a Python loop over a growing cache, one dispatch for each operation of the model.
 
 It is kept as the reference that the compiled path is tested against, and for ``--generation python``.
 It takes the same arguments and returns the same ``Generation``, slowly.

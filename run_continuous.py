@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,9 +19,10 @@ from run_signals import StopRequest
 from slot_plan import Stage, device_memory_budget, plan_stages, start_stage
 from window_loop import SlotShape
 
-# A shard is committed once it has either: enough to be read well, little enough to be lost by a crash.
+# A shard is committed once it has one of these: enough to be read well, little enough to be lost by a crash.
 SHARD_BYTES = 64 * 2**20
 SHARD_SEQUENCES = 256
+SHARD_SECONDS = 60.0
 
 
 def make_continuously(
@@ -108,7 +110,7 @@ def _store(
 ) -> None:
     """Hands finished sequences to the writer, in shards."""
     shard: list[FinishedSequence] = []
-    size = 0
+    size, begun = 0, time.monotonic()
     # Signals are handled on the main thread, and only between two Python instructions: it must not be the
     # one that waits for a window.
     try:
@@ -119,8 +121,9 @@ def _store(
             size += 0 if item.rows is None else item.rows.nbytes
             report.tokens_generated += len(item.token_ids)
             progress.update(1, len(item.token_ids))
-            if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES:
+            age = time.monotonic() - begun
+            if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES or age >= SHARD_SECONDS:
                 writer.submit(shard)
-                shard, size = [], 0
+                shard, size, begun = [], 0, time.monotonic()
     finally:  # also what was finished before a device failed
         writer.submit(shard)

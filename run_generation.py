@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from activation_store import FinishedSequence
@@ -19,8 +21,27 @@ from generate_python import generate_single_task_python
 from generation_request import eos_slots
 from qwen2_jax import QwenModel, load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
-from run_options import RunOptions
+from run_options import RunOptions, UsageError
 from run_plan import Call, sampling_id
+
+
+def keep_programs(directory: str) -> None:
+    """From now on what XLA compiles is kept in ``directory``, and taken from there where it is already.
+
+    Raises:
+        UsageError: others may write there; a program that is found there is run.
+    """
+    path = Path(directory).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UsageError(
+            f"--compilation_cache_dir: {path} may be written by other users, whose programs would be run; "
+            "name a directory that only you can write"
+        )
+    compilation_cache.reset_cache()  # JAX decides once whether there is one
+    compilation_cache.set_cache_dir(str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ class RunOptions:
     extract_prompt: bool = False
     generation: str = "continuous"
     memory_budget: float | None = None
+    compilation_cache_dir: str | None = None
 
     @property
     def samples_per_prompt(self) -> int:
@@ -132,6 +133,8 @@ def _check(options: RunOptions) -> None:
         )
     if options.memory_budget is not None and not options.memory_budget > 0:
         raise UsageError(f"--memory_budget must be above 0, not {options.memory_budget}")
+    if options.compilation_cache_dir is not None and "://" in options.compilation_cache_dir:
+        raise UsageError(f"--compilation_cache_dir {options.compilation_cache_dir} is not a local directory")
     if options.kv_cache_dtype and options.generation == "python":
         raise UsageError(
             "--kv_cache_dtype is for the compiled ways of --generation; the old loop has no such choice"
@@ -235,6 +238,12 @@ def _parser() -> _Parser:
         "take more, there are fewer (default: nearly all of an accelerator's, half of the machine's on CPU)",
         type=float,
         metavar="GB",
+    )
+
+    add(
+        generation,
+        "compilation_cache_dir",
+        "keep compiled programs in this directory of yours: runs of the same shapes start at once",
     )
 
     capture = parser.add_argument_group("capture")

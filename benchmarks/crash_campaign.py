@@ -1,6 +1,6 @@
 """Kill the runner at random moments, again and again, and show that nothing is lost.
 
-    python benchmarks/crash_campaign.py [--kills 100] [--model_path M --dataset_path D] [-- runner flags]
+    python benchmarks/crash_campaign.py [--kills 100] [--generation task] [--model_path M --dataset_path D]
 
 One uninterrupted run gives the expected result. Then the same command is started, killed with SIGKILL and
 started again, until it ends by itself; that is repeated in new directories until there were enough kills.
@@ -24,14 +24,12 @@ from activation_store import ActivationStore, verify_store
 
 RUNNER = Path(__file__).parent.parent / "distributed_kv_cached_inference.py"
 EXAMPLES = RUNNER.parent / "examples"
-# Many small calls: the more commits, the more moments in which a kill may fall into one.
-FLAGS = [
-    "--max_output_tokens=24",
-    "--predictions_per_task=16",
-    "--batch_size=4",
-    "--temperature=1.0",
-    "--extract_prompt",
-]
+# The more commits, the more moments in which a kill may fall into one: many small calls, or many sequences.
+FLAGS = {
+    "task": ["--predictions_per_task=16", "--batch_size=4"],
+    "continuous": ["--predictions_per_task=160", "--batch_size=32"],
+}
+COMMON = ["--max_output_tokens=24", "--temperature=1.0", "--extract_prompt"]
 
 
 class Campaign:
@@ -57,7 +55,9 @@ class Campaign:
             f"--dataset_path={self._options.dataset_path}",
             f"--activations_dir={directory / 'activations'}",
             f"--output_filepath={directory / 'submission.json'}",
-            *(self._options.flags or FLAGS),
+            f"--generation={self._options.generation}",
+            *COMMON,
+            *FLAGS[self._options.generation],
         ]
         with (directory / "log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment)
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--model_path", default=str(EXAMPLES / "tiny-qwen2"))
     parser.add_argument("--dataset_path", default=str(EXAMPLES / "tasks.json"))
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="where to make the runs")
-    parser.add_argument("flags", nargs="*", help=f"runner flags after -- (default: {' '.join(FLAGS)})")
+    parser.add_argument("--generation", choices=list(FLAGS), default="continuous")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     scratch = Path(tempfile.mkdtemp(prefix="crash-campaign-", dir=options.directory))

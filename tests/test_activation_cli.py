@@ -1,5 +1,6 @@
 """`python -m activation_store`: what it prints and how it exits."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -85,6 +86,35 @@ def test_an_error_is_one_sentence_and_exit_code_1(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_ctrl_c_is_a_word_and_exit_code_130(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(activation_store, "verify_store", interrupt)
+    assert main(["verify", str(directory)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_whoever_reads_the_findings_may_leave(directory: Path):
+    """As in ``... | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "activation_store", "verify", str(directory)]
+    done = subprocess.run(
+        command,
+        cwd=Path(activation_store.__file__).parent,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["verify"], ["export", "x"]])

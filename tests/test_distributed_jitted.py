@@ -216,6 +216,16 @@ def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
     assert (figures["tokens_generated"], figures["bytes_stored"], figures["tokens_per_second"]) == (0, 0, 0)
 
 
+def test_what_has_waited_for_a_minute_is_committed(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert len(list((finished / "activations").glob("host-*/shard-*"))) == 1
+    monkeypatch.setattr(run_continuous, "SHARD_SECONDS", 0.0)
+    run_four(tmp_path)
+    assert len(list((tmp_path / "activations").glob("host-*/shard-*"))) == 8
+    assert digests(tmp_path) == digests(finished)
+
+
 def test_a_continued_run_counts_only_what_it_added(finished: Path, tmp_path: Path):
     four(tmp_path)
     assert run_main(tmp_path, n_tasks=3).code == DONE
