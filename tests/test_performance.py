@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -216,34 +215,52 @@ def test_a_prefill_of_8192_tokens_takes_memory_linear_in_its_length(scan_layers:
 # --- TPU, by its compiler alone ---
 
 
+TPUS = {"v4:2x2x1": "v4-8", "v5e:2x2": "v5litepod-4", "v6e:2x2": "v6e-4"}
+
+
 @pytest.fixture(scope="module")
-def tpu() -> Any:
-    """One chip of a TPU v4 that is not there; libtpu compiles for it all the same."""
+def tpu() -> Iterator[Any]:
+    """One chip of a TPU that is not there, by its topology; libtpu compiles for it all the same."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu's compiler: pip install '.[tpu]'")
+
+    def chip(topology: str) -> SingleDeviceSharding:
+        environment.setenv("TPU_ACCELERATOR_TYPE", TPUS[topology])
+        # Where v4 is really there, JAX sees a chip's two cores as one device.
+        megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
+        return SingleDeviceSharding(described.devices[0])
+
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {
             "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_ACCELERATOR_TYPE": "v4-8",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # somebody else on this machine may be compiling too
         }.items():
             environment.setenv(name, value)
         environment.setattr(generate_jitted, "compiler_options", dict)  # this process's platform is the CPU
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1")
-        yield SingleDeviceSharding(topology.devices[0])
+        yield chip
 
 
-def test_decoding_on_a_tpu_is_in_place_with_2_mb_of_temporaries(tpu: Any):
+def real_on(chip: SingleDeviceSharding) -> tuple[Any, Any]:
+    """The real shape in bfloat16, its layers scanned, its weights on ``chip``."""
     model, params = abstract_model(QwenConfig(dtype="bfloat16", scan_layers=True))
-    on_chip = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=tpu), params)
-    shape = GenerateShape(1, WIDTH, 1100)
-    program = compile_generate(model, on_chip, shape)
-    assert_state_is_aliased(shape.nbytes(model), program.decode)
-    memory: Any = program.decode.memory_analysis()
+    return model, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip), params)
+
+
+@pytest.mark.parametrize("topology", TPUS)
+def test_decoding_on_a_tpu_is_in_place_with_2_mb_of_temporaries(tpu: Any, topology: str):
+    model, params = real_on(tpu(topology))
+    shape = GenerateShape(1, 200, 1100)
+    decode = lower_generate(model, params, shape)[1].compile()
+    assert_state_is_aliased(shape.nbytes(model), decode)
+    memory: Any = decode.memory_analysis()
     assert memory.temp_size_in_bytes < 2 * MB
-    # A task's own memory, padding included: the target is 100 MB, the stretch 80.
-    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 50 * MB
-    assert temporaries(program.prefill) < 2 * MB
-    counted = np.prod([len(FIXED_EXTRACT_LAYERS), 1100, 896, 2]) + 2 * 24 * 2 * 64 * (WIDTH + 1100) * 2
-    assert memory.output_size_in_bytes < 1.05 * counted
+    # A task's own memory, what the chip pads included; 1.2 MB of it are logits twice, in part on the chip.
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 46.5 * MB
+
+
+def test_prefill_on_a_tpu_takes_2_mb_of_temporaries(tpu: Any):
+    model, params = real_on(tpu("v4:2x2x1"))
+    prefill = lower_generate(model, params, GenerateShape(1, 200, 1100))[0].compile()
+    assert temporaries(prefill) < 2 * MB
