@@ -247,7 +247,24 @@ def create_activation_buffer(config: ActivationBufferConfig) -> Array:
 
 def update_activation_buffer(buffer: Array, activations: Array, step: int | Array) -> Array:
     """Writes the rows of one decode step, ``activations [layers, B, hidden]``, at token ``step``."""
-    return lax.dynamic_update_slice(buffer, activations[:, None].astype(buffer.dtype), (0, step, 0, 0))
+    return update_slice(buffer, activations[:, None], (0, step, 0, 0))
+
+
+def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -> Array:
+    """``lax.dynamic_update_slice`` that touches the slice alone."""
+    values = values.astype(buffer.dtype)
+    if buffer.dtype.itemsize != 2:
+        return lax.dynamic_update_slice(buffer, values, start)
+
+    def as_integers(buffer: Array, values: Array, *start: Array) -> Array:
+        # XLA on CPU updates bfloat16 by converting the whole buffer to float32 and back, in place.
+        bits, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (buffer, values))
+        return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, new, start), buffer.dtype)
+
+    def as_it_is(buffer: Array, values: Array, *start: Array) -> Array:
+        return lax.dynamic_update_slice(buffer, values, start)
+
+    return lax.platform_dependent(buffer, values, *start, cpu=as_integers, default=as_it_is)
 
 
 def _shape(buffers: LayerBuffers) -> tuple[int, ...]:
@@ -271,6 +288,6 @@ def _static(layer: int | Array) -> int:
 def _write(buffers: LayerBuffers, layer: int | Array, values: Array, slot: int | Array) -> LayerBuffers:
     if isinstance(buffers, tuple):
         layer = _static(layer)
-        new = lax.dynamic_update_slice(buffers[layer], values.astype(buffers[layer].dtype), (0, 0, slot, 0))
+        new = update_slice(buffers[layer], values, (0, 0, slot, 0))
         return (*buffers[:layer], new, *buffers[layer + 1 :])
-    return lax.dynamic_update_slice(buffers, values[None].astype(buffers.dtype), (layer, 0, 0, slot, 0))
+    return update_slice(buffers, values[None], (layer, 0, 0, slot, 0))

@@ -21,7 +21,14 @@ from jax import Array, lax
 
 from attention import DECODE_KEYS
 from decode_loop import DecodeState, decode_one, prefill_with_cache, start_decode_state
-from kvcache_utils import KVCache, KVCacheConfig, LayerBuffers, PrefillCache, create_kv_cache_buffers
+from kvcache_utils import (
+    KVCache,
+    KVCacheConfig,
+    LayerBuffers,
+    PrefillCache,
+    create_kv_cache_buffers,
+    update_slice,
+)
 from qwen2_jax import QwenModel
 from sampling import SamplingArrays, sample_tokens, sequence_keys
 
@@ -215,11 +222,10 @@ def _set_row(buffers: LayerBuffers, row: LayerBuffers, slot: Array) -> LayerBuff
     """``buffers`` with the row of each layer at ``slot`` replaced by the only one of ``row``."""
     if isinstance(buffers, tuple):
         return tuple(
-            lax.dynamic_update_slice(layer, new, (slot, 0, 0, 0))
-            for layer, new in zip(buffers, row, strict=True)
+            update_slice(layer, new, (slot, 0, 0, 0)) for layer, new in zip(buffers, row, strict=True)
         )
     assert isinstance(row, Array)
-    return lax.dynamic_update_slice(buffers, row, (0, slot, 0, 0, 0))
+    return update_slice(buffers, row, (0, slot, 0, 0, 0))
 
 
 def _clear_row(buffers: LayerBuffers, slot: Array) -> LayerBuffers:

@@ -201,7 +201,7 @@ def test_the_number_of_slots_changes_nothing_that_matters(slots: int):
 
 
 def test_a_smaller_budget_takes_fewer_slots_for_long_prompts_and_gives_the_same(finished, capfd):
-    items = workload()[::5]
+    items = [item for item in workload()[::5] if not 64 < len(item.prompt) <= 128]
     assert_as_alone(generate(items, memory_budget=3_300_000), items)
     stages = [line for line in capfd.readouterr().out.splitlines() if "expected" in line]
     assert [line.partition(" of up to")[0] for line in stages] == [

@@ -40,7 +40,7 @@ SAMPLES = 8
 SMALL = "6 layers scanned, MQA, untied"
 MODELS = {
     "24 layers scanned, GQA, tied": DEEP,
-    "24 layers scanned, MHA, untied": dataclasses.replace(DEEP, kv_heads=4, tied=False, seed=1),
+    "6 layers scanned, MHA, untied": dataclasses.replace(SHALLOW, kv_heads=4, tied=False, seed=1),
     SMALL: dataclasses.replace(SHALLOW, kv_heads=1, tied=False, seed=2),
     "6 layers, 14 heads on 2, tied, layers out of order": dataclasses.replace(
         SHALLOW, heads=14, hidden=112, inner=160, extract=(5, 0, 2), seed=4

@@ -131,6 +131,17 @@ def test_neither_cache_nor_activation_buffer_is_copied():
         assert collections.Counter(buffer) not in copied
 
 
+def test_no_buffer_is_converted_to_write_a_token():
+    """XLA on CPU would write one row of a bfloat16 buffer by converting all of it to float32 and back."""
+    _, decode = real("bfloat16", 512)
+    updated = re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", decode.as_text())
+    types = collections.defaultdict(set)
+    for dtype, shape in updated:
+        types[tuple(map(int, shape.split(",")))].add(dtype)
+    assert types[1, 2, 512, 64] == {"u16"}
+    assert types[len(FIXED_EXTRACT_LAYERS), 512, 1, 896] == {"u16"}
+
+
 # --- Compilations ---
 
 
