@@ -3,6 +3,7 @@
 Lines are parsed when they are asked for, so that a million of them open in seconds.
 """
 
+import errno
 import threading
 from array import array
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,8 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             before = len(self._ordinals)
             hosts = self._files.hosts() if host is None else [host]
             found = {name: (of, status) for of in hosts for name, status in self._files.indexes(of).items()}
+            if host is None and self._segments and not found:
+                raise FileNotFoundError(errno.ENOENT, f"{self._files.location} is away: its indexes are gone")
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0
@@ -106,7 +109,8 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         return len(self._ordinals)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and bytes.fromhex(key) in self._ordinals
+        with self._lock:  # another thread may be reading all of it anew
+            return isinstance(key, str) and bytes.fromhex(key) in self._ordinals
 
     def __iter__(self) -> Iterator[str]:
         return (key.hex() for key in list(self._ordinals))

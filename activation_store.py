@@ -40,7 +40,7 @@ from activation_reader import ActivationStore, RowColumns, RowFilter, write_outc
 from activation_shuffle import RowBatch, ShuffledBatches
 from activation_statistics import LayerStatistics
 from activation_verify import store_notes, verify_coverage, verify_store
-from activation_writer import ActivationWriter, repair_store
+from activation_writer import ActivationWriter, check_settings, repair_store
 
 __all__ = [
     "ActivationStore",
@@ -56,6 +56,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreWriteError",
+    "check_settings",
     "export_saelens",
     "hook_layer",
     "hook_name",

@@ -30,7 +30,7 @@ from activation_format import (
     shard_name,
     shard_number,
 )
-from activation_fs import FileStatus, StoredFile, StoreFiles
+from activation_fs import FileStatus, StoredFile, StoreFiles, writing
 from activation_index import SequenceIndex, index_lines
 from activation_remote import open_files
 from activation_shard import PackedBatch, pack_batch
@@ -137,6 +137,14 @@ class ActivationWriter:
         if not batch:
             return
         keys = [sequence_key(self._settings, sequence.id) for sequence in batch]
+        with writing(self._files.location, host_name(self._host)):
+            self.committed.refresh()
+        others = {key for key in keys if key in self.committed and self.committed[key].host != self._host}
+        if others:  # two hosts made them, when one was thought dead; they are the same
+            batch = [sequence for key, sequence in zip(keys, batch, strict=True) if key not in others]
+            keys = [key for key in keys if key not in others]
+            if not batch:
+                return
         if len(set(keys)) != len(keys) or any(key in self.committed for key in keys):
             raise StoreError(
                 "a sequence was submitted that is already committed; skip the keys in `committed`"
@@ -204,12 +212,17 @@ def _check_manifest(files: StoreFiles, settings: StoreSettings) -> bool:
     except OSError as error:
         raise StoreError(f"cannot read {files.location}/{MANIFEST}: {error.strerror or error}") from error
     there, _ = decode_manifest(data, f"{files.location}/{MANIFEST}")
-    if differences := there.differences(settings):
+    check_settings(there, settings, files.location)
+    return True
+
+
+def check_settings(there: StoreSettings, asked: StoreSettings, location: str) -> None:
+    """StoreError naming each difference between a store's settings and those that are asked for."""
+    if differences := there.differences(asked):
         raise StoreError(
-            f"{files.location} was made with other settings ({'; '.join(differences)}); "
+            f"{location} was made with other settings ({'; '.join(differences)}); "
             "choose another directory or the same settings"
         )
-    return True
 
 
 def _create_manifest(

@@ -192,6 +192,29 @@ def test_refresh_learns_what_other_hosts_committed_since(tmp_path: Path):
         assert first.refresh() == 0
 
 
+def test_what_another_host_has_made_meanwhile_is_left_out(tmp_path: Path, whole: dict[str, str]):
+    """As when this host was thought dead, and its work was taken over."""
+    with ActivationWriter(tmp_path, SETTINGS, host_index=0, provenance={}) as slow:
+        work(tmp_path, host=1)
+        for task in (*TASKS, "dddd"):
+            slow.submit(batch(task))
+    assert slow.sequences_written == 2
+    assert digests(tmp_path).items() > whole.items()
+    assert list(verify_store(ActivationStore(tmp_path))) == []
+
+
+def test_a_store_that_is_away_is_not_an_empty_one(tmp_path: Path):
+    store = tmp_path / "store"
+    work(store)
+    reader = ActivationStore(store)
+    store.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="is away"):
+        reader.index.refresh()
+    (tmp_path / "away").rename(store)
+    assert reader.index.refresh() == 0
+    assert len(reader) == 6
+
+
 def test_refresh_reads_only_what_was_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     work(tmp_path, host=1)
     with ActivationWriter(tmp_path, SETTINGS, host_index=0, provenance={}) as writer:
