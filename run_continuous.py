@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from activation_store import ActivationWriter, FinishedSequence, SequenceId
+from activation_store import ActivationWriter, FinishedSequence
 from continuous import Drawing, FinishedItem, Occupancy, WorkItem, order_items, run_slots
 from generation_request import bucket_length
 from run_generation import Clock, Generator
-from run_plan import sampling_id
+from run_plan import Keyed, sampling_id
 from run_report import Progress, Report
 from run_signals import StopRequest
+from run_work import Unit, Work, left
 from slot_plan import Stage, device_memory_budget, plan_stages, start_stage
 from window_loop import SlotShape
 
@@ -26,65 +28,93 @@ SHARD_SECONDS = 60.0
 
 
 def make_continuously(
-    sequences: Sequence[SequenceId],
+    sequences: Sequence[Keyed],
     generator: Generator,
+    work: Work,
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
 ) -> None:
-    """Generates ``sequences`` and stores each soon after it has ended."""
-    options, model, params = generator.options, generator.model, generator.params
+    """Generates what ``work`` gives out of ``sequences`` and stores each soon after it has ended."""
+    options, model = generator.options, generator.model
     drawing = Drawing.check(model.config, generator.eos_token_ids, options.sampling, options.random_seed)
-    items = order_items(
-        model.config,
-        (
-            WorkItem(
-                sequence.prompt_token_ids,
-                sampling_id(sequence),
-                options.max_output_tokens,
-                options.extract_prompt and sequence.sample_index == 0,
-                sequence,
-            )
-            for sequence in sequences
-        ),
-    )
+    units = _units(generator, sequences)
     compiling, generating = Clock(), Clock()
-    progress = Progress(len(items))
+    progress = Progress(sum(len(_to_make(unit, writer)) for unit in units))
 
     def count(window: Occupancy) -> None:
         report.slot_steps += window.slots * window.steps
         report.live_steps += window.live_steps
 
     with contextlib.closing(progress), ThreadPoolExecutor(1) as device:
-        for stage in _stages(generator, items):
-            with compiling:
-                programs, slots = start_stage(
-                    model,
-                    params,
-                    stage,
-                    capture_prompt=options.extract_prompt,
-                    eos_slots=len(drawing.eos_token_ids),
-                )
-            report.programs += 1
-            report.slots = max(report.slots, programs.shape.slots)
-            of_stage = [item for item in items if bucket_length(len(item.prompt)) in stage.widths]
-            with stop.deferred(), generating:
-                finished = run_slots(
-                    programs,
-                    slots,
-                    params,
-                    of_stage,
-                    drawing,
-                    should_stop=lambda: stop.requested,
-                    on_window=count,
-                )
-                del slots  # they are the windows' now
-                _store(finished, device, writer, report, progress)
-            if stop.requested:
-                break
+        while not stop.requested:
+            there = left(units, writer)
+            items = [item for unit in there for item in _to_make(unit, writer)]
+            for stage in _stages(generator, items):
+                of_stage = [unit for unit in there if _width(unit) in stage.widths]
+                taken = work.take(of_stage, stage.shape.slots)
+                first = next(taken, None)
+                if first is None:
+                    continue
+                with compiling:
+                    programs, slots = start_stage(
+                        model,
+                        generator.params,
+                        stage,
+                        capture_prompt=options.extract_prompt,
+                        eos_slots=len(drawing.eos_token_ids),
+                    )
+                report.programs += 1
+                report.slots = max(report.slots, programs.shape.slots)
+                with stop.deferred(), generating:
+                    finished = run_slots(
+                        programs,
+                        slots,
+                        generator.params,
+                        (item for unit in itertools.chain([first], taken) for item in _to_make(unit, writer)),
+                        drawing,
+                        should_stop=lambda: stop.requested,
+                        on_window=count,
+                    )
+                    del slots  # they are the windows' now
+                    _store(finished, device, writer, report, progress)
+                if stop.requested:
+                    break
+            with stop.deferred():
+                if not work.wait(units):
+                    break
         with stop.deferred(), generating:
             writer.close()
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
+
+
+def _units(generator: Generator, sequences: Sequence[Keyed]) -> list[Unit]:
+    """Items in the order in which they are made, in units of one task and one width."""
+    options = generator.options
+    items = order_items(
+        generator.model.config,
+        (
+            WorkItem(
+                keyed.id.prompt_token_ids,
+                sampling_id(keyed.id),
+                options.max_output_tokens,
+                options.extract_prompt and keyed.id.sample_index == 0,
+                keyed,
+            )
+            for keyed in sequences
+        ),
+    )
+    grouped = itertools.groupby(items, lambda item: (bucket_length(len(item.prompt)), item.name.id.task_id))
+    members = [list(group) for _, group in grouped]
+    return [Unit(tuple(item.name.key for item in of_unit), of_unit) for of_unit in members]
+
+
+def _width(unit: Unit) -> int:
+    return bucket_length(len(unit.work[0].prompt))
+
+
+def _to_make(unit: Unit, writer: ActivationWriter) -> list[WorkItem]:
+    return [item for item in unit.work if item.name.key not in writer.committed]
 
 
 def _stages(generator: Generator, items: Sequence[WorkItem]) -> list[Stage]:
@@ -115,8 +145,9 @@ def _store(
     # one that waits for a window.
     try:
         while (item := device.submit(next, finished, None).result()) is not None:
+            sequence = item.item.name.id
             shard.append(
-                FinishedSequence(item.item.name, item.token_ids, item.logprobs, item.finish_reason, item.rows)
+                FinishedSequence(sequence, item.token_ids, item.logprobs, item.finish_reason, item.rows)
             )
             size += 0 if item.rows is None else item.rows.nbytes
             report.tokens_generated += len(item.token_ids)

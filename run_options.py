@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -61,6 +62,12 @@ class RunOptions:
     generation: str = "continuous"
     memory_budget: float | None = None
     compilation_cache_dir: str | None = None
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    num_shards: int | None = None
+    shard_index: int | None = None
+    merge: bool = False
 
     @property
     def samples_per_prompt(self) -> int:
@@ -135,6 +142,7 @@ def _check(options: RunOptions) -> None:
         raise UsageError(f"--memory_budget must be above 0, not {options.memory_budget}")
     if options.compilation_cache_dir is not None and "://" in options.compilation_cache_dir:
         raise UsageError(f"--compilation_cache_dir {options.compilation_cache_dir} is not a local directory")
+    _check_processes(options)
     if options.kv_cache_dtype and options.generation == "python":
         raise UsageError(
             "--kv_cache_dtype is for the compiled ways of --generation; the old loop has no such choice"
@@ -155,6 +163,25 @@ def _check(options: RunOptions) -> None:
     if options.prompt_version not in PROMPT_VERSIONS:
         known = ", ".join(PROMPT_VERSIONS)
         raise UsageError(f"unknown --prompt_version {options.prompt_version!r}; known are {known}")
+
+
+def _check_processes(options: RunOptions) -> None:
+    for names in (("coordinator_address", "num_processes", "process_id"), ("num_shards", "shard_index")):
+        missing = [name for name in names if getattr(options, name) is None]
+        if missing and len(missing) < len(names):
+            flags = ", ".join(f"--{name}" for name in names)
+            raise UsageError(f"{flags} go together: --{missing[0]} is missing")
+    if options.coordinator_address is not None and options.num_shards is not None:
+        raise UsageError("--coordinator_address and --num_shards contradict each other: shards work unmet")
+    if options.merge and (options.coordinator_address or options.num_shards) is not None:
+        raise UsageError("--merge works alone; leave out what says which of several processes this is")
+    address = options.coordinator_address
+    if address is not None and not re.fullmatch(r".+:\d+", address):
+        raise UsageError(f"--coordinator_address {address} is not of the form HOST:PORT")
+    for index, count in (("process_id", "num_processes"), ("shard_index", "num_shards")):
+        place, total = getattr(options, index), getattr(options, count)
+        if total is not None and not 0 <= place < total:
+            raise UsageError(f"--{index} {place} is none of --{count} {total}, which are counted from 0")
 
 
 def _parser() -> _Parser:
@@ -244,6 +271,27 @@ def _parser() -> _Parser:
         generation,
         "compilation_cache_dir",
         "keep compiled programs in this directory of yours: runs of the same shapes start at once",
+    )
+
+    processes = parser.add_argument_group(
+        "several processes", "found out by themselves on TPU pods, SLURM, Kubernetes and Open MPI"
+    )
+    add(processes, "coordinator_address", "where process 0 waits for the others", metavar="HOST:PORT")
+    add(processes, "num_processes", "how many there are", type=int, metavar="N")
+    add(processes, "process_id", "which one this is, from 0", type=int, metavar="I")
+    add(
+        processes,
+        "num_shards",
+        "split the tasks in N fixed shares, without a cluster",
+        type=int,
+        metavar="N",
+    )
+    add(processes, "shard_index", "the share to make, from 0", type=int, metavar="I")
+
+    processes.add_argument(
+        "--merge",
+        action="store_true",
+        help="write the answers of what is in the store; generate nothing",
     )
 
     capture = parser.add_argument_group("capture")

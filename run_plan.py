@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,13 @@ class Prompt:
 
     def sequence(self, sample_index: int) -> SequenceId:
         return SequenceId(self.task_id, self.test_index, sample_index, str(self.augmentation), self.token_ids)
+
+
+class Keyed(NamedTuple):
+    """A sequence of the run and its key in the store, which takes a while to compute."""
+
+    key: str
+    id: SequenceId
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ class Report:
     ``tokens_generated`` counts the tokens of new sequences, ``generate_seconds`` the time from the first
     call until the last row is on disk, without loading and compiling. ``sequences`` and the score are over
     all that was asked for, whenever it was made. Of ``slot_steps``, the decode steps of all slots of
-    ``--generation continuous``, ``live_steps`` read a token of a sequence that had not ended.
+    ``--generation continuous``, ``live_steps`` read a token of a sequence that had not ended. ``processes``
+    has the figures of each where there were several; the others are then of all together.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Report:
     tasks_solved: int = 0
     tasks_known: int = 0
     stopped_early: bool = False
+    processes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -129,6 +131,11 @@ class Report:
         ]
         if new:
             compiled = f", {self.programs} shapes compiled in {self.compile_seconds:.1f} s"
+            lines += [
+                f"  process {one['process']:<9d} {one['sequences_made']} sequences, "
+                f"{one['tokens_generated']} tokens in {one['generate_seconds']:.1f} s"
+                for one in self.processes
+            ]
             lines += [
                 f"  tokens generated  {self.tokens_generated} in {self.generate_seconds:.1f} s: "
                 f"{self.tokens_per_second:.1f} tokens/s",

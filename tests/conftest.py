@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +35,14 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the weights are read before the input is refused")
 
     monkeypatch.setattr(Generator, "load", load)
+
+
+@pytest.fixture
+def port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

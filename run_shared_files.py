@@ -1,0 +1,124 @@
+"""Small files that the processes of a run share: made once or written anew, dated by the file system.
+
+Through fsspec, so that a directory and a URL are the same. Every operation is tried again while the
+place cannot be reached, up to a limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from activation_store import StoreWriteError
+
+UNAVAILABLE_SECONDS = 120.0
+_PAUSE_SECONDS = 0.5
+_FOLDER = "run"
+Result = TypeVar("Result")
+
+
+class SharedFiles:
+    """Files in a folder of the store in ``directory``, a path or URL, by name.
+
+    ``who`` names this process in messages. Once ``should_stop`` says so, nothing is tried again.
+    """
+
+    def __init__(
+        self, directory: str, who: str = "this process", should_stop: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._filesystem, root = fsspec.core.url_to_fs(directory)
+        self._is_local = isinstance(self._filesystem, LocalFileSystem)
+        self._folder = f"{root.rstrip('/')}/{_FOLDER}"
+        self._where, self._who, self._should_stop = f"{directory}/{_FOLDER}", who, should_stop
+        self._given_up = False
+        self.patiently(lambda: self._filesystem.makedirs(self._folder, exist_ok=True))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Makes a file that is not there; False when it is, whoever else is just making it."""
+
+        def create() -> bool:
+            try:
+                if self._is_local:  # where fsspec looks first and creates then, and two may do so at once
+                    with Path(self._path(name)).open("xb") as file:
+                        file.write(data)
+                else:
+                    self._filesystem.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+        return self.patiently(create)
+
+    def write(self, name: str, data: bytes) -> float:
+        """Puts ``data`` in a file's place; when, in seconds by the file system's clock."""
+
+        def write() -> float:
+            self._filesystem.pipe_file(self._path(name), data)
+            return self._modified(name)
+
+        return self.patiently(write)
+
+    def read(self, name: str) -> tuple[bytes, float] | None:
+        """A file and when it was written; None when there is none. One that is just being made is empty."""
+
+        def read() -> tuple[bytes, float] | None:
+            try:
+                # In this order: it is opening a file that makes NFS ask the server how old it is.
+                return self._filesystem.cat_file(self._path(name)), self._modified(name)
+            except FileNotFoundError:
+                if not self._filesystem.exists(self._folder):
+                    raise  # it is the folder that is away
+                return None
+
+        return self.patiently(read)
+
+    def remove(self, name: str) -> None:
+        def remove() -> None:
+            try:
+                self._filesystem.rm_file(self._path(name))
+            except FileNotFoundError:
+                if not self._filesystem.exists(self._folder):
+                    raise
+
+        self.patiently(remove)
+
+    def names(self) -> list[str]:
+        def names() -> list[str]:
+            self._filesystem.invalidate_cache(self._folder)
+            return sorted(path.rsplit("/", 1)[-1] for path in self._filesystem.ls(self._folder, detail=False))
+
+        return self.patiently(names)
+
+    def patiently(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns; it is called again while it fails for the place it works on.
+
+        Raises:
+            StoreWriteError: it still does after ``UNAVAILABLE_SECONDS``, or the run is to end.
+        """
+        started = time.monotonic()
+        while True:
+            try:
+                return action()
+            except OSError as error:
+                ends = self._given_up or self._should_stop()
+                if ends or time.monotonic() - started >= UNAVAILABLE_SECONDS:
+                    raise StoreWriteError(
+                        f"{self._who}: {self._where} cannot be reached ({error.strerror or error})"
+                    ) from error
+                time.sleep(_PAUSE_SECONDS)
+
+    def give_up(self) -> None:
+        """From now on nothing is tried again: the run ends."""
+        self._given_up = True
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+    def _modified(self, name: str) -> float:
+        self._filesystem.invalidate_cache(self._folder)
+        return self._filesystem.modified(self._path(name)).timestamp()
