@@ -40,6 +40,7 @@ def make_calls(
             with generating:
                 for unit in work.take(units, 1):
                     progress.update(*_make(unit, generator, device, writer, report))
+                    work.progress()
                     if stop.requested:
                         break
             if not work.wait(units):

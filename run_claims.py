@@ -24,6 +24,7 @@ from run_shared_files import SharedFiles
 
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
+STALL_SECONDS = 1800.0  # a device that hangs leaves the heartbeat's thread alone
 
 
 class Owner(NamedTuple):
@@ -50,6 +51,7 @@ class Claims:
         self.files = files
         self._ending = threading.Event()
         self._me = Owner(index, uuid.uuid4().hex)
+        self.progress()
         self._held: dict[str, str] = {}  # the lease's file by what is claimed
         self._beat()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
@@ -68,8 +70,13 @@ class Claims:
         with contextlib.suppress(StoreWriteError):  # then it expires
             self.files.remove(_life_name(self._me.process))
 
+    def progress(self) -> None:
+        """Says that this process gets on: without it for ``STALL_SECONDS`` it counts as dead."""
+        self._got_on = time.monotonic()
+
     def acquire(self, name: str) -> bool:
         """Claims ``name``, unless a process that lives holds it, this one included."""
+        self.progress()
         if name in self._held:
             return False
         generation = 0
@@ -92,6 +99,7 @@ class Claims:
 
     def holder(self, name: str) -> int | None:
         """The index of the process that holds ``name`` and lives; None when it is free."""
+        self.progress()
         generation = 0
         while (found := self.files.read(f"{name}.{generation}")) is not None:
             if self._holder_lives(*found):
@@ -122,6 +130,8 @@ class Claims:
 
     def _live(self) -> None:
         while not self._ending.wait(HEARTBEAT_SECONDS):
+            if time.monotonic() - self._got_on >= STALL_SECONDS:
+                continue
             try:
                 self._beat()
             except StoreWriteError:  # whoever works meets it too, and says so

@@ -45,6 +45,7 @@ def make_continuously(
     def count(window: Occupancy) -> None:
         report.slot_steps += window.slots * window.steps
         report.live_steps += window.live_steps
+        work.progress()
 
     with contextlib.closing(progress), ThreadPoolExecutor(1) as device:
         while not stop.requested:

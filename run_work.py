@@ -46,6 +46,10 @@ class Work(Protocol):
         """After all of ``units`` were offered: True once there is more to take, False when that was all."""
         ...
 
+    def progress(self) -> None:
+        """The device has done something."""
+        ...
+
 
 def left(units: Sequence[Unit], writer: ActivationWriter) -> list[Unit]:
     """The units of which not every sequence is committed."""
@@ -63,6 +67,9 @@ class Alone:
 
     def wait(self, units: Sequence[Unit]) -> bool:
         return False
+
+    def progress(self) -> None:
+        """Nobody waits for it."""
 
 
 class Shared:
@@ -113,6 +120,9 @@ class Shared:
                 print(f"{self._place}: {len(waiting)} units left, waiting for process {names}", flush=True)
             time.sleep(POLL_SECONDS)
         return False
+
+    def progress(self) -> None:
+        self._claims.progress()
 
     def _not_done(self, claimed: list[Unit]) -> Iterator[Unit]:
         """Of units just claimed those that nobody has made: their last owner committed before it let go."""

@@ -126,6 +126,21 @@ def test_a_process_at_work_gives_signs_of_life(tmp_path: Path, monkeypatch: pyte
     assert not life.exists()
 
 
+def test_one_that_does_not_get_on_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(run_claims, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(run_claims, "STALL_SECONDS", 0.1)
+    other = claims(tmp_path, 1)
+    with claims(tmp_path, 0) as stuck:
+        assert stuck.acquire("a")
+        time.sleep(0.3)
+        age(tmp_path, 0, LEASE_SECONDS + 1)
+        time.sleep(0.1)
+        assert other.holder("a") is None
+        stuck.progress()
+        time.sleep(0.1)
+        assert other.holder("a") == 0
+
+
 @pytest.fixture
 def away(tmp_path: Path) -> Path:
     """A store whose directory is not there, as when a file server is rebooted."""

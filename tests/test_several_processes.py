@@ -26,7 +26,7 @@ from runner_cases import (
 import distributed_kv_cached_inference
 import run_merge
 import run_work
-from activation_store import verify_store
+from activation_store import ActivationStore, verify_store
 from continuous import _Driver
 from run_claims import Claims
 from run_options import RunOptions, parse_options
@@ -221,6 +221,14 @@ def test_sequences_that_two_processes_have_made_are_there_once(
     monkeypatch.setattr(Claims, "acquire", acquire)
     assert run_threads(four(tmp_path), 2) == [DONE, DONE]
     assert digests(tmp_path) == digests(alone)
+    assert submission(tmp_path) == submission(alone)
+
+
+def test_a_store_behind_a_url_is_shared_too(threads: None, alone: Path, tmp_path: Path):
+    url = f"memory:/{tmp_path}"
+    assert run_threads(four(tmp_path), 2, activations_dir=url) == [DONE, DONE]
+    store = ActivationStore(url)
+    assert {one.key: store.sequence_digest(one) for one in store.sequences()} == digests(alone)
     assert submission(tmp_path) == submission(alone)
 
 
