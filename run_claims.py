@@ -97,14 +97,14 @@ class Claims:
         self.files.remove(self._held[name])
         del self._held[name]
 
-    def holder(self, name: str) -> int | None:
-        """The index of the process that holds ``name`` and lives; None when it is free."""
+    def holder(self, name: str) -> str | None:
+        """The index of the process that holds ``name`` and lives, "?" until it is known; None: it is free."""
         self.progress()
         generation = 0
         while (found := self.files.read(f"{name}.{generation}")) is not None:
             if self._holder_lives(*found):
                 owner = Owner.decode(found[0])
-                return None if owner is None else owner.process
+                return "?" if owner is None else str(owner.process)
             generation += 1
         return None
 

@@ -104,20 +104,18 @@ class Shared:
             self._writer.submit(())  # raises what went wrong with a batch before
             self._refresh()
             self._let_go()
-            waiting = left(units, self._writer)
-            if not waiting:
+            units = left(units, self._writer)
+            if not units:
                 return False
-            holders = {
-                unit.name: self._claims.holder(unit.name)
-                for unit in waiting
-                if unit.name not in self._units  # those are on their way to the disk
-            }
-            if None in holders.values():
+            # Those that are held here are on their way to the disk.
+            names = [unit.name for unit in units if unit.name not in self._units]
+            holders = {self._claims.holder(name) for name in names}
+            if None in holders:
                 return True
             if time.monotonic() - said >= _QUIET_SECONDS:
                 said = time.monotonic()
-                names = ", ".join(sorted({str(holder) for holder in holders.values()}))
-                print(f"{self._place}: {len(waiting)} units left, waiting for process {names}", flush=True)
+                others = ", ".join(sorted(map(str, holders)))
+                print(f"{self._place}: {len(units)} units left, waiting for process {others}", flush=True)
             time.sleep(POLL_SECONDS)
         return False
 

@@ -13,6 +13,10 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a wrong path must not ask the hub
 
+# The tests are a run of their own, also where they are run in a job of a cluster.
+for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_"))]:
+    del os.environ[_name]
+
 if importlib.util.find_spec("qwen2_jax") is None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
