@@ -145,12 +145,13 @@ def simulate(root: Path, options: argparse.Namespace) -> None:
     hosts = [context.Process(target=host, args=(root, index, options)) for index in range(options.hosts)]
     for process in hosts:
         process.start()
+    killed = started
     if options.kill:
         time.sleep(ideal / options.scale / 2)
+        killed = time.time()
         for process in hosts[: options.kill]:
             assert process.pid is not None
             process.kill()
-        killed = time.time()
     for process in hosts:
         process.join()
     codes = [process.exitcode for process in hosts]

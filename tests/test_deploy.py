@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from runner_cases import REPOSITORY
@@ -28,9 +27,9 @@ def fake(tools: Path, name: str, body: str) -> None:
     (tools / name).chmod(0o755)
 
 
-def run(tools: Path, *command: str | Path, cwd: Path | None = None, **variables: str) -> Any:
+def run(tools: Path, *command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{tools}:{os.environ['PATH']}"} | variables
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
 
 
 @pytest.mark.parametrize("name", ["tpu_pod.sh", "slurm.sbatch"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,26 @@ def run_threads(folder: Path, count: int, stop: StopRequest | None = None, **fla
         return list(pool.map(run_one, range(count)))
 
 
-def test_two_processes_share_calls(threads: None, tmp_path: Path):
+def begin_together(monkeypatch: pytest.MonkeyPatch, pause: float = 0.0) -> None:
+    """Neither of two processes claims before the other one can; process 0 pauses before each unit."""
+    barrier = threading.Barrier(2)
+
+    class Together(Shared):
+        begun = False
+
+        def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
+            if not self.begun:
+                self.begun = True
+                barrier.wait(timeout=60)
+            for unit in super().take(units, sequences):
+                time.sleep(pause if self._place.index == 0 else 0)
+                yield unit
+
+    monkeypatch.setattr(distributed_kv_cached_inference, "Shared", Together)
+
+
+def test_two_processes_share_calls(threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begin_together(monkeypatch)
     expected = tmp_path / "expected"
     expected.mkdir()
     assert run_main(four(expected), generation="task", **FLAGS).code == DONE
@@ -198,13 +218,7 @@ def test_more_processes_than_work(threads: None, alone: Path, tmp_path: Path):
 def test_a_slow_process_does_not_hold_the_others(
     threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    class Slow(Shared):
-        def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
-            for unit in super().take(units, sequences):
-                time.sleep(2 if self._place.index == 0 else 0)
-                yield unit
-
-    monkeypatch.setattr(distributed_kv_cached_inference, "Shared", Slow)
+    begin_together(monkeypatch, pause=2)
     assert run_threads(four(tmp_path), 2) == [DONE, DONE]
     assert_whole(tmp_path, alone)
     assert [one["sequences_made"] for one in report(tmp_path)["processes"]] == [2, 6]
@@ -213,10 +227,11 @@ def test_a_slow_process_does_not_hold_the_others(
 def test_sequences_that_two_processes_have_made_are_there_once(
     threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As when one was thought dead: every lease is everybody's."""
+    """As when one was thought dead: every lease on work is everybody's."""
+    original = Claims.acquire
 
     def acquire(claims: Claims, name: str) -> bool:
-        return claims._held.setdefault(name, name) == name
+        return original(claims, name) if name == "answers" else claims._held.setdefault(name, name) == name
 
     monkeypatch.setattr(Claims, "acquire", acquire)
     assert run_threads(four(tmp_path), 2) == [DONE, DONE]
