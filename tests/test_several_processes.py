@@ -110,8 +110,8 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 def test_two_processes_share_the_work(
     alone: Path, tmp_path: Path, port: int, started: list[subprocess.Popen[str]]
 ):
-    # A moment for the other one to come out of its compiler.
-    started += [start(four(tmp_path), port, index, 1, "time.sleep(1)") for index in range(2)]
+    # A while for the other one to come out of its compiler.
+    started += [start(four(tmp_path), port, index, 1, "time.sleep(3)") for index in range(2)]
     outputs = [process.communicate(timeout=100) for process in started]
     assert [(process.returncode, err) for process, (_, err) in zip(started, outputs, strict=True)] == [
         (DONE, "here\n")
@@ -129,7 +129,7 @@ def test_after_a_kill_the_other_process_makes_what_was_claimed(
 ):
     """Process 0 is the one that the cluster met at."""
     kill = {"call": 1, "something": "os.kill(os.getpid(), signal.SIGKILL)"}
-    wait = {"call": 1, "something": "time.sleep(1)"}
+    wait = {"call": 1, "something": "time.sleep(3)"}
     four(tmp_path)
     started += [start(tmp_path, port, i, **(kill if i == victim else wait)) for i in range(2)]
     outputs = [process.communicate(timeout=100) for process in started]
@@ -144,7 +144,7 @@ def test_sigterm_to_one_process_leaves_its_work_to_the_other(
     four(tmp_path)
     started += [
         start(tmp_path, port, 0, 1, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)"),
-        start(tmp_path, port, 1, 1, "time.sleep(1)"),
+        start(tmp_path, port, 1, 1, "time.sleep(5)"),
     ]
     (out, err), other = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [RESUMABLE, DONE], (out, err, other)
