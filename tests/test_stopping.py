@@ -98,6 +98,7 @@ def assert_continues_to_the_same_bytes(folder: Path, expected: Uninterrupted, do
     assert submission(folder) == submission(expected.folder)
 
 
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)  # benchmarks/crash_campaign.py: both
 def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
     uninterrupted: Uninterrupted, tmp_path: Path
 ):
