@@ -7,6 +7,7 @@ place cannot be reached, up to a limit.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -55,10 +56,16 @@ class SharedFiles:
         return self.patiently(create)
 
     def write(self, name: str, data: bytes) -> float:
-        """Puts ``data`` in a file's place; when, in seconds by the file system's clock."""
+        """Puts ``data`` in a file's place, whole; when, in seconds by the file system's clock."""
 
         def write() -> float:
-            self._filesystem.pipe_file(self._path(name), data)
+            path = self._path(name)
+            if self._is_local:  # where a reader would see the file empty while it is written
+                new = Path(f"{path}.{uuid.uuid4().hex}")
+                new.write_bytes(data)
+                new.replace(path)
+            else:
+                self._filesystem.pipe_file(path, data)
             return self._modified(name)
 
         return self.patiently(write)

@@ -69,6 +69,24 @@ def test_a_process_that_ends_leaves_what_it_had_to_the_others(tmp_path: Path):
     assert claims(tmp_path, 1).acquire("a")
 
 
+def test_a_file_that_is_written_anew_is_never_seen_half_made(tmp_path: Path):
+    files = SharedFiles(str(tmp_path))
+    data = b"x" * 1_000_000
+    files.write("figures", data)
+    ended = threading.Event()
+
+    def rewrite() -> None:
+        while not ended.is_set():
+            files.write("figures", data)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rewrite)
+        seen = {len(there[0]) for _ in range(200) if (there := files.read("figures"))}
+        ended.set()
+    assert seen == {len(data)}
+    assert files.names() == ["figures"]
+
+
 def test_of_many_heirs_one_gets_the_lease(tmp_path: Path):
     assert claims(tmp_path, 0).acquire("a")
     age(tmp_path, 0, LEASE_SECONDS + 1)
