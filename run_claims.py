@@ -115,8 +115,7 @@ class Claims:
         life = self.files.read(_life_name(owner.process))
         if life is None:
             return False
-        alive = Owner.decode(life[0])
-        return self._is_fresh(life[1]) and alive in (owner, None)
+        return self._is_fresh(life[1]) and Owner.decode(life[0]) == owner
 
     def _is_fresh(self, written: float) -> bool:
         """No clock of any machine counts: the file system dated our own sign of life, and it is as old as

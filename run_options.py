@@ -270,7 +270,7 @@ def _parser() -> _Parser:
     add(
         generation,
         "compilation_cache_dir",
-        "keep compiled programs in this directory of yours: runs of the same shapes start at once",
+        "keep compiled programs in this directory of yours, for runs of the same shapes",
     )
 
     processes = parser.add_argument_group(

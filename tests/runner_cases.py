@@ -134,6 +134,39 @@ def run_python(script: str, *words: str) -> str:
     return out
 
 
+# The runner; as its n-th call or window begins, it says so and does something first.
+_RUNNER = """
+import os, runpy, signal, sys, time
+import jax
+import continuous, run_generation
+script, settings, number, something = sys.argv[1:5]
+exec(settings)
+calls = []
+def slow(owner, name):
+    original = getattr(owner, name)
+    def slowed(*args):
+        calls.append(args)
+        if len(calls) == int(number):
+            print("here", file=sys.stderr, flush=True)
+            exec(something)
+        return original(*args)
+    setattr(owner, name, slowed)
+slow(run_generation.Generator, "generate")
+slow(continuous._Driver, "_dispatch")
+del sys.argv[1:5]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def start_runner(call: int, something: str, *words: str, settings: str) -> subprocess.Popen[str]:
+    """The command line in a process of its own, where ``settings`` are executed before.
+
+    ``something`` is executed as call or window number ``call`` begins, counted from 1.
+    """
+    script = str(REPOSITORY / "distributed_kv_cached_inference.py")
+    return start_python(_RUNNER, script, settings, str(call), something, *words)
+
+
 def start_python(script: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", script, *words],

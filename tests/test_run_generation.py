@@ -19,6 +19,7 @@ CONFIGURED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_tim
 def own_cache() -> Iterator[None]:
     """What the runner sets for its process is set back."""
     before = {name: getattr(jax.config, name) for name in CONFIGURED}
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1000.0)
     yield
     for name, value in before.items():
         jax.config.update(name, value)

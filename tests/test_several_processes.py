@@ -19,7 +19,7 @@ from runner_cases import (
     four,
     report,
     run_main,
-    start_python,
+    start_runner,
     store_of,
     submission,
 )
@@ -36,30 +36,13 @@ from run_signals import StopRequest
 from run_work import Shared, Unit
 
 DONE, RESUMABLE = 0, 75
-SCRIPT = distributed_kv_cached_inference.__file__
 FLAGS: dict[str, Any] = {"batch_size": 2}  # each call and each window ends two of the eight sequences
 
-# Leases of seconds; says when a call or window begins, and lets one of them do something first.
-PROCESS = """
-import os, runpy, signal, sys, time
-import continuous, run_claims, run_generation, run_merge, run_work
+# Leases of seconds.
+IMPATIENT = """
+import run_claims, run_merge, run_work
 run_claims.HEARTBEAT_SECONDS, run_claims.LEASE_SECONDS = 0.3, 3.0
 run_work.POLL_SECONDS = run_merge.POLL_SECONDS = 0.1
-script, number, something = sys.argv[1:4]
-calls = []
-def slow(owner, name):
-    original = getattr(owner, name)
-    def slowed(*args):
-        calls.append(args)
-        if len(calls) == int(number):
-            print("here", file=sys.stderr, flush=True)
-            exec(something)
-        return original(*args)
-    setattr(owner, name, slowed)
-slow(run_generation.Generator, "generate")
-slow(continuous._Driver, "_dispatch")
-del sys.argv[1:4]
-runpy.run_path(script, run_name="__main__")
 """
 
 
@@ -68,8 +51,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """One of two processes, of a real cluster on this machine."""
     cluster = {"coordinator_address": f"127.0.0.1:{port}", "num_processes": 2, "process_id": index}
-    words = arguments(folder, **FLAGS | cluster | flags)
-    return start_python(PROCESS, SCRIPT, str(call), something, *words)
+    return start_runner(call, something, *arguments(folder, **FLAGS | cluster | flags), settings=IMPATIENT)
 
 
 def assert_whole(folder: Path, expected: Path) -> None:

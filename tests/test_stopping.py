@@ -22,6 +22,7 @@ from runner_cases import (
     report,
     run_main,
     start_python,
+    start_runner,
     store_of,
     submission,
 )
@@ -51,26 +52,7 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     return Uninterrupted(flags, folder)
 
 
-# Says when a call or a window begins, and lets the third one do something first; shards are of two sequences.
-SLOW = """
-import runpy, sys, time, jax
-import continuous, run_continuous, run_generation
-script, something, calls = sys.argv[1], sys.argv[2], []
-def slow(owner, name):
-    original = getattr(owner, name)
-    def slowed(*args):
-        calls.append(args)
-        print("call", len(calls), file=sys.stderr, flush=True)
-        if len(calls) == 3:
-            exec(something)
-        return original(*args)
-    setattr(owner, name, slowed)
-slow(run_generation.Generator, "generate")
-slow(continuous._Driver, "_dispatch")
-run_continuous.SHARD_SEQUENCES = 2
-del sys.argv[1:3]
-runpy.run_path(script, run_name="__main__")
-"""
+SHARDS_OF_TWO = "import run_continuous; run_continuous.SHARD_SEQUENCES = 2"
 # On the device, where no signal reaches Python before it ends.
 COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, lambda i: i // 2, 1))"
 
@@ -78,11 +60,12 @@ COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, l
 @contextlib.contextmanager
 def third_call(folder: Path, flags: dict[str, Any], something: str) -> Iterator[subprocess.Popen[str]]:
     """The run of four tasks in a process of its own, its third call or window doing something first."""
-    with start_python(SLOW, SCRIPT, something, *arguments(four(folder), **flags)) as process:
+    words = arguments(four(folder), **flags)
+    with start_runner(3, something, *words, settings=SHARDS_OF_TWO) as process:
         try:
             assert process.stderr is not None
             lines = iter(process.stderr.readline, "")
-            assert "call 3\n" in lines  # reads up to it
+            assert "here\n" in lines  # reads up to it
             yield process
         finally:
             process.kill()
@@ -98,7 +81,8 @@ def assert_continues_to_the_same_bytes(folder: Path, expected: Uninterrupted, do
     assert submission(folder) == submission(expected.folder)
 
 
-@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)  # benchmarks/crash_campaign.py: both
+# Calls are killed by benchmarks/crash_campaign.py.
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
 def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
     uninterrupted: Uninterrupted, tmp_path: Path
 ):
