@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
+from device_mesh import layout_of
 from generation_request import bucket_length, check_request
 from qwen2_config import QwenConfig
 from qwen2_jax import QwenModel
@@ -58,7 +59,7 @@ class Occupancy(NamedTuple):
     slots: int
     steps: int  # made by every slot
     live_steps: int  # in which a slot's sequence was alive, over all slots
-    prompts: int  # read before it
+    prompts: int  # different ones read before it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ def generate_continuous(
     """Generates ``items`` in up to ``slots`` at once; yields each as it ends.
 
     Args:
+        slots: on each group of devices, where the weights are on a mesh of several (``device_mesh``).
         model: rows are captured where it is one of ``create_model_with_hooks``.
         window: steps between two refills, a multiple of 16. Short ones waste fewer steps of slots whose
             sequence has ended, about half a window each.
@@ -112,7 +114,8 @@ def generate_continuous(
     longest = max((item.max_tokens for item in ordered), default=1)
     shape = SlotShape(slots, 1, longest, window, None if cache_dtype is None else np.dtype(cache_dtype))
     widths = {bucket_length(len(item.prompt)) for item in ordered}
-    budget = device_memory_budget() if memory_budget is None else memory_budget
+    devices = layout_of(model.config, params).devices
+    budget = device_memory_budget(devices) if memory_budget is None else memory_budget
     stages = plan_stages(model, params, widths, shape, budget, capture_prompt)
 
     def run() -> Iterator[FinishedItem]:
@@ -192,10 +195,10 @@ class _Share(NamedTuple):
     ended: bool
 
 
-class _ReadPrompt(NamedTuple):
-    token_ids: np.ndarray
-    prompt: PrefilledPrompt
-    rows: Array | None  # [layers, width, 1, hidden]
+class _ReadPrompts(NamedTuple):
+    token_ids: list[bytes]  # of each group's prompt
+    prompts: PrefilledPrompt
+    rows: Array | None  # [layers, width, groups, hidden]
 
 
 class _Driver:
@@ -209,10 +212,12 @@ class _Driver:
         should_stop: Callable[[], bool],
         on_window: Callable[[Occupancy], None],
     ) -> None:
-        self._programs, self._slots, self._params, self._items = programs, slots, params, items
+        self._programs, self._slots, self._params = programs, slots, params
+        self._items = items
+        self._waiting: WorkItem | None = None  # taken from items, for the next round
         self._drawing, self._should_stop, self._on_window = drawing, should_stop, on_window
-        self._live: list[_Live | None] = [None] * programs.shape.slots
-        self._read: _ReadPrompt | None = None
+        self._live: list[_Live | None] = [None] * programs.all_slots
+        self._read: _ReadPrompts | None = None
         self._prompts_read = 0
 
     def run(self) -> Iterator[FinishedItem]:
@@ -230,38 +235,56 @@ class _Driver:
             activations, shares = window.activations, self._settle(window)
 
     def _refill(self) -> None:
-        drawing = self._drawing
-        for slot, live in enumerate(self._live):
-            if live is not None:
-                continue
-            item = next(self._items, None)
-            if item is None:
-                return
-            read = self._prompt(item)
+        """Gives free slots the next items, in rounds of at most one for each group of devices."""
+        drawing, groups = self._drawing, self._programs.layout.groups
+        while chosen := self._choose():
+            idle = next(iter(chosen.values()))  # what a group reads that has no free slot
+            read = self._prompts([chosen.get(group, idle)[1].prompt for group in range(groups)])
+            slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
+            sequence_ids = np.zeros(groups, np.uint32)
+            for group, (slot, item) in chosen.items():
+                slots[group], limits[group] = slot, item.max_tokens
+                sequence_ids[group] = item.sequence_id & 0xFFFFFFFF
             self._slots = self._programs.insert(
-                self._slots,
-                read.prompt,
-                np.int32(slot),
-                np.uint32(item.sequence_id & 0xFFFFFFFF),
-                np.int32(item.max_tokens),
-                drawing.sampling,
-                drawing.seed,
+                self._slots, read.prompts, slots, sequence_ids, limits, drawing.sampling, drawing.seed
             )
-            rows = None
-            if item.capture_prompt and read.rows is not None:
-                rows = np.array(np.asarray(read.rows)[:, : len(item.prompt), 0])
-            self._live[slot] = _Live(item, rows)
+            for group, (slot, item) in chosen.items():
+                rows = None
+                if item.capture_prompt and read.rows is not None:
+                    rows = np.array(np.asarray(read.rows)[:, : len(item.prompt), group])
+                self._live[group * self._programs.shape.slots + slot] = _Live(item, rows)
 
-    def _prompt(self, item: WorkItem) -> _ReadPrompt:
-        """The item's prompt, read now unless it was the last one too."""
-        if self._read is None or not np.array_equal(self._read.token_ids, item.prompt):
+    def _choose(self) -> dict[int, tuple[int, WorkItem]]:
+        """By group of devices its first free slot and the item for it; prompts of one width alone."""
+        chosen: dict[int, tuple[int, WorkItem]] = {}
+        widths: set[int] = set()
+        for group in range(self._programs.layout.groups):
+            first = group * self._programs.shape.slots
+            slots = self._live[first : first + self._programs.shape.slots]
+            if None not in slots:
+                continue
+            item, self._waiting = self._waiting or next(self._items, None), None
+            if item is None:
+                break
+            widths.add(bucket_length(len(item.prompt)))
+            if len(widths) > 1:
+                self._waiting = item
+                break
+            chosen[group] = (slots.index(None), item)
+        return chosen
+
+    def _prompts(self, prompts: list[np.ndarray]) -> _ReadPrompts:
+        """A prompt for each group, read now unless they were the last ones too."""
+        token_ids = [prompt.tobytes() for prompt in prompts]
+        if self._read is None or self._read.token_ids != token_ids:
             self._read = None  # makes room for the next one
-            width = bucket_length(len(item.prompt))
-            ids = np.zeros((1, width), np.int32)
-            ids[0, : len(item.prompt)] = item.prompt
-            prompt, rows = self._programs.prefills[width](self._params, ids, np.int32(len(item.prompt)))
-            self._read = _ReadPrompt(item.prompt, prompt, rows)
-            self._prompts_read += 1
+            input_ids = np.zeros((len(prompts), bucket_length(len(prompts[0]))), np.int32)
+            for row, prompt in zip(input_ids, prompts, strict=True):
+                row[: len(prompt)] = prompt
+            lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+            read = self._programs.prefills[input_ids.shape[1]](self._params, input_ids, lengths)
+            self._read = _ReadPrompts(token_ids, *read)
+            self._prompts_read += len(set(token_ids))
         return self._read
 
     def _dispatch(self) -> Window:

@@ -135,6 +135,14 @@ def run_decode(
     )
 
 
+def empty_decode_state(model: QwenModel, cache_config: KVCacheConfig) -> DecodeState:
+    """The state of ``run_prefill``, of zeros: its shapes and types."""
+    cache = create_kv_cache_buffers(cache_config)
+    rows = cache.ar.batch_size
+    token, logprob = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
+    return start_decode_state(model, cache, token, logprob, jnp.zeros(rows, bool), columns=cache.ar.capacity)
+
+
 def start_decode_state(
     model: QwenModel, cache: KVCache, token: Array, logprob: Array, ended: Array, columns: int
 ) -> DecodeState:

@@ -48,7 +48,7 @@ from run_continuous import make_continuously
 from run_generation import Clock, Generator, keep_programs
 from run_inputs import (
     check_places,
-    device_name,
+    choose_devices,
     eos_token_ids,
     load_config,
     load_tokenizer,
@@ -192,12 +192,14 @@ def _prepare(options: RunOptions) -> tuple[_Job, Report]:
     tokenizer = load_tokenizer(options.model_path, config.vocab_size)
     eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
     prompts, failures = build_prompts(loaded.tasks, tokenizer, options, config.max_position_embeddings)
-    report = Report(options.model_path, device_name())
+    mesh_shape, devices = choose_devices(options, config)
+    report = Report(options.model_path, devices)
     report.tasks = len(loaded.tasks) + len(loaded.failures)
     report.tasks_failed = failure_entries([*loaded.failures, *failures])
     settings = _store_settings(options, config, eos)
     ids = (prompt.sequence(sample) for prompt in prompts for sample in range(options.samples_per_prompt))
     sequences = [Keyed(sequence_key(settings, one), one) for one in ids]
+    options = dataclasses.replace(options, mesh_shape=mesh_shape)
     return _Job(options, loaded.tasks, tokenizer, eos, settings, prompts, sequences), report
 
 

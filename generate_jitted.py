@@ -28,7 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from decode_loop import DecodeState, decode_step_with_cache, prefill_with_cache, run_decode, run_prefill
+from decode_loop import (
+    DecodeState,
+    decode_step_with_cache,
+    empty_decode_state,
+    prefill_with_cache,
+    run_decode,
+    run_prefill,
+)
+from device_mesh import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
 from generation_request import Request, bucket_length, check_request, pad_prompts
 from kvcache_utils import ActivationBufferConfig, KVCacheConfig
 from products import compiler_options
@@ -166,19 +174,39 @@ def lower_generate(
     model: QwenModel, params: Any, shape: GenerateShape
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """Prefill and decode as ``CompiledGenerate`` calls them, traced but not compiled."""
-    prompts = shape.num_prompts
-    drawing = (Sampling().traced(), _struct((), jnp.uint32), _struct((shape.batch_size,), jnp.uint32))
-    prefill = functools.partial(run_prefill, model, shape.cache_config(model.config), shape.capture_prompt)
-    lowered = jax.jit(prefill).lower(
-        params, _struct((prompts, shape.prompt_width), jnp.int32), _struct((prompts,), jnp.int32), *drawing
+    layout = layout_of(model.config, params)
+    if shape.num_prompts % layout.groups:
+        raise ValueError(
+            f"{shape.num_prompts} prompts cannot be shared among the {layout.groups} groups of devices that "
+            "the weights are on; give a multiple of prompts, or load the weights with mesh_shape=(1, ...)."
+        )
+    prompts = shape.num_prompts // layout.groups
+    cache = dataclasses.replace(shape, num_prompts=prompts).cache_config(model.config)
+    empty = jax.eval_shape(functools.partial(empty_decode_state, model, cache))
+    state_axes, drawing_axes = axes_of(empty), (WHOLE, WHOLE, ROWS)
+    drawing = (
+        Sampling().traced(),
+        layout.struct((), jnp.uint32),
+        layout.struct((cache.batch_size,), jnp.uint32, ROWS),
     )
-    state = jax.tree.map(lambda info: _struct(info.shape, info.dtype), lowered.out_info[0])
-    decode = jax.jit(functools.partial(run_decode, model, shape.stop), donate_argnums=1)
-    return lowered, decode.lower(params, state, *drawing, _struct((shape.eos_slots,), jnp.int32))
-
-
-def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+    prefill = layout.jit(
+        functools.partial(run_prefill, model, cache, shape.capture_prompt),
+        in_axes=(WHOLE, ROWS, ROWS, *drawing_axes),
+        out_axes=(state_axes, ACTIVATIONS),
+    )
+    decode = layout.jit(
+        functools.partial(run_decode, model, shape.stop),
+        in_axes=(WHOLE, state_axes, *drawing_axes, WHOLE),
+        out_axes=state_axes,
+        donate_argnums=(1,),
+    )
+    input_ids = layout.struct((prompts, shape.prompt_width), jnp.int32, ROWS)
+    lengths = layout.struct((prompts,), jnp.int32, ROWS)
+    eos_token_ids = layout.struct((shape.eos_slots,), jnp.int32)
+    return (
+        prefill.lower(params, input_ids, lengths, *drawing),
+        decode.lower(params, layout.structs(empty), *drawing, eos_token_ids),
+    )
 
 
 def generate_single_task_jitted(

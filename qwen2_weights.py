@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from device_mesh import Layout, make_layout
 from qwen2_config import CheckpointError, QwenConfig, resolve_file
 
 Params = dict[str, Any]
@@ -87,7 +88,7 @@ def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -
         state = state.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_tensors(shapes, config, "The state dict")
-    return _build_tree(config, lambda name: _to_numpy(state[name]), config.dtype)
+    return _build_tree(config, lambda name: _to_numpy(state[name]), config.dtype, Layout())
 
 
 def load_qwen2(
@@ -96,8 +97,9 @@ def load_qwen2(
     dtype: Any = None,
     revision: str | None = None,
     scan_layers: bool | None = None,
+    mesh_shape: tuple[int, int] = (1, 1),
 ) -> tuple[QwenConfig, Params]:
-    """Reads a Qwen2 checkpoint, tensor by tensor, onto the default device.
+    """Reads a Qwen2 checkpoint, tensor by tensor, onto the default device or over several.
 
     Args:
         path_or_hub_id: a directory in Hugging Face layout (``config.json`` and one or several
@@ -106,6 +108,7 @@ def load_qwen2(
         revision: branch, tag or commit of a hub model.
         scan_layers: stack the layers' weights for a scanned loop; by default on every platform but
             CPU, where unrolled layers run faster.
+        mesh_shape: (data, model) devices (``device_mesh``); what generates with the weights runs there.
 
     Returns:
         (config, params); ``QwenModel(config).apply({"params": params}, ...)``.
@@ -113,6 +116,7 @@ def load_qwen2(
     Raises:
         CheckpointError: nothing there, another architecture, a truncated file, or tensors missing,
             unexpected or mis-shaped (all of them listed).
+        ValueError: the mesh cannot be.
     """
     if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
         raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
@@ -122,8 +126,9 @@ def load_qwen2(
     config = QwenConfig.from_hf(config_path.parent).replace(scan_layers=scan_layers)
     if dtype is not None:
         config = config.replace(dtype=dtype)
+    layout = make_layout(config, mesh_shape)
     with _open_tensors(path_or_hub_id, config, revision) as read:
-        return config, _build_tree(config, read, config.dtype)
+        return config, _build_tree(config, read, config.dtype, layout)
 
 
 def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:
@@ -200,7 +205,9 @@ def stack_layers(params: Params) -> Params:
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def _build_tree(config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np.dtype) -> Params:
+def _build_tree(
+    config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np.dtype, layout: Layout
+) -> Params:
     """Fills the tree tensor by tensor: beside the tree itself, one tensor (or one stack) is in memory."""
 
     def load(name: str, spec: TensorSpec) -> np.ndarray:
@@ -215,10 +222,13 @@ def _build_tree(config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np
             stack = np.empty((len(names), *specs[names[0]].tree_shape), dtype)
             for slot, name in zip(stack, names, strict=True):
                 slot[...] = load(name, specs[name])
-            leaves[("layers", *path)] = jax.block_until_ready(jnp.asarray(stack))  # before the next is made
+            whole = ("layers", *path)
+            leaves[whole] = jax.block_until_ready(
+                layout.place_weight(whole, stack)
+            )  # before the next is made
     for name, spec in specs.items():
         if not (config.scan_layers and spec.path[0].startswith("layers_")):
-            leaves[spec.path] = jax.block_until_ready(jnp.asarray(load(name, spec)))
+            leaves[spec.path] = jax.block_until_ready(layout.place_weight(spec.path, load(name, spec)))
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree

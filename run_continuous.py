@@ -12,6 +12,7 @@ import numpy as np
 
 from activation_store import ActivationWriter, FinishedSequence
 from continuous import Drawing, FinishedItem, Occupancy, WorkItem, order_items, run_slots
+from device_mesh import layout_of
 from generation_request import bucket_length
 from run_generation import Clock, Generator
 from run_plan import Keyed, sampling_id
@@ -37,6 +38,7 @@ def make_continuously(
 ) -> None:
     """Generates what ``work`` gives out of ``sequences`` and stores each soon after it has ended."""
     options, model = generator.options, generator.model
+    layout = layout_of(model.config, generator.params)
     drawing = Drawing.check(model.config, generator.eos_token_ids, options.sampling, options.random_seed)
     units = _units(generator, sequences)
     compiling, generating = Clock(), Clock()
@@ -53,7 +55,7 @@ def make_continuously(
             items = [item for unit in there for item in _to_make(unit, writer)]
             for stage in _stages(generator, items):
                 of_stage = [unit for unit in there if _width(unit) in stage.widths]
-                taken = work.take(of_stage, stage.shape.slots)
+                taken = work.take(of_stage, stage.shape.slots * layout.groups)
                 first = next(taken, None)
                 if first is None:
                     continue
@@ -66,7 +68,7 @@ def make_continuously(
                         eos_slots=len(drawing.eos_token_ids),
                     )
                 report.programs += 1
-                report.slots = max(report.slots, programs.shape.slots)
+                report.slots = max(report.slots, programs.all_slots)
                 with stop.deferred(), generating:
                     finished = run_slots(
                         programs,
@@ -121,7 +123,9 @@ def _to_make(unit: Unit, writer: ActivationWriter) -> list[WorkItem]:
 def _stages(generator: Generator, items: Sequence[WorkItem]) -> list[Stage]:
     options = generator.options
     cache_dtype = None if options.kv_cache_dtype is None else np.dtype(options.kv_cache_dtype)
-    budget = device_memory_budget() if options.memory_budget is None else int(options.memory_budget * 1e9)
+    budget = device_memory_budget(layout_of(generator.model.config, generator.params).devices)
+    if options.memory_budget is not None:
+        budget = int(options.memory_budget * 1e9)
     return plan_stages(
         generator.model,
         generator.params,

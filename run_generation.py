@@ -56,7 +56,8 @@ class Generator:
     @classmethod
     def load(cls, options: RunOptions, eos_token_ids: tuple[int, ...]) -> Generator:
         """Reads the weights onto the device; returns when they are there."""
-        config, params = load_qwen2(options.model_path, dtype=options.dtype)
+        mesh_shape = options.mesh_shape or (1, 1)
+        config, params = load_qwen2(options.model_path, dtype=options.dtype, mesh_shape=mesh_shape)
         model = QwenModel(config)
         if options.extract_activations:
             model = create_model_with_hooks(config, options.layers_to_extract)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from arc_tasks import encode_prompt
+from device_mesh import Layout, make_layout
 from qwen2_config import is_hub_id
 from qwen2_jax import CheckpointError, QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -56,12 +57,30 @@ def check_places(options: RunOptions) -> None:
         raise UsageError(f"--output_filepath: cannot write in {output.parent}: {error.strerror}") from error
 
 
-def device_name() -> str:
+def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[tuple[int, int], str]:
+    """The mesh to generate on, by default each accelerator of this process by itself, and what it is called.
+
+    Raises:
+        UsageError: there is no such mesh here, or the model cannot be split so.
+    """
     try:
-        return jax.local_devices()[0].device_kind
+        devices = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the second of JAX_PLATFORMS=cuda without its plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UsageError(f"jax finds no device for JAX_PLATFORMS={platforms!r} ({error})") from error
+    by_itself = options.generation == "continuous" and devices[0].platform != "cpu"
+    data, model = options.mesh_shape or (len(devices) if by_itself else 1, 1)
+    try:
+        layout = make_layout(config, (data, model))
+    except ValueError as error:
+        raise UsageError(f"--mesh_shape {data} {model}: {error}") from error
+    kind = devices[0].device_kind
+    if layout == Layout():
+        if len(devices) > 1:
+            print(f"using one of {len(devices)} devices ({kind})", flush=True)
+        return (1, 1), kind
+    print(layout.describe(config), flush=True)
+    return (data, model), f"{data} x {model} {kind}"
 
 
 def load_config(options: RunOptions) -> QwenConfig:

@@ -55,7 +55,7 @@ class RunOptions:
     random_seed: int = 0
     dtype: str | None = None
     kv_cache_dtype: str | None = None
-    mesh_shape: tuple[int, int] = (1, 1)
+    mesh_shape: tuple[int, int] | None = None
     layers_to_extract: tuple[int, ...] = FIXED_EXTRACT_LAYERS
     extract_activations: bool = True
     extract_prompt: bool = False
@@ -103,7 +103,8 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         raise UsageError(f"unknown argument {unknown[0]}; {hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
-    values["mesh_shape"] = tuple(values["mesh_shape"])
+    if values["mesh_shape"] is not None:
+        values["mesh_shape"] = tuple(values["mesh_shape"])
     if values["augmentations"] is None:
         # Greedy samples of one prompt are all the same, so greedy predictions differ by augmentation.
         values["augmentations"] = values["predictions_per_task"] if values["temperature"] == 0 else 1
@@ -147,11 +148,16 @@ def _check(options: RunOptions) -> None:
         raise UsageError(
             "--kv_cache_dtype is for the compiled ways of --generation; the old loop has no such choice"
         )
-    if options.mesh_shape != (1, 1):
+    data, model = options.mesh_shape or (1, 1)
+    if min(data, model) < 1:
+        raise UsageError(f"--mesh_shape {data} {model}: both must be at least 1")
+    if data > 1 and options.generation != "continuous":
         raise UsageError(
-            f"--mesh_shape {' '.join(map(str, options.mesh_shape))} is not implemented: a process generates "
-            "on one device; leave it at 1 1"
+            f"--mesh_shape {data} {model}: only --generation continuous shares its sequences among groups of "
+            f"devices; with {options.generation} the first number must be 1"
         )
+    if model > 1 and options.generation == "python":
+        raise UsageError(f"--mesh_shape {data} {model}: the old loop of --generation python uses one device")
     if options.extract_prompt and not options.extract_activations:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
     try:
@@ -231,7 +237,12 @@ def _parser() -> _Parser:
     )
 
     generation = parser.add_argument_group("generation")
-    add(generation, "batch_size", "sequences generated at once; any size continues a run", type=int)
+    add(
+        generation,
+        "batch_size",
+        "sequences generated at once, on each group of devices; any size continues a run",
+        type=int,
+    )
     add(generation, "max_output_tokens", "tokens per answer at most", type=int)
     add(generation, "temperature", "0 is greedy", type=float)
     add(generation, "top_k", "sample among the K likeliest tokens; 0: all", type=int)
@@ -244,8 +255,9 @@ def _parser() -> _Parser:
     add(
         generation,
         "mesh_shape",
-        "devices for data and model parallelism; one so far",
-        shown="1 1",
+        "DATA groups of MODEL devices each: every group generates --batch_size sequences at once, and splits "
+        "the weights among its devices (default: each accelerator of this process by itself)",
+        shown=None,
         type=int,
         nargs=2,
         metavar=("DATA", "MODEL"),

@@ -111,10 +111,11 @@ class Report:
         ]
 
     def measure_memory(self) -> None:
-        """Peak bytes on the first local device, or of this process where the device keeps no count (CPU)."""
-        stats = jax.local_devices()[0].memory_stats() or {}
-        if "peak_bytes_in_use" in stats:
-            self.peak_memory_bytes, self.peak_memory_of = int(stats["peak_bytes_in_use"]), "device"
+        """Peak bytes on the fullest device, or of this process where devices keep no count (CPU)."""
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        peaks = [int(one["peak_bytes_in_use"]) for one in stats if "peak_bytes_in_use" in one]
+        if peaks:
+            self.peak_memory_bytes, self.peak_memory_of = max(peaks), "device"
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from device_mesh import Layout, bytes_on_device, layout_of
 from kvcache_utils import ActivationBufferConfig
 from qwen2_jax import QwenModel
 from qwen2_jax_with_hooks import QwenModelWithActivations
@@ -37,12 +38,14 @@ class Stage:
     widths: tuple[int, ...]
 
 
-def device_memory_budget() -> int:
-    """Bytes that a run may take: nearly all of an accelerator's, half of the machine's on CPU."""
+def device_memory_budget(devices: int = 1) -> int:
+    """Bytes that a run may take on each of its devices: nearly all of an accelerator's; on CPU their share of
+    half of the machine's.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return int(limit * _DEVICE_SHARE)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _HOST_SHARE)
+    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _HOST_SHARE) // devices
 
 
 def plan_stages(
@@ -101,28 +104,31 @@ def start_stage(
 
 
 def expected_bytes(model: QwenModel, params: Any, programs: SlotPrograms) -> int:
-    """Peak bytes on the device while ``programs`` run."""
-    return _weight_bytes(params) + programs.shape.cache_config(model).nbytes + programs.working_bytes
+    """Peak bytes on each device while ``programs`` run."""
+    cache = _cache_bytes(model, programs.shape, programs.layout)
+    return _weight_bytes(params) + cache + programs.working_bytes
 
 
 def host_row_bytes(model: QwenModel, shape: SlotShape) -> int:
-    """Bytes on the host of the rows of sequences that have not ended, at most."""
+    """Bytes on the host of the rows of sequences of one group that have not ended, at most."""
     return _row_buffer(model, shape.max_tokens, shape.slots)
 
 
 def describe(model: QwenModel, params: Any, programs: SlotPrograms) -> str:
     """The plan of a stage in a line."""
-    shape = programs.shape
+    shape, layout = programs.shape, programs.layout
     parts = {
         "weights": _weight_bytes(params),
-        "KV cache": shape.cache_config(model).nbytes,
+        "KV cache": _cache_bytes(model, shape, layout),
         "windows, prefill and temporaries": programs.working_bytes,
     }
     detail = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    groups = f" on each of {layout.groups} groups of devices" if layout.groups > 1 else ""
+    each = " a device" if layout.devices > 1 else ""
     return (
-        f"{shape.slots} slots for prompts of up to {shape.prompt_width} tokens, windows of {shape.window} "
-        f"steps: {sum(parts.values()) / 1e6:.0f} MB expected ({detail}); "
-        f"on the host up to {host_row_bytes(model, shape) / 1e6:.0f} MB of unfinished rows"
+        f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
+        f"{shape.window} steps: {sum(parts.values()) / 1e6:.0f} MB{each} expected ({detail}); "
+        f"on the host up to {layout.groups * host_row_bytes(model, shape) / 1e6:.0f} MB of unfinished rows"
     )
 
 
@@ -131,20 +137,25 @@ def _estimate(
 ) -> int:
     """As ``expected_bytes``, before anything is compiled; with the host's rows where its memory is meant."""
     shape = dataclasses.replace(shape, slots=slots, prompt_width=width)
-    config = model.config
+    config, layout = model.config, layout_of(model.config, params)
     hidden = _PREFILL_HIDDEN_SCANNED if config.scan_layers else _PREFILL_HIDDEN
-    prompt = shape.cache_config(model, 1).nbytes + (_row_buffer(model, width, 1) if capture_prompt else 0)
+    prompt = _cache_bytes(model, shape, layout, 1) + (_row_buffer(model, width, 1) if capture_prompt else 0)
     window = _row_buffer(model, shape.window, slots)
     logits = 2 * 4 * max(slots, 8) * config.vocab_size
     working = max(logits + 2 * window + prompt, window + prompt + 4 * hidden * config.hidden_size * width)
-    total = _weight_bytes(params) + shape.cache_config(model).nbytes + working
+    total = _weight_bytes(params) + _cache_bytes(model, shape, layout) + working
     if jax.default_backend() == "cpu":
         total += host_row_bytes(model, shape)
     return total
 
 
 def _weight_bytes(params: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(params))
+
+
+def _cache_bytes(model: QwenModel, shape: SlotShape, layout: Layout, slots: int | None = None) -> int:
+    config = shape.cache_config(model, slots)
+    return dataclasses.replace(config, num_kv_heads=layout.kv_heads(model.config)).nbytes
 
 
 def _row_buffer(model: QwenModel, tokens: int, rows: int) -> int:

@@ -1,4 +1,8 @@
-"""The executables of continuous generation, compiled side by side from the weights' shapes alone; cached."""
+"""The executables of continuous generation, compiled side by side from the weights' shapes alone; cached.
+
+On a mesh of D groups of devices (``device_mesh``) every array of slots or prompts is that of all groups, one
+group after the other; each has as many slots as the shape says, and reads a prompt of its own at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +18,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from device_mesh import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of, layout_of
 from products import compiler_options
 from qwen2_jax import QwenModel
 from sampling import Sampling
-from window_loop import SlotShape, create_slots, empty_prompt, insert, prefill_prompt, run_window
+from window_loop import SlotShape, Window, create_slots, empty_prompt, insert, prefill_prompt, run_window
+
+_WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotPrograms:
     """The executables of one shape; each takes over the slots it is given and nothing else."""
 
-    shape: SlotShape
+    shape: SlotShape  # of one group
+    layout: Layout
     create: jax.stages.Compiled  # () -> slots
     prefills: Mapping[
         int, jax.stages.Compiled
-    ]  # by width: (params, ids [1, width], length) -> (prompt, rows)
-    insert: jax.stages.Compiled  # (slots, prompt, slot, sequence_id, limit, sampling, seed) -> slots
+    ]  # by width: (params, ids [D, width], lengths [D]) -> (prompts, rows)
+    # (slots, prompts, slot [D] within each group or -1, sequence_id [D], limit [D], sampling, seed) -> slots
+    insert: jax.stages.Compiled
     window: jax.stages.Compiled  # (params, slots, sampling, seed, eos_ids) -> (slots, window)
     eos_slots: int
     compile_seconds: float
@@ -40,8 +49,13 @@ class SlotPrograms:
         return Sampling().traced(), np.uint32(0), np.full(self.eos_slots, -1, np.int32)
 
     @property
+    def all_slots(self) -> int:
+        """Of all groups."""
+        return self.shape.slots * self.layout.groups
+
+    @property
     def working_bytes(self) -> int:
-        """The most that is needed at any time besides the weights and the slots themselves."""
+        """The most that is needed on a device at any time besides the weights and the slots themselves."""
         window, results = _temporary_bytes(self.window), _result_bytes(self.window)
         prompt = max(_result_bytes(prefill) for prefill in self.prefills.values())
         return max(
@@ -72,12 +86,12 @@ def compile_slots(
         jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
         for leaf in leaves
     )
-    weights = (treedef, abstract)
+    weights, layout = (treedef, abstract), layout_of(model.config, params)
     # A prompt is read alone, whatever the slots and their windows.
     alone = SlotShape(1, shape.prompt_width, 1, cache_dtype=shape.cache_dtype)
     jobs: list[Callable[[], jax.stages.Compiled]] = [
-        lambda: _compile_create(model, shape),  # pyright: ignore[reportArgumentType]
-        lambda: _compile_insert(model, shape),  # pyright: ignore[reportArgumentType]
+        lambda: _compile_create(model, shape, layout),  # pyright: ignore[reportArgumentType]
+        lambda: _compile_insert(model, shape, layout),  # pyright: ignore[reportArgumentType]
         functools.partial(_compile_window, model, shape, eos_slots, *weights),
         *(functools.partial(_compile_prefill, model, alone, w, capture_prompt, *weights) for w in widths),
     ]
@@ -86,12 +100,13 @@ def compile_slots(
         create, inserting, window, *prefills = pool.map(lambda job: job(), jobs)
     seconds = time.perf_counter() - started
     by_width = dict(zip(widths, prefills, strict=True))
-    return SlotPrograms(shape, create, by_width, inserting, window, eos_slots, seconds)
+    return SlotPrograms(shape, layout, create, by_width, inserting, window, eos_slots, seconds)
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_create(model: QwenModel, shape: SlotShape) -> jax.stages.Compiled:
-    return jax.jit(functools.partial(create_slots, model, shape)).lower().compile()
+def _compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
+    slots = _slots(model, shape)
+    return layout.jit(functools.partial(create_slots, model, shape), (), axes_of(slots)).lower().compile()
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,17 +114,28 @@ def _compile_prefill(
     model: QwenModel, shape: SlotShape, width: int, capture_prompt: bool, treedef: Any, leaves: Any
 ) -> jax.stages.Compiled:
     params = jax.tree.unflatten(treedef, leaves)
-    program = jax.jit(functools.partial(prefill_prompt, model, shape, capture_prompt))
-    return _compile(program.lower(params, jax.ShapeDtypeStruct((1, width), jnp.int32), _scalar(jnp.int32)))
+    layout = layout_of(model.config, params)
+    program = layout.jit(
+        functools.partial(prefill_prompt, model, shape, capture_prompt),
+        in_axes=(WHOLE, ROWS, ROWS),
+        out_axes=(axes_of(_prompt(model, shape)), ACTIVATIONS),
+    )
+    input_ids, lengths = layout.struct((1, width), jnp.int32, ROWS), layout.struct((1,), jnp.int32, ROWS)
+    return _compile(program.lower(params, input_ids, lengths))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_insert(model: QwenModel, shape: SlotShape) -> jax.stages.Compiled:
-    prompt = jax.eval_shape(functools.partial(empty_prompt, model, shape))
-    program = jax.jit(insert, donate_argnums=0)
-    scalars = [_scalar(dtype) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
-    seed = _scalar(jnp.uint32)
-    return _compile(program.lower(_slots(model, shape), prompt, *scalars, Sampling().traced(), seed))
+def _compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
+    slots, prompt = _slots(model, shape), _prompt(model, shape)
+    program = layout.jit(
+        insert,
+        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, WHOLE),
+        out_axes=axes_of(slots),
+        donate_argnums=(0,),
+    )
+    by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
+    drawing = (Sampling().traced(), layout.struct((), jnp.uint32))
+    return _compile(program.lower(layout.structs(slots), layout.structs(prompt), *by_group, *drawing))
 
 
 @functools.lru_cache(maxsize=64)
@@ -117,9 +143,16 @@ def _compile_window(
     model: QwenModel, shape: SlotShape, eos_slots: int, treedef: Any, leaves: Any
 ) -> jax.stages.Compiled:
     params = jax.tree.unflatten(treedef, leaves)
-    program = jax.jit(functools.partial(run_window, model, shape.window), donate_argnums=1)
-    drawing = (Sampling().traced(), _scalar(jnp.uint32), jax.ShapeDtypeStruct((eos_slots,), jnp.int32))
-    return _compile(program.lower(params, _slots(model, shape), *drawing))
+    layout, slots = layout_of(model.config, params), _slots(model, shape)
+    program = layout.jit(
+        functools.partial(run_window, model, shape.window),
+        in_axes=(WHOLE, axes_of(slots), WHOLE, WHOLE, WHOLE),
+        out_axes=(axes_of(slots), _WINDOW_AXES),
+        donate_argnums=(1,),
+    )
+    eos_token_ids = layout.struct((eos_slots,), jnp.int32)
+    drawing = (Sampling().traced(), layout.struct((), jnp.uint32), eos_token_ids)
+    return _compile(program.lower(params, layout.structs(slots), *drawing))
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -130,8 +163,8 @@ def _slots(model: QwenModel, shape: SlotShape) -> Any:
     return jax.eval_shape(functools.partial(create_slots, model, shape))
 
 
-def _scalar(dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((), dtype)
+def _prompt(model: QwenModel, shape: SlotShape) -> Any:
+    return jax.eval_shape(functools.partial(empty_prompt, model, shape))
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -124,13 +124,13 @@ def empty_prompt(model: QwenModel, shape: SlotShape) -> PrefilledPrompt:
 def prefill_prompt(
     model: QwenModel, shape: SlotShape, capture_prompt: bool, params: Any, input_ids: Array, length: Array
 ) -> tuple[PrefilledPrompt, Array | None]:
-    """Reads one prompt, ``input_ids`` [1, width], by itself: prompts beside it cannot show in its bits.
+    """Reads one prompt, ``input_ids`` [1, width] and ``length`` [1], by itself: no other shows in its bits.
 
     Returns:
         the prompt, and with ``capture_prompt`` its rows [layers, width, 1, hidden].
     """
     cache = create_kv_cache_buffers(dataclasses.replace(shape.cache_config(model, 1), max_decode_length=1))
-    logits, cache, rows = prefill_with_cache(model, params, input_ids, length[None], cache)
+    logits, cache, rows = prefill_with_cache(model, params, input_ids, length, cache)
     return PrefilledPrompt(cache.prefill, logits), rows if capture_prompt else None
 
 
@@ -143,29 +143,34 @@ def insert(
     sampling: SamplingArrays,
     seed: Array,
 ) -> SlotState:
-    """Gives ``slot`` a new sequence: a copy of the prompt, and its first token, drawn with its own key.
+    """Gives ``slot`` [1] a new sequence: a copy of the prompt, and its first token, drawn with its own key.
 
-    The whole row is written, what is not valid with zeros: a value that is not finite, left by a sequence
-    that failed, would spoil its successors even where attention gives it no weight.
+    Nothing changes where the slot is -1. The whole row is written, what is not valid with zeros: a value
+    that is not finite, left by a sequence that failed, would spoil its successors even where attention gives
+    it no weight.
     """
     with jax.named_scope("insert"):
-        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(seed, sequence_id[None]), 0)
+        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(seed, sequence_id), 0)
         prefill, ar = state.cache.prefill, state.cache.ar
+
+        def put(values: Array, new: Array | bool) -> Array:
+            return values.at[slot].set(new, mode="drop", wrap_negative_indices=False)
+
         prefill = PrefillCache(
-            _set_row(prefill.k, prompt.cache.k, slot),
-            _set_row(prefill.v, prompt.cache.v, slot),
-            prefill.length.at[slot].set(prompt.cache.length[0]),
+            _set_row(prefill.k, prompt.cache.k, slot[0]),
+            _set_row(prefill.v, prompt.cache.v, slot[0]),
+            put(prefill.length, prompt.cache.length),
         )
         ar = dataclasses.replace(
-            ar, k=_clear_row(ar.k, slot), v=_clear_row(ar.v, slot), start=ar.start.at[slot].set(ar.index)
+            ar, k=_clear_row(ar.k, slot[0]), v=_clear_row(ar.v, slot[0]), start=put(ar.start, ar.index)
         )
         return SlotState(
             cache=KVCache(prefill, ar),
-            next_token=state.next_token.at[slot].set(token[0]),
-            next_logprob=state.next_logprob.at[slot].set(logprob[0]),
-            ended=state.ended.at[slot].set(False),
-            sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
-            limits=state.limits.at[slot].set(limit),
+            next_token=put(state.next_token, token),
+            next_logprob=put(state.next_logprob, logprob),
+            ended=put(state.ended, False),
+            sequence_ids=put(state.sequence_ids, sequence_id),
+            limits=put(state.limits, limit),
         )
 
 
@@ -219,13 +224,17 @@ def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:
 
 
 def _set_row(buffers: LayerBuffers, row: LayerBuffers, slot: Array) -> LayerBuffers:
-    """``buffers`` with the row of each layer at ``slot`` replaced by the only one of ``row``."""
+    """``buffers`` with each layer's row at ``slot`` replaced by that of ``row``; as they are for -1."""
     if isinstance(buffers, tuple):
-        return tuple(
-            update_slice(layer, new, (slot, 0, 0, 0)) for layer, new in zip(buffers, row, strict=True)
-        )
+        return tuple(_set(layer, new, 0, slot) for layer, new in zip(buffers, row, strict=True))
     assert isinstance(row, Array)
-    return update_slice(buffers, row, (0, slot, 0, 0, 0))
+    return _set(buffers, row, 1, slot)
+
+
+def _set(buffer: Array, row: Array, axis: int, slot: Array) -> Array:
+    start = tuple(jnp.maximum(slot, 0) if i == axis else 0 for i in range(buffer.ndim))
+    new = jnp.where(slot < 0, lax.dynamic_slice(buffer, start, row.shape), row)
+    return update_slice(buffer, new, start)
 
 
 def _clear_row(buffers: LayerBuffers, slot: Array) -> LayerBuffers:

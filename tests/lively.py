@@ -122,8 +122,9 @@ def row_errors(got: Any, expected: Any) -> np.ndarray:
 
 def assert_lively(token_ids: Any, distinct: int = 16) -> None:
     """Every sequence of 64 tokens has at least this many different ones."""
-    for row in np.asarray(token_ids):
-        assert len(set(row.tolist())) >= distinct, f"a dead model: {row.tolist()}"
+    for row in token_ids:
+        row = np.asarray(row).tolist()
+        assert len(set(row)) >= distinct, f"a dead model: {row}"
 
 
 def rewrite_safetensors(file: Path, change: Any) -> None:

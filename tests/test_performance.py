@@ -20,6 +20,8 @@ from jax.sharding import SingleDeviceSharding
 from lively import Lively, pad_right
 
 import generate_jitted
+import slot_programs
+from device_mesh import make_layout
 from generate_jitted import (
     GenerateShape,
     Sampling,
@@ -32,6 +34,7 @@ from kvcache_utils import create_kv_cache_buffers
 from products import compiler_options
 from qwen2_config import QwenConfig
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
+from window_loop import SlotShape
 
 MB = 1e6
 WIDTH = 256
@@ -235,20 +238,21 @@ def test_a_prefill_of_8192_tokens_takes_memory_linear_in_its_length(layers: int,
 
 
 TPUS = {"v4:2x2x1": "v4-8", "v5e:2x2": "v5litepod-4", "v6e:2x2": "v6e-4"}
+EIGHT = {"v4:2x2x2": "v4-16"}
 
 
 @pytest.fixture(scope="module")
 def tpu() -> Iterator[Any]:
-    """One chip of a TPU that is not there, by its topology; libtpu compiles for it all the same."""
+    """The devices of a TPU that is not there, by its topology; libtpu compiles for them all the same."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu's compiler: pip install '.[tpu]'")
 
-    def chip(topology: str) -> SingleDeviceSharding:
-        environment.setenv("TPU_ACCELERATOR_TYPE", TPUS[topology])
+    def devices(topology: str) -> Sequence[Any]:
+        environment.setenv("TPU_ACCELERATOR_TYPE", (TPUS | EIGHT)[topology])
         # Where v4 is really there, JAX sees a chip's two cores as one device.
         megacore = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **megacore)
-        return SingleDeviceSharding(described.devices[0])
+        return described.devices
 
     with pytest.MonkeyPatch.context() as environment:
         for name, value in {
@@ -257,14 +261,22 @@ def tpu() -> Iterator[Any]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # somebody else on this machine may be compiling too
         }.items():
             environment.setenv(name, value)
-        environment.setattr(generate_jitted, "compiler_options", dict)  # this process's platform is the CPU
-        yield chip
+        for module in (generate_jitted, slot_programs):
+            environment.setattr(module, "compiler_options", dict)  # this process's platform is the CPU
+        yield devices
 
 
-def real_on(chip: SingleDeviceSharding) -> tuple[Any, Any]:
-    """The real shape in bfloat16, its layers scanned, its weights on ``chip``."""
-    model, params = abstract_model(QwenConfig(dtype="bfloat16", scan_layers=True))
-    return model, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=chip), params)
+def real_on(devices: Sequence[Any], mesh_shape: tuple[int, int] = (1, 1)) -> tuple[Any, Any]:
+    """The real shape in bfloat16, its layers scanned, its weights on the first device or on a mesh."""
+    config = QwenConfig(dtype="bfloat16", scan_layers=True)
+    model, params = abstract_model(config)
+    layout, chip = make_layout(config, mesh_shape, devices), SingleDeviceSharding(devices[0])
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = layout.weight_sharding(tuple(key.key for key in path), leaf.ndim) or chip
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return model, jax.tree_util.tree_map_with_path(place, params)
 
 
 @pytest.mark.parametrize("topology", TPUS)
@@ -283,3 +295,24 @@ def test_prefill_on_a_tpu_takes_2_mb_of_temporaries(tpu: Any):
     model, params = real_on(tpu("v4:2x2x1"))
     prefill = lower_generate(model, params, GenerateShape(1, 200, 1100))[0].compile()
     assert temporaries(prefill) < 2 * MB
+
+
+def test_eight_tpus_decode_without_a_word_to_each_other(tpu: Any):
+    """Data parallel: each has loops of its own. Weights that are split need sums, which the search finds."""
+    shape, eight = SlotShape(8, 256, 1100), tpu("v4:2x2x2")
+
+    def window(mesh_shape: tuple[int, int]) -> jax.stages.Compiled:
+        model, params = real_on(eight, mesh_shape)
+        leaves, treedef = jax.tree.flatten(params)
+        return slot_programs._compile_window(model, shape, 8, treedef, tuple(leaves))
+
+    parallel, split = window((8, 1)), window((4, 2))
+    collectives = r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
+    assert not re.findall(collectives, str(parallel.as_text()))
+    assert set(re.findall(collectives, str(split.as_text()))) == {"all-reduce"}
+    # On each device: its slots alone, in place, and of split heads its part; a chip pads 3.5 %.
+    cache = shape.cache_config(real_on(eight)[0]).nbytes
+    for program, share in ((parallel, 1), (split, 2)):
+        memory: Any = program.memory_analysis()
+        assert memory.alias_size_in_bytes < 1.05 * cache / share
+        assert memory.temp_size_in_bytes < 3 * MB

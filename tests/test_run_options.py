@@ -99,7 +99,15 @@ REFUSED = [
     ("--predictions_per_task 100001", "it has to be from 1 to 100000"),
     ("--extract_prompt --no_extract_activations", "contradict each other"),
     ("--generation python --kv_cache_dtype float32", "--kv_cache_dtype is for the compiled ways"),
-    ("--mesh_shape 2 4", "--mesh_shape 2 4 is not implemented: a process generates on one device"),
+    ("--mesh_shape 0 1", "--mesh_shape 0 1: both must be at least 1"),
+    (
+        "--mesh_shape 2 1 --generation task",
+        "--mesh_shape 2 1: only --generation continuous shares its sequences",
+    ),
+    (
+        "--mesh_shape 1 2 --generation python",
+        "--mesh_shape 1 2: the old loop of --generation python uses one",
+    ),
     ("--grid_encoder Grid()", "expected one of the known encoders MinimalGridEncoder"),
     ("--prompt_version v9", "unknown --prompt_version 'v9'; known are output-from-examples-v0"),
     ("--model_path=", "--model_path is empty; leave the flag out or give it a value"),
