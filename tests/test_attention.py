@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -43,19 +42,28 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def causal(*args):
     """Traced afresh, as the sizes of blocks are read while tracing."""
-    return jax.jit(functools.partial(attend_causal))(*args)
+    return np.asarray(jax.jit(functools.partial(attend_causal))(*args))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
+MHA, GQA, MQA = (4, 4), (6, 2), (5, 1)
+
+
 @pytest.mark.parametrize(
-    ("tokens", "past", "blocks"),
-    [(1, 0, "one"), (1, 9, "one"), (40, 0, "one"), (32, 0, "many"), (100, 9, "many")],
+    ("tokens", "past", "blocks", "layout"),
+    [
+        (1, 0, "one", MQA),
+        (1, 9, "one", GQA),
+        (32, 0, "many", MHA),
+        *((40, 0, "one", layout) for layout in (MHA, GQA, MQA)),
+        *((100, 9, "many", layout) for layout in (MHA, GQA, MQA)),
+    ],
 )
-def test_causal(heads: int, kv_heads: int, tokens: int, past: int, blocks: str, monkeypatch):
+def test_causal(tokens: int, past: int, blocks: str, layout: tuple[int, int], monkeypatch):
     if blocks == "many":
         monkeypatch.setattr(attention, "_SCORE_BYTES", 0)  # the smallest block, 16 queries
         monkeypatch.setattr(attention, "_PREFILL_KEYS", 24)
     rng, batch, slots = np.random.default_rng(0), 3, past + tokens
+    heads, kv_heads = layout
     q = normal(rng, batch, tokens, heads, HEAD_DIM)
     k, v = normal(rng, 2, batch, kv_heads, slots, HEAD_DIM)
     valid = rng.random((batch, slots)) < 0.8
@@ -90,15 +98,22 @@ def test_the_scores_of_a_block_of_queries_keep_to_their_limit(bytes_per_query: i
 attend = jax.jit(attend_two_part, static_argnums=2)
 
 
+def zeros(config: KVCacheConfig) -> Any:
+    """``create_kv_cache_buffers`` in numpy: nothing is compiled to fill them."""
+    abstract = jax.eval_shape(lambda: create_kv_cache_buffers(config))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+
+
 def filled_cache(
     rng: np.random.Generator, config: KVCacheConfig, lengths: np.ndarray, index: int, garbage: float
 ) -> KVCache:
     """Random keys and values where valid (the token being read included), ``garbage`` everywhere else."""
-    cache = create_kv_cache_buffers(config)
+    cache = zeros(config)
 
     def fill(buffers, valid: np.ndarray):
         return tuple(
-            jnp.where(valid[:, None, :, None], normal(rng, *buffer.shape), garbage) for buffer in buffers
+            np.where(valid[:, None, :, None], normal(rng, *buffer.shape), np.float32(garbage))
+            for buffer in buffers
         )
 
     prompt = np.arange(config.max_prefill_length) < lengths[:, None]
@@ -110,10 +125,10 @@ def filled_cache(
             cache.prefill,
             k=fill(cache.prefill.k, prompt),
             v=fill(cache.prefill.v, prompt),
-            length=jnp.asarray(lengths, jnp.int32),
+            length=lengths.astype(np.int32),
         ),
         dataclasses.replace(
-            cache.ar, k=fill(cache.ar.k, decode), v=fill(cache.ar.v, decode), index=jnp.int32(index)
+            cache.ar, k=fill(cache.ar.k, decode), v=fill(cache.ar.v, decode), index=np.int32(index)
         ),
     )
 
@@ -124,7 +139,7 @@ def expected_two_part(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
         prompt, steps = b // cache.samples_per_prompt, int(cache.ar.index) + 1
         n = int(cache.prefill.length[prompt])
         k, v = (
-            np.concatenate([np.asarray(first)[prompt, :, :n], np.asarray(second)[b, :, :steps]], axis=1)
+            np.concatenate([first[prompt, :, :n], second[b, :, :steps]], axis=1)
             for first, second in (
                 (cache.prefill.k[layer], cache.ar.k[layer]),
                 (cache.prefill.v[layer], cache.ar.v[layer]),
@@ -135,7 +150,7 @@ def expected_two_part(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
 
 
 def stacked(part: Any) -> Any:
-    return dataclasses.replace(part, k=jnp.stack(part.k), v=jnp.stack(part.v))
+    return dataclasses.replace(part, k=np.stack(part.k), v=np.stack(part.v))
 
 
 def check(config: KVCacheConfig, heads: int, lengths: list[int], index: int) -> tuple[np.ndarray, KVCache]:
@@ -154,12 +169,12 @@ def sizes(prefill: int, decode: int, prompts: int = 3, samples: int = 1, kv_head
 
 @pytest.mark.parametrize("index", [0, 126, 127, 128, 129, 255, 256, 299])
 def test_the_decode_part_up_to_the_index_at_the_borders_of_blocks(index: int):
-    check(sizes(40, 300), 4, [1, 17, 40], index)
+    check(sizes(300, 300), 4, [1, 17, 40], index)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 300])
 def test_ragged_prompts_at_the_borders_of_blocks(length: int):
-    check(sizes(300, 20), 4, [length, 1, 300], 7)
+    check(sizes(300, 300), 4, [length, 1, 300], 7)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
@@ -168,7 +183,7 @@ def test_samples_of_a_prompt_read_its_one_row(heads: int, kv_heads: int):
 
 
 def test_a_stack_of_layers_gives_what_a_tuple_gives():
-    q, cache = check(sizes(150, 140), 4, [150, 33, 1], 130)
+    q, cache = check(sizes(300, 300), 4, [150, 33, 1], 130)
     stack = KVCache(stacked(cache.prefill), stacked(cache.ar))
     np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
 
@@ -183,15 +198,15 @@ def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, fil
 
     What a row holds at its own n-th step is always the same. Slots of nobody's hold ``filler``.
     """
-    cache = create_kv_cache_buffers(config)
-    prefill = dataclasses.replace(cache.prefill, length=jnp.ones_like(cache.prefill.length))
+    cache = zeros(config)
+    prefill = dataclasses.replace(cache.prefill, length=np.ones_like(cache.prefill.length))
     own = normal(np.random.default_rng(seed), 2, config.batch_size, config.num_kv_heads, 4096, HEAD_DIM)
     parts = np.full((2, *cache.ar.k[0].shape), filler, np.float32)
     for b, start in enumerate(starts):
         steps = np.arange(max(start, index - config.max_decode_length + 1), index + 1)
         parts[:, b, :, steps % config.max_decode_length] = np.moveaxis(own[:, b, :, steps - start], 2, 1)
-    k, v = ((jnp.asarray(part),) * config.num_layers for part in parts)
-    ar = dataclasses.replace(cache.ar, k=k, v=v, index=jnp.int32(index), start=jnp.asarray(starts, jnp.int32))
+    k, v = ((part,) * config.num_layers for part in parts)
+    ar = dataclasses.replace(cache.ar, k=k, v=v, index=np.int32(index), start=np.array(starts, np.int32))
     return KVCache(prefill, ar)
 
 
@@ -200,14 +215,14 @@ def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np
     for b, (query, start) in enumerate(zip(q, starts, strict=True)):
         slots = np.arange(start, index + 1) % cache.ar.capacity
         k, v = (
-            np.concatenate([np.asarray(of_prompt[0])[b, :, :1], np.asarray(of_steps[0])[b][:, slots]], axis=1)
+            np.concatenate([of_prompt[0][b, :, :1], of_steps[0][b][:, slots]], axis=1)
             for of_prompt, of_steps in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
         )
         out.append(reference(query, k, v))
     return np.stack(out)
 
 
-@pytest.mark.parametrize("capacity", [5, 16, 100, 128, 144, 300, 320])
+@pytest.mark.parametrize("capacity", [5, 100, 128, 300, 320])
 @pytest.mark.parametrize("laps", [0, 1, 2.5])
 def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float):
     """At any step and capacity, whether or not they are multiples of anything."""
@@ -224,21 +239,21 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
 @given(
     age=st.integers(0, 319),
     starts=st.lists(st.integers(0, 60).map(lambda n: n * PIECE), min_size=2, max_size=2),
-    mates=st.lists(st.integers(0, 319), min_size=4, max_size=4),
+    mates=st.lists(st.integers(0, 319), min_size=8, max_size=8),
     filler=st.sampled_from([0.0, GARBAGE]),
 )
 def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
     age: int, starts: list[int], mates: list[int], filler: float
 ):
-    config = dataclasses.replace(sizes(1, 320, prompts=3), begin_every=PIECE)
-    q = normal(np.random.default_rng(6), 3, 4, HEAD_DIM)
+    config = dataclasses.replace(sizes(1, 320, prompts=5), begin_every=PIECE)
+    q = normal(np.random.default_rng(6), 5, 4, HEAD_DIM)
     outs = []
-    for start, of_mates in zip(starts, (mates[:2], mates[2:]), strict=True):
+    for start, of_mates in zip(starts, (mates[:4], mates[4:]), strict=True):
         index = start + age
         all_starts = [start, *(max(0, index - mate) // PIECE * PIECE for mate in of_mates)]
         all_starts = [max(s, index - 319) for s in all_starts]
-        outs.append(attend(q, ring_of(config, all_starts, index, seed=7, filler=filler), 0)[0])
-    np.testing.assert_array_equal(*outs)
+        outs.append(attend(q, ring_of(config, all_starts, index, seed=7, filler=filler), 0))
+    np.testing.assert_array_equal(*(np.asarray(out)[0] for out in outs))
 
 
 @settings(max_examples=25, deadline=None)
@@ -250,10 +265,10 @@ def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
 def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
     lengths: list[int], index: int, garbage: float
 ):
-    config = sizes(150, 140, prompts=2, samples=2)
-    q = normal(np.random.default_rng(1), config.batch_size, 4, HEAD_DIM)
+    config = sizes(150, 140, prompts=2, samples=3)
+    q = normal(np.random.default_rng(1), config.batch_size, 14, HEAD_DIM)
     outs = [
-        attend(q, filled_cache(np.random.default_rng(2), config, np.array(lengths), index, filler), 0)
+        attend(q, filled_cache(np.random.default_rng(2), config, np.array(lengths), index, filler), 1)
         for filler in (garbage, 1.0)
     ]
     np.testing.assert_array_equal(*outs)

@@ -15,43 +15,51 @@ from products import compiler_options, embed, linear, logits_f32
 RNG = np.random.default_rng(0)
 
 
-def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+def normal(*shape: int, dtype: Any = jnp.bfloat16) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(jnp.dtype(dtype))
 
 
-def exact(x: jax.Array, kernel: jax.Array) -> np.ndarray:
-    return np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+def exact(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) @ kernel.astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 9)])
 @pytest.mark.parametrize(("size", "outputs"), [(896, 128), (4864, 64), (97, 33), (13, 1)])
-def test_logits_are_float32_sums_of_exact_products(dtype, rows, size: int, outputs: int):
-    x, kernel = normal(*rows, size, dtype=dtype), normal(size, outputs, dtype=dtype)
-    expected = exact(x, kernel)
-    tolerance = 1e-6 * np.sqrt(size) * max(1.0, np.abs(expected).max())
-    for got in (logits_f32(x, kernel, tied=False), logits_f32(x, kernel.T, tied=True)):
-        assert got.dtype == jnp.float32
-        assert got.shape == (*rows, outputs)
-        np.testing.assert_allclose(got, expected, atol=tolerance)
+def test_logits_are_float32_sums_of_exact_products(dtype, size: int, outputs: int):
+    @jax.jit
+    def untied_and_tied(xs, kernel, embedding):
+        return [(logits_f32(x, kernel, tied=False), logits_f32(x, embedding, tied=True)) for x in xs]
+
+    kernel = normal(size, outputs, dtype=dtype)
+    xs = [normal(*rows, size, dtype=dtype) for rows in ((1, 1), (2, 1), (1, 9))]
+    for x, both in zip(xs, untied_and_tied(xs, kernel, np.ascontiguousarray(kernel.T)), strict=True):
+        expected = exact(x, kernel)
+        tolerance = 1e-6 * np.sqrt(size) * max(1.0, np.abs(expected).max())
+        for got in both:
+            assert got.dtype == jnp.float32
+            assert got.shape == (*x.shape[:-1], outputs)
+            np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("outputs", [1, 7, 24, 25, 1187])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int, tied: bool):
-    x = normal(1, 1, 56)
+    def both(x, weights):
+        whole = logits_f32(x, weights, tied=tied)
+        monkeypatch.setattr(products, "_PARTIAL_BYTES", 100)
+        return whole, logits_f32(x, weights, tied=tied)
+
     weights = normal(outputs, 56) if tied else normal(56, outputs)
-    whole = logits_f32(x, weights, tied=tied)
-    monkeypatch.setattr(products, "_PARTIAL_BYTES", 100)
-    np.testing.assert_allclose(logits_f32(x, weights, tied=tied), whole, atol=1e-5)
+    whole, in_chunks = jax.jit(both)(normal(1, 1, 56), weights)
+    np.testing.assert_allclose(in_chunks, whole, atol=1e-5)
 
 
 def test_a_linear_layer_adds_its_bias_in_float32_and_gives_its_input_s_type():
     x, kernel, bias = normal(1, 1, 896), normal(896, 64), normal(64)
-    got = linear(x, kernel, bias)
+    got = jax.jit(linear)(x, kernel, bias)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(
-        np.asarray(got, np.float64), exact(x, kernel) + np.asarray(bias, np.float64), rtol=2**-8, atol=1e-4
+        np.asarray(got, np.float64), exact(x, kernel) + bias.astype(np.float64), rtol=2**-8, atol=1e-4
     )
 
 
@@ -74,6 +82,6 @@ def test_one_row_takes_a_fraction_of_the_weights_as_temporaries(tied: bool):
 
 def test_a_token_outside_the_table_gives_nan():
     table = normal(5, 8)
-    got = embed(jnp.array([4, 5, -1]), table)
+    got = np.asarray(jax.jit(embed)(np.array([4, 5, -1]), table))
     np.testing.assert_array_equal(got[0], table[4])
-    assert np.isnan(np.asarray(got[1:], np.float32)).all()
+    assert np.isnan(got[1:].astype(np.float32)).all()
