@@ -22,7 +22,7 @@ from qwen2_jax import QwenModel
 from slot_programs import compile_slots
 from window_loop import SlotShape, SlotState
 
-TINY = Lively(layers=3, extract=(0, 2), seed=5)
+TINY = Lively(layers=3, extract=(0, 2), tied=False, seed=5)
 SAMPLES, PROMPTS, LONGEST, SLOTS = 3, 70, 70, 8
 EOS = (3, 50, 97)  # one token in 53
 SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
@@ -194,39 +194,40 @@ def test_longer_windows_change_not_a_bit(finished):
     assert_same_bytes(generate(items, window=32), finished[0])
 
 
-@pytest.mark.parametrize("slots", [1, 9])
-def test_the_number_of_slots_changes_nothing_that_matters(slots: int):
+def test_one_slot_gives_the_same_as_many():
     items = workload()[::5]
-    assert_as_alone(generate(items, slots=slots), items)
+    assert_as_alone(generate(items, slots=1), items)
 
 
 def test_a_smaller_budget_takes_fewer_slots_for_long_prompts_and_gives_the_same(finished, capfd):
     items = [item for item in workload()[::5] if not 64 < len(item.prompt) <= 128]
-    assert_as_alone(generate(items, memory_budget=3_300_000), items)
+    assert_as_alone(generate(items, slots=2, memory_budget=2_100_000), items)
     stages = [line for line in capfd.readouterr().out.splitlines() if "expected" in line]
     assert [line.partition(" of up to")[0] for line in stages] == [
-        "8 slots for prompts",
-        "4 slots for prompts",
+        "2 slots for prompts",
+        "1 slots for prompts",
     ]
 
 
 def test_a_sequence_that_is_not_finite_does_not_spoil_the_next_one_in_its_slot():
-    model, params = dataclasses.replace(TINY, tied=False).build(scan_layers=True)
-    poison = 77
-    embedding = params["embed_tokens"]["embedding"].at[poison].set(jnp.nan)
-    params = params | {"embed_tokens": {"embedding": embedding}}
-    clean, later = (np.array([1, 2, 3], np.int32), np.array([4, 5, 6, 8], np.int32))
+    model, params = built()
+    prompts = TINY.prompts((129, 130), seed=1)
 
-    def run(*prompts: np.ndarray) -> list[FinishedItem]:
-        items = [WorkItem(prompt, sequence_id=0, max_tokens=20) for prompt in prompts]
+    def run(params: Any, *prompts: np.ndarray) -> list[FinishedItem]:
+        items = [WorkItem(prompt, 0, max_tokens=LONGEST, capture_prompt=True) for prompt in prompts]
         return list(generate_continuous(model, params, items, slots=1))
 
-    bad, *good = run(np.array([1, poison, 3], np.int32), clean, later)
+    expected = [run(params, prompt)[0] for prompt in prompts]
+    used = np.concatenate([*prompts, *(result.token_ids for result in expected)])
+    poison = np.setdiff1d(np.arange(TINY.vocab), used)[0]
+    embedding = np.array(params["embed_tokens"]["embedding"])
+    embedding[poison] = np.nan
+    params = params | {"embed_tokens": {"embedding": jnp.asarray(embedding)}}
+    bad, *good = run(params, np.append(prompts[0], poison), *prompts)
     assert bad.rows is not None
     assert np.isnan(bad.rows).any()
-    for result, prompt in zip(good, (clean, later), strict=True):
-        (expected,) = run(prompt)
-        np.testing.assert_array_equal(result.rows, expected.rows)
+    for result, alone in zip(good, expected, strict=True):
+        np.testing.assert_array_equal(result.rows, alone.rows)
 
 
 # --- Faults that the comparisons above would find -----------------------------------------------------------
