@@ -19,6 +19,7 @@ from window_loop import SlotShape
 
 TINY = Lively(layers=2, extract=(0, 1))
 WIDTHS = (64, 256, 1024, 4096)
+STAGE = Stage(SlotShape(64, 512, 500), (64,))
 REAL_WEIGHTS = {"embedding": jax.ShapeDtypeStruct((494_032_768,), "bfloat16")}
 
 
@@ -71,25 +72,24 @@ def test_the_estimate_is_that_of_the_compiled_programs():
     model = create_model_with_hooks(config, lively.extract)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int)))["params"]
     shape = SlotShape(16, 1024, 256)
-    exact = expected_bytes(model, params, compile_slots(model, params, shape, (512, 1024)))
+    exact = expected_bytes(model, params, compile_slots(model, params, shape, (1024,)))
     estimate = slot_plan._estimate(model, params, shape, 16, 1024, False)
     estimate -= slot_plan.host_row_bytes(model, shape)
     assert abs(estimate / exact - 1) < 0.1
 
 
 def test_the_plan_is_said_before_anything_runs(capfd: pytest.CaptureFixture[str]):
-    programs, _ = start_stage(*built(), Stage(SlotShape(4, 64, 20), (64,)))
+    programs, _ = start_stage(*built(), STAGE)
     said = capfd.readouterr().out
-    assert said.startswith("4 slots for prompts of up to 64 tokens, windows of 16 steps: ")
+    assert said.startswith("64 slots for prompts of up to 512 tokens, windows of 16 steps: ")
     assert f"{expected_bytes(*built(), programs) / 1e6:.0f} MB expected (weights" in said
 
 
 def test_the_expected_bytes_are_those_that_live_arrays_take():
     """All that lasts; temporaries come and go inside the programs."""
     model, params = built()
-    stage = Stage(SlotShape(64, 512, 500), (64,))
     before = sum(array.nbytes for array in jax.live_arrays())
-    programs, slots = start_stage(model, params, stage)
+    programs, slots = start_stage(model, params, STAGE)
     taken = sum(array.nbytes for array in jax.live_arrays()) - before
     kept = expected_bytes(model, params, programs) - programs.working_bytes
     kept -= sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -116,16 +116,16 @@ def test_when_memory_runs_out_half_the_slots_are_tried_and_that_is_said(
 ):
     def limited(model: Any, params: Any, shape: SlotShape, *args: Any, **kwargs: Any) -> Any:
         programs = compile_slots(model, params, shape, *args, **kwargs)
-        if shape.slots <= 2:
+        if shape.slots <= 32:
             return programs
         return dataclasses.replace(programs, window=Failing(programs.window, error))
 
     monkeypatch.setattr(slot_plan, "compile_slots", limited)
-    programs, _ = start_stage(*built(), Stage(SlotShape(4, 64, 20), (64,)))
-    assert programs.shape.slots == 2
+    programs, _ = start_stage(*built(), STAGE)
+    assert programs.shape.slots == 32
     said = capfd.readouterr().out.splitlines()
     assert [line for line in said if "ran out" in line] == [
-        "memory ran out with 4 slots: trying 2",
+        "memory ran out with 64 slots: trying 32",
     ]
 
 
@@ -138,4 +138,4 @@ def test_an_error_that_fewer_slots_would_not_mend_is_raised(monkeypatch: pytest.
 
     monkeypatch.setattr(slot_plan, "compile_slots", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="fell off"):
-        start_stage(*built(), Stage(SlotShape(4, 64, 20), (64,)))
+        start_stage(*built(), STAGE)
