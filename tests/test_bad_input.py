@@ -88,14 +88,14 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("truncated", cut_short, "model.safetensors is not a whole safetensors file"),
     ("empty", text("model.safetensors", ""), "model.safetensors is not a whole safetensors file"),
     ("a Git LFS pointer", text("model.safetensors", "version https://git-lfs"), "fetch or copy it again"),
-    ("a tensor missing", tensors(lambda t: t.pop(QUERY)), f"(3 layers): missing: {QUERY}."),
-    ("one too many", tensors(lambda t: t.update(x=t[QUERY])), "(3 layers): unexpected: x."),
+    ("a tensor missing", tensors(lambda t: t.pop(QUERY)), f"({LAYERS} layers): missing: {QUERY}."),
+    ("one too many", tensors(lambda t: t.update(x=t[QUERY])), f"({LAYERS} layers): unexpected: x."),
     (
         "mis-shaped",
         tensors(lambda t: t.update({QUERY: t[QUERY][:5]})),
         f"mis-shaped: {QUERY} [5, 64] instead of [64, 64].",
     ),
-    ("fewer layers than said", config(num_hidden_layers=4), "(4 layers): missing: model.layers.3.self_attn"),
+    ("fewer layers than said", config(num_hidden_layers=3), "(3 layers): missing: model.layers.2.self_attn"),
     ("torn index", text("model.safetensors.index.json", "{}"), "is no safetensors index"),
     (
         "index of numbers",
@@ -244,7 +244,7 @@ def test_sequences_that_are_not_finite_fail_and_are_listed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
-        ([2, LAYERS], "--layers_to_extract: extract_layers [3] are out of range: the model has 3 layers"),
+        ([1, LAYERS], "--layers_to_extract: extract_layers [2] are out of range: the model has 2 layers"),
         ([-1], "--layers_to_extract: extract_layers [-1] are out of range"),
         ([1, 1], "must name at least one layer and none twice, not [1, 1]"),
     ],
@@ -273,6 +273,7 @@ def test_a_device_that_runs_out_of_memory_is_a_sentence(
     def generate(*_: object, **__: object) -> None:
         raise distributed_kv_cached_inference.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nframe 1")
 
+    monkeypatch.setattr(Generator, "compile", lambda _, calls: len(calls))
     monkeypatch.setattr(Generator, "generate", generate)
     monkeypatch.setattr(run_continuous, "start_stage", generate)
     outcome = run_main(tmp_path, generation=generation)
