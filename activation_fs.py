@@ -82,11 +82,14 @@ class StoreFiles(Protocol):
         ...
 
     def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
-        """Durably write a shard; when this returns it is there, whole, after any crash."""
+        """Durably write a shard; when this returns it is there, whole, after any crash.
+
+        After an error it may be called again.
+        """
         ...
 
     def append_index(self, host: int, number: int, lines: bytes) -> None:
-        """Durably add the index lines of commit `number`."""
+        """Durably add the index lines of commit `number`; after an error it may be called again."""
         ...
 
     def replace(self, name: str, data: bytes) -> None:
@@ -119,6 +122,7 @@ class LocalFiles:
     def __init__(self, root: Path, location: str) -> None:
         self.root = root
         self.location = location
+        self._index_ends: dict[int, int] = {}  # how much of a host's index is whole, once written to
 
     def hosts(self) -> list[int]:
         if not self.root.is_dir():
@@ -174,7 +178,12 @@ class LocalFiles:
             raise StoreError(f"cannot write to {folder}: {error.strerror or error}") from error
         for stale in folder.glob(f"*{_TEMP}"):  # only the holder of the lock may think them stale
             stale.unlink()
-        return lock.release
+
+        def release() -> None:
+            with contextlib.suppress(OSError):  # of a file server that is away or has forgotten the lock
+                lock.release()
+
+        return release
 
     def create(self, host: int, name: str, data: bytes) -> None:
         # The temp file lies in the host's own folder, where the lock protects it; link() refuses to replace.
@@ -203,15 +212,23 @@ class LocalFiles:
     def append_index(self, host: int, number: int, lines: bytes) -> None:
         path = self.root / host_name(host) / INDEX
         with writing(self.location, f"{host_name(host)}/{INDEX}"):
-            is_new = not path.exists()
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            end = self._index_ends.get(host)
+            descriptor = os.open(path, os.O_RDWR | (0 if end else os.O_CREAT), 0o666)
             try:
+                size = os.fstat(descriptor).st_size
+                if end is None:
+                    end = self._index_ends[host] = size
+                # At their place, not at the end: half of them are completed, all of them are not there twice.
+                if size < end or not lines.startswith(os.pread(descriptor, len(lines) + 1, end)):
+                    raise OSError("somebody else has changed it")
+                os.lseek(descriptor, end, os.SEEK_SET)
                 _write_all(descriptor, memoryview(lines))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if is_new:
+            if not end:
                 _sync_folder(path.parent)
+            self._index_ends[host] = end + len(lines)
 
     def replace(self, name: str, data: bytes) -> None:
         self.commit(name, [memoryview(data)])

@@ -3,13 +3,12 @@
 Lines are parsed when they are asked for, so that a million of them open in seconds.
 """
 
-import errno
 import threading
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from activation_format import SequenceRecord, decode_line, line_key
+from activation_format import MANIFEST, SequenceRecord, decode_line, line_key
 from activation_fs import FileStatus, StoreFiles
 
 _WINDOW = 1 << 24  # bytes of an index held at a time
@@ -65,8 +64,8 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             before = len(self._ordinals)
             hosts = self._files.hosts() if host is None else [host]
             found = {name: (of, status) for of in hosts for name, status in self._files.indexes(of).items()}
-            if host is None and self._segments and not found:
-                raise FileNotFoundError(errno.ENOENT, f"{self._files.location} is away: its indexes are gone")
+            if host is None and not (found and self._segments.keys() <= found.keys()):
+                self._files.read(MANIFEST)  # FileNotFoundError: not the indexes are gone, but the store
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0

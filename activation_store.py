@@ -36,6 +36,7 @@ from activation_format import (
     sequence_key,
 )
 from activation_legacy import import_legacy
+from activation_patience import Patience, at_once
 from activation_reader import ActivationStore, RowColumns, RowFilter, write_outcomes
 from activation_shuffle import RowBatch, ShuffledBatches
 from activation_statistics import LayerStatistics
@@ -47,6 +48,7 @@ __all__ = [
     "ActivationWriter",
     "FinishedSequence",
     "LayerStatistics",
+    "Patience",
     "RowBatch",
     "RowColumns",
     "RowFilter",
@@ -56,6 +58,7 @@ __all__ = [
     "StoreError",
     "StoreSettings",
     "StoreWriteError",
+    "at_once",
     "check_settings",
     "export_saelens",
     "hook_layer",

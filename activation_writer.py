@@ -32,6 +32,7 @@ from activation_format import (
 )
 from activation_fs import FileStatus, StoredFile, StoreFiles, writing
 from activation_index import SequenceIndex, index_lines
+from activation_patience import Patience, at_once
 from activation_remote import open_files
 from activation_shard import PackedBatch, pack_batch
 
@@ -45,7 +46,8 @@ class ActivationWriter:
     `directory` is a path or an fsspec URL. Opening it takes the host's lock, clears away what a crash left,
     drops sequences whose shard is missing or changed, and compares the settings with the manifest's
     (StoreError naming each difference). `committed` then maps the keys that need no work, of all hosts, to
-    their records; `refresh` adds what other hosts have committed since.
+    their records; `refresh` adds what other hosts have committed since. With `patiently` a commit waits for a
+    store that is away; without, its first error is the last one.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class ActivationWriter:
         *,
         host_index: int = 0,
         provenance: Mapping[str, Any],
+        patiently: Patience | None = None,
     ) -> None:
         self._settings = settings
         self._host = host_index
+        self._patiently = patiently or at_once
         self._files = open_files(directory)
         had_manifest = _check_manifest(self._files, settings)
         self._release = self._files.open_host(host_index)
@@ -137,9 +141,7 @@ class ActivationWriter:
         if not batch:
             return
         keys = [sequence_key(self._settings, sequence.id) for sequence in batch]
-        with writing(self._files.location, host_name(self._host)):
-            self.committed.refresh()
-        others = {key for key in keys if key in self.committed and self.committed[key].host != self._host}
+        others = self._patiently(lambda: self._made_by_others(keys))
         if others:  # two hosts made them, when one was thought dead; they are the same
             batch = [sequence for key, sequence in zip(keys, batch, strict=True) if key not in others]
             keys = [key for key in keys if key not in others]
@@ -150,16 +152,25 @@ class ActivationWriter:
                 "a sequence was submitted that is already committed; skip the keys in `committed`"
             )
         packed = pack_batch(self._settings, batch)
-        name = shard_name(self._next_number)
-        stored = StoredFile(0, "", 0)
+        number, stored = self._next_number, StoredFile(0, "", 0)
+        name = shard_name(number)
         if packed.tensors:
-            stored = self._files.commit(f"{host_name(self._host)}/{name}", packed.chunks())
+            path = f"{host_name(self._host)}/{name}"
+            stored = self._patiently(lambda: self._files.commit(path, packed.chunks()))
         lines = _index_lines(self._settings, self._host, name, batch, keys, packed, stored)
-        self._files.append_index(self._host, self._next_number, lines)
+        self._patiently(lambda: self._files.append_index(self._host, number, lines))
         self._next_number += 1
-        self.committed.refresh(self._host)
+        self._patiently(lambda: self._reread(self._host))
         self.bytes_written += stored.size
         self.sequences_written += len(packed.placements)
+
+    def _made_by_others(self, keys: Sequence[str]) -> set[str]:
+        self._reread()
+        return {key for key in keys if key in self.committed and self.committed[key].host != self._host}
+
+    def _reread(self, host: int | None = None) -> None:
+        with writing(self._files.location, host_name(self._host)):
+            self.committed.refresh(host)
 
 
 def _index_lines(

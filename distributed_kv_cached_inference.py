@@ -30,11 +30,13 @@ import jax
 from activation_store import (
     ActivationStore,
     ActivationWriter,
+    Patience,
     SequenceId,
     SequenceRecord,
     StoreError,
     StoreSettings,
     StoreWriteError,
+    at_once,
     check_settings,
     hook_name,
     sequence_key,
@@ -148,9 +150,16 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     if options.merge:
         return _merge(job, report)
     with contextlib.ExitStack() as stack:
+        # Alone, a directory that fails is told at once; with others it may be shared, and come back.
+        shared = place.count > 1
+        patiently = Patience(options.activations_dir, str(place), lambda: stop.requested) if shared else None
         writer = stack.enter_context(
             ActivationWriter(
-                options.activations_dir, job.settings, host_index=place.index, provenance=_provenance(options)
+                options.activations_dir,
+                job.settings,
+                host_index=place.index,
+                provenance=_provenance(options),
+                patiently=patiently,
             )
         )
         report.sequences_resumed = sum(one.key in writer.committed for one in job.sequences)
@@ -161,8 +170,8 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
             flush=True,
         )
         mine, work, claims = job.share(place), Alone(writer), None
-        if place.count > 1:
-            files = SharedFiles(options.activations_dir, str(place), lambda: stop.requested)
+        if patiently is not None:
+            files = SharedFiles(options.activations_dir, patiently)
             claims = stack.enter_context(Claims(files, place.index))
             forget_figures(files, place.index)
             print(f"{place}", flush=True)
@@ -220,15 +229,17 @@ def _generate(job: _Job, work: Work, writer: ActivationWriter, report: Report, s
         make_calls(calls, key_of, generator, work, writer, report, stop)
 
 
-def _answer(job: _Job, report: Report, committed: Mapping[str, SequenceRecord]) -> int:
+def _answer(
+    job: _Job, report: Report, committed: Mapping[str, SequenceRecord], patiently: Patience | None = None
+) -> int:
     """Writes submission and report of what is done; the exit code."""
-    options, records = job.options, job.records(committed)
+    options, records = job.options, (patiently or at_once)(lambda: job.records(committed))
     report.sequences = len(records)
     report.stopped_early = len(records) < len(job.sequences)
     report.add_failed_sequences(records)
     if not report.processes:
         report.measure_memory()
-    write_answers(report, options, job.tasks, records, job.tokenizer)
+    write_answers(report, options, job.tasks, records, job.tokenizer, patiently)
     print(report.text())
     print(
         f"activations in {options.activations_dir}, answers in {options.output_filepath}, "
@@ -250,21 +261,22 @@ def _answer_together(
 ) -> int:
     """Leaves this process's figures and, where it is the last one, the answers; the exit code."""
     report.measure_memory()
+    patiently = claims.files.patiently
     written = leave_figures(claims.files, place.index, report, writer.sequences_written)
     made = f"{place}: {writer.sequences_written} sequences made"
-    undone = len(job.sequences) - len(job.records(writer.committed))
+    undone = sum(one.key not in writer.committed for one in job.sequences)
     if undone:
         print(f"{made}; {undone} of all are left, the answers are written once all are done", flush=True)
     else:
 
         def answer() -> None:
             merge_figures(report, gather_figures(claims.files, place.count))
-            _answer(job, report, writer.committed)
+            _answer(job, report, writer.committed, patiently)
 
         by = answer_once(claims, str(place), written, answer)
         if by != str(place):
             print(f"{made}; the answers are written by {by}", flush=True)
-    return _exit_code(mine, report, mine.records(writer.committed))
+    return _exit_code(mine, report, patiently(lambda: mine.records(writer.committed)))
 
 
 def _merge(job: _Job, report: Report) -> int:

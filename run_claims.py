@@ -65,7 +65,7 @@ class Claims:
     ) -> None:
         """Gives up what is still held: without a sign of life a lease is free."""
         self._ending.set()
-        self.files.give_up()
+        self.files.patiently.give_up()
         self._thread.join()
         with contextlib.suppress(StoreWriteError):  # then it expires
             self.files.remove(_life_name(self._me.process))

@@ -13,11 +13,19 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from activation_store import ActivationStore, SequenceRecord, StoreWriteError, write_outcomes
+from activation_store import (
+    ActivationStore,
+    Patience,
+    SequenceRecord,
+    StoreWriteError,
+    at_once,
+    write_outcomes,
+)
 from arc_tasks import (
     ArcTask,
     Augmentation,
     Grid,
+    Submission,
     TaskFailure,
     build_submission,
     create_grid_encoder,
@@ -181,19 +189,41 @@ def write_answers(
     tasks: Sequence[ArcTask],
     records: Sequence[SequenceRecord],
     tokenizer: Any,
+    patiently: Patience | None = None,
 ) -> None:
     """Reads the answers back from the store, writes submission and report, and fills in the score.
 
-    ``records`` are the run's committed sequences in the order of its attempts.
+    ``records`` are the run's committed sequences in the order of its attempts. With ``patiently`` it waits
+    for a store that is away.
 
     Raises:
         StoreWriteError: an answer file cannot be written.
     """
+    submission = (patiently or at_once)(lambda: _read_answers(report, options, tasks, records, tokenizer))
+    result = score(tasks, submission)
+    report.tests_solved, report.tests_known = result.tests_solved, result.tests_known
+    report.tasks_solved, report.tasks_known = result.tasks_solved, result.tasks_known
+    for path, content in ((options.output_filepath, submission), (report_path(options), report.to_json())):
+        try:
+            write_json_atomic(path, content)
+        except OSError as error:
+            raise StoreWriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read_answers(
+    report: Report,
+    options: RunOptions,
+    tasks: Sequence[ArcTask],
+    records: Sequence[SequenceRecord],
+    tokenizer: Any,
+) -> Submission:
+    """The submission; tells the store which sequences solve their puzzle, and counts the grids."""
     encoder = create_grid_encoder(options.grid_encoder)
     outputs = {task.task_id: [pair.output for pair in task.test] for task in tasks}
     attempts: dict[tuple[str, int], list[Grid | None]] = {}
     outcomes: dict[str, bool] = {}
     store = ActivationStore(options.activations_dir)
+    report.grids_parsed = 0
     for record in records:
         grid = None
         if not record.failed:
@@ -207,15 +237,7 @@ def write_answers(
         if output is not None:
             outcomes[record.key] = grid == output
     write_outcomes(options.activations_dir, outcomes)
-    submission = build_submission(tasks, attempts)
-    result = score(tasks, submission)
-    report.tests_solved, report.tests_known = result.tests_solved, result.tests_known
-    report.tasks_solved, report.tasks_known = result.tasks_solved, result.tasks_known
-    for path, content in ((options.output_filepath, submission), (report_path(options), report.to_json())):
-        try:
-            write_json_atomic(path, content)
-        except OSError as error:
-            raise StoreWriteError(f"cannot write {path}: {error.strerror or error}") from error
+    return build_submission(tasks, attempts)
 
 
 def report_path(options: RunOptions) -> Path:

@@ -1,43 +1,41 @@
 """Small files that the processes of a run share: made once or written anew, dated by the file system.
 
-Through fsspec, so that a directory and a URL are the same. Every operation is tried again while the
-place cannot be reached, up to a limit.
+Through fsspec, so that a directory and a URL are the same. Every operation is tried again while the store
+is away.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from activation_store import StoreWriteError
+from activation_store import Patience
 
-UNAVAILABLE_SECONDS = 120.0
-_PAUSE_SECONDS = 0.5
 _FOLDER = "run"
-Result = TypeVar("Result")
 
 
 class SharedFiles:
     """Files in a folder of the store in ``directory``, a path or URL, by name.
 
-    ``who`` names this process in messages. Once ``should_stop`` says so, nothing is tried again.
+    Raises:
+        StoreWriteError: by every method, what ``patiently`` raises.
     """
 
-    def __init__(
-        self, directory: str, who: str = "this process", should_stop: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, directory: str, patiently: Patience | None = None) -> None:
         self._filesystem, root = fsspec.core.url_to_fs(directory)
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
         self._folder = f"{root.rstrip('/')}/{_FOLDER}"
-        self._where, self._who, self._should_stop = f"{directory}/{_FOLDER}", who, should_stop
-        self._given_up = False
-        self.patiently(lambda: self._filesystem.makedirs(self._folder, exist_ok=True))
+        self.patiently = patiently or Patience(directory)
+        self.patiently(self._make_folder)
+
+    def _make_folder(self) -> None:
+        if self._is_local:  # in the store's own directory, which may be away and is not to be made
+            Path(self._folder).mkdir(exist_ok=True)
+        else:
+            self._filesystem.makedirs(self._folder, exist_ok=True)
 
     def create(self, name: str, data: bytes) -> bool:
         """Makes a file that is not there; False when it is, whoever else is just making it."""
@@ -100,28 +98,6 @@ class SharedFiles:
             return sorted(path.rsplit("/", 1)[-1] for path in self._filesystem.ls(self._folder, detail=False))
 
         return self.patiently(names)
-
-    def patiently(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` returns; it is called again while it fails for the place it works on.
-
-        Raises:
-            StoreWriteError: it still does after ``UNAVAILABLE_SECONDS``, or the run is to end.
-        """
-        started = time.monotonic()
-        while True:
-            try:
-                return action()
-            except OSError as error:
-                ends = self._given_up or self._should_stop()
-                if ends or time.monotonic() - started >= UNAVAILABLE_SECONDS:
-                    raise StoreWriteError(
-                        f"{self._who}: {self._where} cannot be reached ({error.strerror or error})"
-                    ) from error
-                time.sleep(_PAUSE_SECONDS)
-
-    def give_up(self) -> None:
-        """From now on nothing is tried again: the run ends."""
-        self._given_up = True
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"

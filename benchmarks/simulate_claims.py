@@ -95,7 +95,7 @@ def host(root: Path, index: int, options: argparse.Namespace) -> None:
     units, seconds = plan(options.tasks, options.seed)
     made: Any = Made(root, index, options.hosts)
     place = Place(index, options.hosts, claims=True)
-    with CountedClaims(SharedFiles(str(root), str(place)), index) as claims:
+    with CountedClaims(SharedFiles(str(root)), index) as claims:
         work = Shared(made, claims, place, StopRequest())
         count, waiting = 0, 0.0
         while True:

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import activation_patience
 import run_claims
-import run_shared_files
-from activation_store import StoreWriteError
+from activation_store import Patience, StoreWriteError
 from run_claims import LEASE_SECONDS, Claims
 from run_shared_files import SharedFiles
 
 
 def claims(directory: Path | str, index: int) -> Claims:
     """Of a process that has given one sign of life."""
-    return Claims(SharedFiles(str(directory), f"process {index} of 2"), index)
+    return Claims(SharedFiles(str(directory), Patience(str(directory), f"process {index} of 2")), index)
 
 
 def age(directory: Path, index: int, seconds: float) -> None:
@@ -172,7 +172,7 @@ def away(tmp_path: Path) -> Path:
 def test_a_directory_that_is_away_for_a_moment_is_waited_for(
     what: str, away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_shared_files, "_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(activation_patience, "_PAUSE_SECONDS", 0.05)
     first, other = claims(away, 0), claims(away, 1)
     assert other.acquire("b")
     age(away, 1, LEASE_SECONDS + 1)
@@ -194,16 +194,16 @@ def test_a_directory_that_is_away_for_a_moment_is_waited_for(
 def test_one_that_stays_away_is_a_sentence_that_names_the_process(
     away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(run_shared_files, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(run_shared_files, "UNAVAILABLE_SECONDS", 0.05)
+    monkeypatch.setattr(activation_patience, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(activation_patience, "AWAY_SECONDS", 0.05)
     first = claims(away, 0)
     away.rename(tmp_path / "gone")
-    with pytest.raises(StoreWriteError, match=r"^process 0 of 2: .*/store/run cannot be reached \(No such"):
+    with pytest.raises(StoreWriteError, match=r"^process 0 of 2: .*/store cannot be reached \(No such"):
         first.acquire("a")
 
 
 def test_a_run_that_is_to_stop_waits_for_no_directory(away: Path, tmp_path: Path):
-    files = SharedFiles(str(away), "process 0 of 2", lambda: True)
+    files = SharedFiles(str(away), Patience(str(away), should_stop=lambda: True))
     away.rename(tmp_path / "gone")
     with pytest.raises(StoreWriteError):
         files.create("a", b"")
