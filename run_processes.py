@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax._src import distributed
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+from jax.extend.backend import clear_backends
 
 from run_options import RunOptions, UsageError
 
@@ -51,7 +52,7 @@ def find_place(options: RunOptions) -> Place:
     if options.coordinator_address is not None:
         # The address is bound as it was given: by itself jax listens on every network of the machine.
         who = f"process {options.process_id} of {options.num_processes} at {options.coordinator_address}"
-        _join(
+        return _join(
             who,
             coordinator_address=options.coordinator_address,
             coordinator_bind_address=options.coordinator_address,
@@ -59,12 +60,8 @@ def find_place(options: RunOptions) -> Place:
             process_id=options.process_id,
             cluster_detection_method="deactivate",
         )
-    else:
-        announced = _announced()
-        if announced is None:
-            return Place()
-        _join(announced)
-    return Place(jax.process_index(), jax.process_count(), claims=jax.process_count() > 1)
+    announced = _announced()
+    return Place() if announced is None else _join(announced)
 
 
 def _announced() -> str | None:
@@ -95,13 +92,14 @@ def _announced() -> str | None:
     return None
 
 
-def _join(who: str, **arguments: Any) -> None:
+def _join(who: str, **arguments: Any) -> Place:
     """Meets the other processes, finds the devices, and takes leave of the others.
 
     On a thread of its own: signals are handled on the main thread, which must not sit in the runtime. Our
     time limit is the shorter one, as the runtime ends the process by abort().
     """
     errors: list[Exception] = []
+    places: list[Place] = []
 
     def join() -> None:
         try:
@@ -115,9 +113,13 @@ def _join(who: str, **arguments: Any) -> None:
                 shutdown_timeout_seconds=patience,
             )
             jax.local_devices()
+            places.append(Place(jax.process_index(), jax.process_count(), claims=jax.process_count() > 1))
             jax.distributed.shutdown()
             # Else only process 0 would keep what it compiles; each has its own, often on its own disk.
-            distributed.global_state.process_id = 0
+            distributed.global_state.process_id, distributed.global_state.num_processes = 0, 1
+            if jax.default_backend() == "cpu":
+                # Its number among all devices would count for what is compiled, and none could be shared.
+                clear_backends()
         except Exception as error:
             errors.append(error)
 
@@ -129,3 +131,4 @@ def _join(who: str, **arguments: Any) -> None:
     if errors:
         reason = " ".join(str(errors[0]).split())
         raise ClusterError(f"{who}: cannot join the others ({reason})") from errors[0]
+    return places[0]
