@@ -270,7 +270,14 @@ def _answer_together(
     else:
 
         def answer() -> None:
-            merge_figures(report, gather_figures(claims.files, place.count))
+            figures = gather_figures(claims.files, place.count)
+            if place.claims and len(figures) == 1:
+                print(
+                    f"{place}: no other process has ended a run in {job.options.activations_dir}; if "
+                    "none was killed, compare their --activations_dir",
+                    flush=True,
+                )
+            merge_figures(report, figures)
             _answer(job, report, writer.committed, patiently)
 
         by = answer_once(claims, str(place), written, answer)

@@ -250,6 +250,17 @@ def test_more_processes_than_work(threads: None, alone: Path, tmp_path: Path):
     assert_whole(tmp_path, alone)
 
 
+def test_a_process_that_has_met_no_other_in_the_store_says_so(
+    threads: None, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """As when its --activations_dir has a typo."""
+    cluster = {"coordinator_address": "none:1", "num_processes": 2, "process_id": 0}
+    options = parse_options(arguments(four(tmp_path), **FLAGS | cluster))
+    assert distributed_kv_cached_inference.run(options) == DONE
+    assert f"process 0 of 2: no other process has ended a run in {tmp_path}" in capsys.readouterr().out
+    assert_whole(tmp_path, alone)
+
+
 def test_a_slow_process_does_not_hold_the_others(
     threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
