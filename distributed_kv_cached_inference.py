@@ -271,10 +271,10 @@ def _answer_together(
 
         def answer() -> None:
             figures = gather_figures(claims.files, place.count)
-            if place.claims and len(figures) == 1:
+            if place.claims and len(figures) == 1 and not claims.sees_others():
                 print(
-                    f"{place}: no other process has ended a run in {job.options.activations_dir}; if "
-                    "none was killed, compare their --activations_dir",
+                    f"{place}: no other process has been seen in {job.options.activations_dir}; unless they "
+                    "were stopped, compare their --activations_dir",
                     flush=True,
                 )
             merge_figures(report, figures)

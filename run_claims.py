@@ -25,6 +25,7 @@ from run_shared_files import SharedFiles
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 STALL_SECONDS = 1800.0  # a device that hangs leaves the heartbeat's thread alone
+_LIFE = "process-"
 
 
 class Owner(NamedTuple):
@@ -73,6 +74,11 @@ class Claims:
     def progress(self) -> None:
         """Says that this process gets on: without it for ``STALL_SECONDS`` it counts as dead."""
         self._got_on = time.monotonic()
+
+    def sees_others(self) -> bool:
+        """Whether another process has given a sign of life and has not ended in good order since."""
+        mine = _life_name(self._me.process)
+        return any(name.startswith(_LIFE) and name != mine for name in self.files.names())
 
     def acquire(self, name: str) -> bool:
         """Claims ``name``, unless a process that lives holds it, this one included."""
@@ -138,4 +144,4 @@ class Claims:
 
 
 def _life_name(index: int) -> str:
-    return f"process-{index:05d}"
+    return f"{_LIFE}{index:05d}"

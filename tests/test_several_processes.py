@@ -257,7 +257,7 @@ def test_a_process_that_has_met_no_other_in_the_store_says_so(
     cluster = {"coordinator_address": "none:1", "num_processes": 2, "process_id": 0}
     options = parse_options(arguments(four(tmp_path), **FLAGS | cluster))
     assert distributed_kv_cached_inference.run(options) == DONE
-    assert f"process 0 of 2: no other process has ended a run in {tmp_path}" in capsys.readouterr().out
+    assert f"process 0 of 2: no other process has been seen in {tmp_path}" in capsys.readouterr().out
     assert_whole(tmp_path, alone)
 
 
