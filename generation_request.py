@@ -50,11 +50,12 @@ def check_request(
 
 
 def bucket_length(length: int) -> int:
-    """The width a prompt is padded to: 64, 96, 128, 192, 256, ... (powers of two and half-way between)."""
-    width = 64
-    while width < length:
-        width = width * 3 // 2 if width & (width - 1) == 0 else width * 4 // 3
-    return width
+    """The width a prompt is padded to: 64, 96, 128, then four to each power of two: 160, 192, 224, 256, 320, ...
+
+    A program is compiled for each width that is used; what is padded, up to a fifth, is computed in vain.
+    """
+    step = max(32, 1 << (length - 1).bit_length() >> 3)
+    return max(64, -(-length // step) * step)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def workload() -> tuple[WorkItem, ...]:
 def alone() -> Any:
     """What ``generate_single_task_jitted`` gives for the workload; batch mates are nothing to it."""
     items = workload()
-    ids, lengths = pad_right([item.prompt for item in items[::SAMPLES]], width=192)
+    ids, lengths = pad_right([item.prompt for item in items[::SAMPLES]], width=160)
     out = generate_single_task_jitted(
         *built(),
         ids,
@@ -283,13 +283,13 @@ def test_memory_on_the_device_does_not_grow_with_the_number_of_sequences():
     generate(workload(), on_window=measure)
     assert len(sizes) > 40
     rows = TINY.hidden * len(TINY.extract) * 4
-    assert max(sizes) - min(sizes) < 2 * 192 * rows  # prompts that have been read differ in width
+    assert max(sizes) - min(sizes) < 2 * 160 * rows  # prompts that have been read differ in width
 
 
 @pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
 def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int):
-    shape = SlotShape(slots, 192, LONGEST)
-    programs = compile_slots(*built(scan_layers), shape, (64, 192), capture_prompt=True)
+    shape = SlotShape(slots, 160, LONGEST)
+    programs = compile_slots(*built(scan_layers), shape, (64, 160), capture_prompt=True)
     cache_bytes = shape.cache_config(built()[0]).nbytes
     for program in (programs.window, programs.insert):
         memory: Any = program.memory_analysis()

@@ -63,7 +63,7 @@ def test_rows_of_all_14_layers_are_those_of_a_plain_forward_pass(tmp_path: Path)
     store = store_of(tmp_path)
     assert store.layers == FIXED_EXTRACT_LAYERS
     records = list(store.sequences())
-    assert [r.augmentation for r in records] == ["identity", "rot90", "rot180", "rot270"]
+    assert sorted(r.augmentation for r in records) == ["identity", "rot180", "rot270", "rot90"]
     generated = [store.generated_tokens(r) for r in records]
     assert len({token for of_one in generated for token in of_one.tolist()}) > 12  # a lively model
     for record in records:

@@ -349,14 +349,14 @@ def test_the_cache_may_have_a_type_of_its_own(greedy: Any):
 # --- Prompts on the host ------------------------------------------------------------------------------------
 
 
-def test_buckets_are_powers_of_two_and_half_way_between():
-    assert [bucket_length(n) for n in (1, 64, 65, 96, 97, 128, 129, 193, 257, 8000)] == [
-        64, 64, 96, 96, 128, 128, 192, 256, 384, 8192,
+def test_buckets_are_four_to_each_power_of_two():
+    assert [bucket_length(n) for n in (1, 64, 65, 96, 97, 128, 129, 200, 256, 257, 8000)] == [
+        64, 64, 96, 96, 128, 128, 160, 224, 256, 320, 8192,
     ]  # fmt: skip
     widths = {bucket_length(n) for n in range(1, 10_000)}
     assert all(bucket_length(width) == width for width in widths)
-    assert all(n <= bucket_length(n) < 1.5 * n + 64 for n in range(1, 10_000))
-    assert len(widths) == 16
+    assert all(n <= bucket_length(n) < max(1.25 * n, n + 64) for n in range(1, 10_000))
+    assert len(widths) == 28
 
 
 def test_prompts_are_padded_on_the_right():
