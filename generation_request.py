@@ -50,7 +50,7 @@ def check_request(
 
 
 def bucket_length(length: int) -> int:
-    """The width a prompt is padded to: 64, 96, 128, then four to each power of two: 160, 192, 224, 256, 320, ...
+    """The width a prompt is padded to: 64, 96, 128, then four to each power of two: 160, 192, 224, 256, ...
 
     A program is compiled for each width that is used; what is padded, up to a fifth, is computed in vain.
     """

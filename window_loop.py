@@ -149,29 +149,33 @@ def insert(
     that is not finite, left by a sequence that failed, would spoil its successors even where attention gives
     it no weight.
     """
-    with jax.named_scope("insert"):
+
+    def inserted() -> SlotState:
         token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(seed, sequence_id), 0)
         prefill, ar = state.cache.prefill, state.cache.ar
-
-        def put(values: Array, new: Array | bool) -> Array:
-            return values.at[slot].set(new, mode="drop", wrap_negative_indices=False)
-
         prefill = PrefillCache(
             _set_row(prefill.k, prompt.cache.k, slot[0]),
             _set_row(prefill.v, prompt.cache.v, slot[0]),
-            put(prefill.length, prompt.cache.length),
+            prefill.length.at[slot].set(prompt.cache.length),
         )
         ar = dataclasses.replace(
-            ar, k=_clear_row(ar.k, slot[0]), v=_clear_row(ar.v, slot[0]), start=put(ar.start, ar.index)
+            ar,
+            k=_clear_row(ar.k, slot[0]),
+            v=_clear_row(ar.v, slot[0]),
+            start=ar.start.at[slot].set(ar.index),
         )
         return SlotState(
             cache=KVCache(prefill, ar),
-            next_token=put(state.next_token, token),
-            next_logprob=put(state.next_logprob, logprob),
-            ended=put(state.ended, False),
-            sequence_ids=put(state.sequence_ids, sequence_id),
-            limits=put(state.limits, limit),
+            next_token=state.next_token.at[slot].set(token),
+            next_logprob=state.next_logprob.at[slot].set(logprob),
+            ended=state.ended.at[slot].set(False),
+            sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
+            limits=state.limits.at[slot].set(limit),
         )
+
+    # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that.
+    with jax.named_scope("insert"):
+        return lax.cond(slot[0] >= 0, inserted, lambda: state)
 
 
 def run_window(
@@ -224,17 +228,13 @@ def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:
 
 
 def _set_row(buffers: LayerBuffers, row: LayerBuffers, slot: Array) -> LayerBuffers:
-    """``buffers`` with each layer's row at ``slot`` replaced by that of ``row``; as they are for -1."""
+    """``buffers`` with the row of each layer at ``slot`` replaced by the only one of ``row``."""
     if isinstance(buffers, tuple):
-        return tuple(_set(layer, new, 0, slot) for layer, new in zip(buffers, row, strict=True))
+        return tuple(
+            update_slice(layer, new, (slot, 0, 0, 0)) for layer, new in zip(buffers, row, strict=True)
+        )
     assert isinstance(row, Array)
-    return _set(buffers, row, 1, slot)
-
-
-def _set(buffer: Array, row: Array, axis: int, slot: Array) -> Array:
-    start = tuple(jnp.maximum(slot, 0) if i == axis else 0 for i in range(buffer.ndim))
-    new = jnp.where(slot < 0, lax.dynamic_slice(buffer, start, row.shape), row)
-    return update_slice(buffer, new, start)
+    return update_slice(buffers, row, (0, slot, 0, 0, 0))
 
 
 def _clear_row(buffers: LayerBuffers, slot: Array) -> LayerBuffers:

@@ -16,9 +16,11 @@ from lively import Lively, assert_lively, pad_right, row_errors
 import slot_programs
 import window_loop
 from continuous import FinishedItem, Occupancy, WorkItem, generate_continuous
+from device_mesh import Layout
 from generate_jitted import Sampling, generate_single_task_jitted
 from kvcache_utils import KVCache
 from qwen2_jax import QwenModel
+from qwen2_jax_with_hooks import create_model_with_hooks
 from slot_programs import compile_slots
 from window_loop import SlotShape, SlotState
 
@@ -284,6 +286,17 @@ def test_memory_on_the_device_does_not_grow_with_the_number_of_sequences():
     assert len(sizes) > 40
     rows = TINY.hidden * len(TINY.extract) * 4
     assert max(sizes) - min(sizes) < 2 * 160 * rows  # prompts that have been read differ in width
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sequence_is_inserted_in_place(dtype: str, scan_layers: bool):
+    config = TINY.config(dtype=dtype, scan_layers=scan_layers)
+    shape = SlotShape(SLOTS, 160, LONGEST)
+    model: Any = create_model_with_hooks(config, TINY.extract)
+    memory: Any = slot_programs._compile_insert(model, shape, Layout()).memory_analysis()
+    assert memory.alias_size_in_bytes > shape.cache_config(model).nbytes
+    assert memory.temp_size_in_bytes < 10_000
 
 
 @pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
