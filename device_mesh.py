@@ -127,8 +127,7 @@ class Layout:
 
     def describe(self, config: QwenConfig) -> str:
         """The mesh in a line, and what of the model is not split although it could be asked for."""
-        if self.mesh is None:
-            return "one device"
+        assert self.mesh is not None
         data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
         text = f"{data * model} devices: {data} groups of {model}"
         if model == 1:

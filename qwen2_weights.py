@@ -223,9 +223,8 @@ def _build_tree(
             for slot, name in zip(stack, names, strict=True):
                 slot[...] = load(name, specs[name])
             whole = ("layers", *path)
-            leaves[whole] = jax.block_until_ready(
-                layout.place_weight(whole, stack)
-            )  # before the next is made
+            # Before the next one is made.
+            leaves[whole] = jax.block_until_ready(layout.place_weight(whole, stack))
     for name, spec in specs.items():
         if not (config.scan_layers and spec.path[0].startswith("layers_")):
             leaves[spec.path] = jax.block_until_ready(layout.place_weight(spec.path, load(name, spec)))
