@@ -2,13 +2,15 @@
 
 All products accumulate in float32. Float32 operands are multiplied as float32 everywhere: TPUs and
 GPUs would by default round them to bfloat16 or TF32, a hundred times coarser than the captured
-activations claim to be. GPU and TPU get plain dots. XLA's CPU backend needs care with bfloat16:
+activations claim to be. GPU and TPU get plain dots. On CPU, bfloat16 needs care:
 
-- a dot of a single row (decoding at batch 1) falls back to scalar code, 30 times under the memory
+- XLA's dot of several rows packs the weights anew at each call and reads them at a third of what memory
+  gives; ``cpu_product`` does not, where the machine can run it;
+- its dot of a single row (decoding at batch 1) falls back to scalar code, 30 times under the memory
   bandwidth. It is written as elementwise products of slices of the weights instead, which XLA turns into
   vector code that reads as fast as the memory gives;
-- batched bfloat16 dots with a float32 result are not implemented: attention converts its operands,
-  which are blocks of activations, never weights;
+- batched bfloat16 dots with a float32 result are not implemented: without ``cpu_product`` attention
+  converts its operands, which are blocks of activations, never weights;
 - in a loop, the conversion of a bfloat16 weight to float32 is hoisted and the copy kept: the whole
   embedding, 545 MB at 0.5B, for a lookup of one row. ``compiler_options`` switches that off.
 """
@@ -23,12 +25,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cpu_product import cpu_product, why_not
+
 _MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA fuses no longer sums
 _PARTIAL_BYTES = 2**22  # of partial sums at once, to stay in the cache
 
 
 def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
-    """``einsum`` of activations with float32 accumulation and result."""
+    """``einsum`` of activations with float32 accumulation and result.
+
+    Sums over one axis, the last of ``a`` and one of the last two of ``b``; all axes of ``b`` before these are
+    axes of ``a`` too, in the same order.
+    """
+    axes, out_axes = subscripts.split("->")
+    a_axes, b_axes = axes.split(",")
+    matrices, summed = b_axes[:-2], a_axes[-1]
+    rows = "".join(axis for axis in a_axes if axis not in b_axes)
 
     def plain(a: Array, b: Array) -> Array:
         return jnp.einsum(subscripts, a, b, precision=_precision(a, b), preferred_element_type=jnp.float32)
@@ -36,7 +48,16 @@ def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
     def widened(a: Array, b: Array) -> Array:
         return plain(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    return lax.platform_dependent(a, b, cpu=widened, default=plain)
+    def our_own(a: Array, b: Array) -> Array:
+        a = jnp.einsum(f"{a_axes}->{matrices}{rows}{summed}", a)
+        row_sizes = a.shape[len(matrices) : -1]
+        a = a.reshape(*a.shape[: len(matrices)], -1, a.shape[-1])
+        out = cpu_product(a, b, transposed=b_axes[-1] == summed)
+        out = out.reshape(*out.shape[: len(matrices)], *row_sizes, out.shape[-1])
+        return jnp.einsum(f"{matrices}{rows}{b_axes[-2:].replace(summed, '')}->{out_axes}", out)
+
+    cpu = our_own if _is_for_our_own(a, b) else widened
+    return lax.platform_dependent(a, b, cpu=cpu, default=plain)
 
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
@@ -66,10 +87,24 @@ def _product(x: Array, weights: Array, contract: int) -> Array:
         precision = _precision(x, weights)
         return lax.dot_general(x, weights, dimensions, precision, preferred_element_type=jnp.float32)
 
-    is_row = math.prod(x.shape[:-1]) == 1
-    by_slices = functools.partial(_row_by_slices, contract=contract)
-    cpu = by_slices if is_row and x.dtype != jnp.float32 else plain
+    def our_own(x: Array, weights: Array) -> Array:
+        rows = cpu_product(x.reshape(-1, x.shape[-1]), weights, contract == 1)
+        return rows.reshape(*x.shape[:-1], -1)
+
+    cpu = plain
+    if math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
+        cpu = functools.partial(_row_by_slices, contract=contract)
+    elif _is_for_our_own(x, weights):
+        cpu = our_own
     return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
+
+
+def _is_for_our_own(x: Array, weights: Array) -> bool:
+    """Whether cpu_product can multiply these; not what a mesh may split: XLA would gather it for the call."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
+        return False
+    return x.dtype == weights.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and not why_not()
 
 
 def _row_by_slices(x: Array, weights: Array, contract: int) -> Array:

@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from activation_store import FinishedSequence
+from cpu_product import why_not
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from generate_python import generate_single_task_python
 from generation_request import eos_slots
@@ -58,6 +59,8 @@ class Generator:
         """Reads the weights onto the device; returns when they are there."""
         mesh_shape = options.mesh_shape or (1, 1)
         config, params = load_qwen2(options.model_path, dtype=options.dtype, mesh_shape=mesh_shape)
+        if jax.default_backend() == "cpu" and config.dtype == np.dtype("bfloat16") and why_not():
+            print(f"bfloat16 is multiplied by XLA, at about half of the speed: {why_not()}", flush=True)
         model = QwenModel(config)
         if options.extract_activations:
             model = create_model_with_hooks(config, options.layers_to_extract)

@@ -41,6 +41,23 @@ def test_logits_are_float32_sums_of_exact_products(dtype, size: int, outputs: in
             np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("subscripts", "a_shape", "b_shape"),
+    [
+        ("rqkgd,rkld->rqkgl", (2, 5, 3, 7, 64), (2, 3, 40, 64)),  # scores
+        ("rqkgpl,rkpld->prqkgd", (2, 5, 3, 7, 4, 10), (2, 3, 4, 10, 64)),  # weighted values, in pieces
+        ("rqkgpl,rkpld->prqkgd", (2, 1, 3, 7, 1, 13), (2, 3, 1, 13, 64)),  # of an odd number of keys
+    ],
+)
+def test_an_einsum_of_activations_is_float32(dtype, subscripts: str, a_shape, b_shape):
+    a, b = normal(*a_shape, dtype=dtype), normal(*b_shape, dtype=dtype)
+    got = jax.jit(lambda a, b: products.einsum_f32(subscripts, a, b))(a, b)
+    assert got.dtype == jnp.float32
+    expected = np.einsum(subscripts, a.astype(np.float64), b.astype(np.float64))
+    np.testing.assert_allclose(got, expected, atol=3e-5)
+
+
 @pytest.mark.parametrize("outputs", [1, 7, 24, 25, 1187])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int, tied: bool):

@@ -1,0 +1,58 @@
+"""Products of bfloat16 matrices on CPUs with AVX-512 BF16 (since Zen 4 and Cooper Lake): cpu_product.cc.
+
+It is compiled when the package is installed. Where no compiler was found, or the machine has no such
+instructions, ``why_not`` says so, and ``products`` asks XLA instead: the same sums, at about half the speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_TARGET = "qwen2_cpu_product"
+
+
+@functools.cache
+def why_not() -> str:
+    """Why this machine cannot run ``cpu_product``; empty where it can."""
+    spec = importlib.util.find_spec("_cpu_product")
+    if spec is None or spec.origin is None:
+        return "it was not compiled: no C++20 compiler was found when this package was installed"
+    library = ctypes.CDLL(spec.origin)
+    if not library.CpuProductSupported():
+        return "this CPU has no AVX-512 BF16 instructions"
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(library.CpuProduct), platform="cpu")
+    return ""
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def cpu_product(x: Array, weights: Array, transposed: bool) -> Array:
+    """x [..., rows, in] times weights [..., in, out] or, transposed, [..., out, in]; bfloat16 to float32.
+
+    Sums run over ``in``, an even number, in order and in float32, with denormals taken as zero; a row's bits
+    do not depend on how many rows there are. Leading axes are those of as many separate products.
+    """
+    *leading, rows, inputs = x.shape
+    outputs = weights.shape[-2 if transposed else -1]
+    out = jax.ShapeDtypeStruct((math.prod(leading), rows, outputs), jnp.float32)
+    call = jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")
+    product = call(
+        x.reshape(-1, rows, inputs), weights.reshape(-1, *weights.shape[-2:]), transposed=transposed
+    )
+    return product.reshape(*leading, rows, outputs)
+
+
+@cpu_product.defjvp
+def _(transposed: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    def dot(x: Array, weights: Array) -> Array:
+        weights = weights.swapaxes(-1, -2) if transposed else weights
+        return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
+
+    (x, weights), (dx, dweights) = primals, tangents
+    return cpu_product(x, weights, transposed), dot(dx, weights) + dot(x, dweights)

@@ -1,0 +1,19 @@
+"""The one part that is compiled, if a compiler is there: cpu_product.cc. All else is in pyproject.toml."""
+
+from pathlib import Path
+
+import jaxlib
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "_cpu_product",
+            ["cpu_product.cc"],
+            include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
+            extra_compile_args=["-std=c++20", "-O3"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)

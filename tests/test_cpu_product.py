@@ -1,0 +1,143 @@
+"""Our own product of bfloat16 matrices: sums of exact products, and rows that do not know each other."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cpu_product as module
+from cpu_product import cpu_product, why_not
+from products import linear, logits_f32
+
+RNG = np.random.default_rng(0)
+needs_kernel = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or bool(why_not()), reason=f"no kernel of our own here: {why_not()}"
+)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(jnp.bfloat16)
+
+
+def exact(x: np.ndarray, weights: np.ndarray, transposed: bool = False) -> np.ndarray:
+    weights = weights.swapaxes(-1, -2) if transposed else weights
+    return x.astype(np.float64) @ weights.astype(np.float64)
+
+
+product = jax.jit(cpu_product, static_argnums=2)
+
+# Few rows and many, in blocks of 12; panels of one pair of inputs, of 256 and of 1024, whole and not; stripes
+# of 32 outputs, their halves, chunks and groups, whole and not.
+SHAPES = [
+    (1, 2, 1),
+    (2, 896, 33),
+    (8, 258, 31),
+    (12, 64, 16),
+    (13, 1026, 600),
+    (25, 512, 17),
+    (64, 300, 96),
+    (65, 2050, 290),
+    (150, 96, 1),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
+def test_results_are_float32_sums_of_exact_products(rows: int, inputs: int, outputs: int, transposed: bool):
+    x, weights = normal(rows, inputs), normal(*((inputs, outputs) if not transposed else (outputs, inputs)))
+    got = np.asarray(product(x, weights, transposed))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, exact(x, weights, transposed), atol=1e-6 * inputs)
+
+
+@needs_kernel
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_row_has_the_same_bits_alone_and_among_any_number_of_others(transposed: bool):
+    x, weights = normal(80, 1100), normal(*((1100, 70) if not transposed else (70, 1100)))
+    whole = np.asarray(product(x, weights, transposed))
+    x_of_nan = x.copy()
+    x_of_nan[3] = np.nan
+    for rows in (slice(0, 1), slice(5, 7), slice(40, 53), slice(10, 75)):
+        np.testing.assert_array_equal(product(x[rows], weights, transposed), whole[rows])
+    beside_nan = np.asarray(product(x_of_nan, weights, transposed))
+    np.testing.assert_array_equal(np.delete(beside_nan, 3, 0), np.delete(whole, 3, 0))
+    assert np.isnan(beside_nan[3]).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("leading", [(2, 3), (40, 2), (0,)])
+def test_leading_axes_are_those_of_separate_products(leading: tuple[int, ...], transposed: bool):
+    x, weights = normal(*leading, 7, 64), normal(*leading, *((33, 64) if transposed else (64, 33)))
+    got = product(x, weights, transposed)
+    assert got.shape == (*leading, 7, 33)
+    np.testing.assert_allclose(got, exact(x, weights, transposed), atol=1e-4)
+
+
+@needs_kernel
+def test_products_side_by_side_do_not_wait_for_each_other():
+    x, weights = normal(5, 256), [normal(256, 4864) for _ in range(16)]
+    together = jax.jit(lambda x, weights: [cpu_product(x, w, False) for w in weights])
+    results = [jax.block_until_ready(together(x, weights)) for _ in range(20)][-1]
+    for got, w in zip(results, weights, strict=True):
+        np.testing.assert_allclose(got, exact(x, w), atol=1e-3)
+
+
+@needs_kernel
+def test_it_can_be_differentiated_and_mapped_as_a_dot_can():
+    x, weights, upstream = normal(3, 4, 64), normal(3, 64, 32), normal(3, 4, 32).astype(np.float32)
+
+    def loss(times: Any, x: Any, weights: Any) -> Any:
+        return (times(x, weights) * upstream).sum()
+
+    def ours(x: Any, weights: Any) -> Any:
+        return cpu_product(x, weights, False)
+
+    got = jax.jit(jax.grad(lambda x, w: loss(ours, x, w), (0, 1)))(x, weights)
+    wide = [a.astype(np.float32) for a in (x, weights)]
+    expected = jax.jit(jax.grad(lambda x, w: loss(jnp.matmul, x, w), (0, 1)))(*wide)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=1e-2)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(ours))(x, weights), product(x, weights, False))
+
+
+def lowered(function: Any, *arguments: Any, **static: Any) -> str:
+    return jax.jit(lambda *a: function(*a, **static)).lower(*arguments).as_text()
+
+
+@needs_kernel
+def test_the_model_s_bfloat16_products_of_several_rows_use_it():
+    kernel, embedding = normal(64, 32), normal(32, 64)
+    assert "qwen2_cpu_product" in lowered(linear, normal(1, 2, 64), kernel)
+    assert "qwen2_cpu_product" in lowered(logits_f32, normal(2, 1, 64), embedding, tied=True)
+
+
+def test_other_products_do_not_use_it():
+    kernel = normal(64, 32)
+    others = {
+        "one row": (normal(1, 1, 64), kernel),
+        "float32": (normal(2, 64).astype(np.float32), kernel.astype(np.float32)),
+        "an odd number of inputs": (normal(2, 63), normal(63, 32)),
+    }
+    for what, arguments in others.items():
+        assert "qwen2_cpu_product" not in lowered(linear, *arguments), what
+
+
+def test_without_the_compiled_part_xla_multiplies_and_the_reason_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    module.why_not.cache_clear()
+    try:
+        assert "compiler" in why_not()
+        x, kernel = normal(2, 64), normal(64, 32)
+        assert "qwen2_cpu_product" not in lowered(linear, x, kernel)
+        got = jax.jit(lambda x, kernel: linear(x, kernel))(x, kernel)
+        np.testing.assert_allclose(got.astype(np.float32), exact(x, kernel), rtol=2**-8, atol=1e-4)
+    finally:
+        monkeypatch.undo()
+        module.why_not.cache_clear()
