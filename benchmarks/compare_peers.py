@@ -58,20 +58,19 @@ def main() -> int:
     config = QwenConfig.from_hf(checkpoint)
     chosen, device = runnable(chosen)
     workers = start_workers(chosen, str(checkpoint), device)
-    limits: dict[str, float] = {}
+    limits: dict[int, list[float]] = {}
     results, problems = [], []
     for batch in options.batch:
         prompts = arc_prompts(checkpoint, options.tasks, batch, options.prompt_tokens)
         job = Job(prompts, options.new_tokens, options.growing_tokens)
-        rounds = compare(chosen, workers, job, options.rounds, limits)
+        rounds, limits[batch] = compare(chosen, workers, job, options.rounds)
         problems += [f"batch {batch}: {p}" for p in check(rounds, job, config)]
         results += [summary(c, measured, job, config, workers) for c, measured in rounds.items()]
     for worker in workers.values():
         worker.close()
 
-    limit = max(limits.values())
     for result in results:
-        result["fraction_of_limit"] = result["bytes_per_second"] / limit
+        result["fraction_of_limit"] = result["bytes_per_second"] / statistics.median(limits[result["batch"]])
     report = {
         "machine": describe() | {"device": device},
         "command": f"python -m benchmarks.compare_peers {' '.join(sys.argv[1:])}",
@@ -141,16 +140,17 @@ def compare(
     workers: dict[tuple[str, str], Worker],
     job: Job,
     rounds: int,
-    limits: dict[str, float],
-) -> dict[Contender, list[Any]]:
+) -> tuple[dict[Contender, list[Any]], list[float]]:
     """``rounds`` measurements a contender after its first run, all contenders taking turns.
 
     The first element of each list is ``prepare``'s answer. A contender that fails is reported and left out.
+    Before each turn memory is read, and the faster framework's bytes a second are the second result: what
+    other machines on the same memory leave of it changes within minutes.
     """
     measured: dict[Contender, list[Any]] = {c: [] for c in chosen}
+    limits: list[float] = []
     for turn in ["prepare"] + ["measure"] * rounds:
-        for (framework, _), worker in workers.items():
-            limits[framework] = max(limits.get(framework, 0.0), worker.call("bandwidth"))
+        limits.append(max(worker.call("bandwidth") for worker in workers.values()))
         for contender in list(measured):
             print(f"batch {len(job.prompts)}: {turn} {contender.name}", file=sys.stderr, flush=True)
             try:
@@ -160,7 +160,7 @@ def compare(
             except RuntimeError as error:
                 print(f"{contender.name} failed and is left out:\n{error}", file=sys.stderr)
                 del measured[contender]
-    return measured
+    return measured, limits
 
 
 def check(rounds: dict[Contender, list[Any]], job: Job, config: QwenConfig) -> list[str]:
@@ -242,9 +242,12 @@ def summary(
 
 def markdown(report: dict[str, Any]) -> str:
     """One table a batch size."""
-    limits = ", ".join(f"{name} {limit / 1e9:.1f}" for name, limit in report["bandwidth_limit"].items())
+    limits = "; ".join(
+        f"{', '.join(f'{limit / 1e9:.1f}' for limit in measured)} at batch {batch}"
+        for batch, measured in report["bandwidth_limit"].items()
+    )
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [f"{machine}\n", f"`{report['command']}`\n", f"Memory bandwidth, GB/s: {limits}"]
+    lines = [f"{machine}\n", f"`{report['command']}`\n", f"Memory bandwidth beside each turn, GB/s: {limits}"]
     for batch in dict.fromkeys(result["batch"] for result in report["results"]):
         results = [r for r in report["results"] if r["batch"] == batch]
         hidden = [r["tokens_per_second"] for r in results if r["name"].endswith("-hidden")]

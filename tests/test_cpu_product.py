@@ -81,12 +81,13 @@ def test_leading_axes_are_those_of_separate_products(leading: tuple[int, ...], t
 
 
 @needs_kernel
-def test_products_side_by_side_do_not_wait_for_each_other():
-    x, weights = normal(5, 256), [normal(256, 4864) for _ in range(16)]
+def test_products_side_by_side_are_whole_when_they_return_and_do_not_wait_for_each_other():
+    weights, xs = [normal(256, 4864) for _ in range(3)], normal(150, 5, 256)
+    expected = [exact(xs, w) for w in weights]
     together = jax.jit(lambda x, weights: [cpu_product(x, w, False) for w in weights])
-    results = [jax.block_until_ready(together(x, weights)) for _ in range(20)][-1]
-    for got, w in zip(results, weights, strict=True):
-        np.testing.assert_allclose(got, exact(x, w), atol=1e-3)
+    for i, x in enumerate(xs):  # each its own, so that what an earlier call left does not do
+        for got, of_all in zip(together(x, weights), expected, strict=True):
+            np.testing.assert_allclose(got, of_all[i], atol=1e-3)
 
 
 @needs_kernel
