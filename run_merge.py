@@ -19,9 +19,15 @@ _FIGURES = re.compile(r"figures-(\d{5})\.json")
 
 
 def leave_figures(files: SharedFiles, index: int, report: Report, sequences: int) -> float:
-    """Writes down what this process has done, ``sequences`` made by it; when, by the file system's clock."""
+    """Writes down what this process has done, ``sequences`` made by it.
+
+    Returns a time at which it was there for all to see, by the file system's clock.
+    """
     figures = dataclasses.asdict(report) | {"process": index, "sequences_made": sequences}
-    return files.write(_figures_name(index), json.dumps(figures).encode())
+    data = json.dumps(figures).encode()
+    files.write(_figures_name(index), data)
+    # Again, for the time: a file's is that of its writing, and a moment passes until it is in its place.
+    return files.write(_figures_name(index), data)
 
 
 def forget_figures(files: SharedFiles, index: int) -> None:

@@ -73,6 +73,11 @@ class Cluster:
         assert stderr is not None
         return stderr.readline()
 
+    def stop(self, index: int) -> None:
+        """SIGTERM; returns once the process has heard it."""
+        self.processes[index].send_signal(signal.SIGTERM)
+        assert "stopping as soon as the running work is done" in self.read_line(index)
+
     def go_on(self) -> None:
         self._gate.touch()
 
@@ -138,12 +143,12 @@ def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stop
     """Process 0 is the one that the cluster met at."""
     cluster = start(four(tmp_path), 4)
     cluster.wait_until_all_generate()
-    for index, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
-        cluster.processes[index].send_signal(number)
+    cluster.processes[0].kill()
+    cluster.processes[1].kill()
+    cluster.stop(2)
     cluster.go_on()
     ends = cluster.ends()
     assert [one.code for one in ends] == [-signal.SIGKILL, -signal.SIGKILL, RESUMABLE, DONE], ends
-    assert "stopping as soon as the running work is done" in ends[2].err
     assert "process 2 of 4: 2 sequences made; " in ends[2].out
     assert "of all are left, the answers are written once all are done" in ends[2].out
     assert ends[3].err == ""
@@ -160,8 +165,8 @@ def test_four_processes_stop_on_sigterm_and_two_go_on_though_the_directory_is_aw
 
     cluster = start(four(tmp_path), 4, **flags)
     cluster.wait_until_all_generate()
-    for process in cluster.processes:
-        process.send_signal(signal.SIGTERM)
+    for index in range(4):
+        cluster.stop(index)
     cluster.go_on()
     for index, one in enumerate(cluster.ends(20)):
         assert one.code == RESUMABLE, one
