@@ -32,8 +32,8 @@ using Sums = ffi::Buffer<ffi::F32, 3>;
 
 namespace {
 
-constexpr int64_t kWidth = 32;   // outputs of a stripe: two vectors of float32
-constexpr int kMostRows = 12;    // at once: 24 sums, 2 permutations, 4 vectors of weights, 1 of x; there are 32
+constexpr int64_t kWidth = 32;           // outputs of a stripe: two vectors of float32
+constexpr int kMostRows = 12;            // at once: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 constexpr int64_t kFewRows = 64;         // up to which the weights are what takes time, not the sums
 constexpr int64_t kSumsBytes = 1 << 18;  // of sums that a thread works on: a part of the second-level cache
 constexpr int64_t kAlone = 1 << 20;      // multiplications (of 8 rows at least) not worth a second thread

@@ -60,7 +60,10 @@ class Generator:
         mesh_shape = options.mesh_shape or (1, 1)
         config, params = load_qwen2(options.model_path, dtype=options.dtype, mesh_shape=mesh_shape)
         if jax.default_backend() == "cpu" and config.dtype == np.dtype("bfloat16") and why_not():
-            print(f"bfloat16 is multiplied by XLA, at about half of the speed: {why_not()}", flush=True)
+            print(
+                f"bfloat16 is multiplied by XLA, up to 1.8 times slower than by our own kernel: {why_not()}",
+                flush=True,
+            )
         model = QwenModel(config)
         if options.extract_activations:
             model = create_model_with_hooks(config, options.layers_to_extract)

@@ -68,7 +68,7 @@ class Steps:
         started = time.perf_counter()
         after = jax.block_until_ready(self._program(self._params, state))
         seconds = time.perf_counter() - started
-        del after  # giving hundreds of megabytes back takes as long as half a step
+        del after  # giving hundreds of megabytes back takes a third of a step
         return seconds / STEPS * 1e3
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 import cpu_product as module
 from cpu_product import cpu_product, why_not
@@ -105,6 +106,8 @@ def test_it_can_be_differentiated_and_mapped_as_a_dot_can():
     expected = jax.jit(jax.grad(lambda x, w: loss(jnp.matmul, x, w), (0, 1)))(*wide)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=1e-2)
+    _, tangent = jax.jit(lambda *a: jax.jvp(ours, a, a))(x, weights)
+    np.testing.assert_allclose(tangent, 2 * exact(x, weights), atol=1e-3)
     np.testing.assert_array_equal(jax.jit(jax.vmap(ours))(x, weights), product(x, weights, False))
 
 
@@ -117,6 +120,16 @@ def test_the_model_s_bfloat16_products_of_several_rows_use_it():
     kernel, embedding = normal(64, 32), normal(32, 64)
     assert "qwen2_cpu_product" in lowered(linear, normal(1, 2, 64), kernel)
     assert "qwen2_cpu_product" in lowered(logits_f32, normal(2, 1, 64), embedding, tied=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("shape", "used"), [((1, 1), True), ((1, 4), False)])
+def test_what_a_mesh_may_split_is_left_to_xla(shape: tuple[int, int], used: bool):
+    """XLA cannot split our call, and would gather the weights for it."""
+    mesh = AbstractMesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = str(jax.make_jaxpr(linear)(normal(2, 64), normal(64, 32)))
+    assert ("ffi_call" in text) == used
 
 
 def test_other_products_do_not_use_it():

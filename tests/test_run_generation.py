@@ -1,4 +1,4 @@
-"""Programs that outlive the process: ``--compilation_cache_dir``."""
+"""What a run loads, and the programs that outlive its process (``--compilation_cache_dir``)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from runner_cases import assert_refused, digests, four, run_main
+from runner_cases import arguments, assert_refused, digests, four, run_main
 
 import generate_jitted
+import run_generation
+from run_generation import Generator
+from run_options import parse_options
 
 CONFIGURED = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -78,3 +81,14 @@ def test_a_file_is_no_directory(tmp_path: Path, no_weights: None):
 def test_a_url_is_no_directory(tmp_path: Path, no_weights: None):
     outcome = run_main(four(tmp_path), compilation_cache_dir="gs://bucket/cache")
     assert_refused(outcome, "is not a local directory")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about products on CPU")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_slower_products_are_said_with_the_reason(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(run_generation, "why_not", lambda: "the reason")
+    Generator.load(parse_options(arguments(four(tmp_path), dtype=dtype)), ())
+    said = capsys.readouterr().out
+    assert ("bfloat16 is multiplied by XLA" in said and "the reason" in said) == (dtype == "bfloat16")
