@@ -6,7 +6,8 @@ of queries by block of queries, so that memory does not grow with the square of 
 future cost nothing. ``attend_two_part`` applies it to a decode step over the fixed cache, first the prompt's
 part and then the sequence's own, which are never concatenated; it costs what is valid and not what is
 allocated, and its temporaries do not grow with the cache. (Read whole, XLA on CPU copies each layer's cache
-every step at batch 1.)
+every step at batch 1.) In bfloat16 on CPU, where the machine can run it, ``cpu_attention`` does it instead
+and reads each sequence's keys where they lie.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from cpu_attention import cpu_attention
 from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
-from products import einsum_f32
+from products import einsum_f32, is_for_our_own
 
 DECODE_KEYS = 128  # keys a decode step reads at once
 _PREFILL_KEYS = 512  # keys a block of queries reads at once
@@ -93,15 +96,28 @@ def attend_two_part(q: Array, cache: KVCache, layer: int | Array) -> Array:
     Returns:
         [B, heads, head_dim] in q's dtype.
     """
-    batch, _, head_dim = q.shape
-    prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
-    kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
-    by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
-    by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
-    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
-    partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
-    partial = _accumulate_steps(partial, by_row, cache.ar, layer)
-    return partial.attended.reshape(q.shape).astype(q.dtype)
+
+    def by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
+        batch, _, head_dim = q.shape
+        prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
+        kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
+        by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
+        by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
+        partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
+        partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
+        partial = _accumulate_steps(partial, by_row, cache.ar, layer)
+        return partial.attended.reshape(q.shape).astype(q.dtype)
+
+    if not is_for_our_own(q, jax.tree.leaves(cache.ar.k)[0]):
+        return by_blocks(q, cache, layer)
+    static = isinstance(layer, int)
+    return lax.platform_dependent(
+        q,
+        cache,
+        jnp.int32(layer),
+        cpu=lambda q, cache, traced: cpu_attention(q, cache, layer if static else traced),
+        default=lambda q, cache, traced: by_blocks(q, cache, layer if static else traced),
+    )
 
 
 def _accumulate_prompt(

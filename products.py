@@ -7,8 +7,8 @@ activations claim to be. GPU and TPU get plain dots. On CPU, bfloat16 needs care
 - XLA's dot of several rows packs the weights anew at each call and reads them at a third of what memory
   gives; ``cpu_product`` does not, where the machine can run it;
 - its dot of a single row (decoding at batch 1) falls back to scalar code, 30 times under the memory
-  bandwidth. It is written as elementwise products of slices of the weights instead, which XLA turns into
-  vector code that reads as fast as the memory gives;
+  bandwidth. Without ``cpu_product`` it is written as elementwise products of slices of the weights, which XLA
+  turns into vector code that reads nearly as fast as the memory gives;
 - batched bfloat16 dots with a float32 result are not implemented: without ``cpu_product`` attention
   converts its operands, which are blocks of activations, never weights;
 - in a loop, the conversion of a bfloat16 weight to float32 is hoisted and the copy kept: the whole
@@ -56,7 +56,7 @@ def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
         out = out.reshape(*out.shape[: len(matrices)], *row_sizes, out.shape[-1])
         return jnp.einsum(f"{matrices}{rows}{b_axes[-2:].replace(summed, '')}->{out_axes}", out)
 
-    cpu = our_own if _is_for_our_own(a, b) else widened
+    cpu = our_own if is_for_our_own(a, b) else widened
     return lax.platform_dependent(a, b, cpu=cpu, default=plain)
 
 
@@ -92,15 +92,15 @@ def _product(x: Array, weights: Array, contract: int) -> Array:
         return rows.reshape(*x.shape[:-1], -1)
 
     cpu = plain
-    if math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
-        cpu = functools.partial(_row_by_slices, contract=contract)
-    elif _is_for_our_own(x, weights):
+    if is_for_our_own(x, weights):
         cpu = our_own
+    elif math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
+        cpu = functools.partial(_row_by_slices, contract=contract)
     return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
 
 
-def _is_for_our_own(x: Array, weights: Array) -> bool:
-    """Whether cpu_product can multiply these; not what a mesh may split: XLA would gather it for the call."""
+def is_for_our_own(x: Array, weights: Array) -> bool:
+    """Whether our kernels for CPU take these; not what a mesh may split: XLA would gather it for the call."""
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
         return False

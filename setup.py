@@ -1,4 +1,4 @@
-"""The one part that is compiled, if a compiler is there: cpu_product.cc. All else is in pyproject.toml."""
+"""The one part that is compiled, if a compiler is there: kernels for CPU. All else is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ setup(
     ext_modules=[
         Extension(
             "_cpu_product",
-            ["cpu_product.cc"],
+            ["cpu_product.cc", "cpu_attention.cc"],
+            depends=["cpu_kernels.h"],
             include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
             extra_compile_args=["-std=c++20", "-O3"],
             language="c++",

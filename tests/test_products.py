@@ -23,6 +23,14 @@ def exact(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return x.astype(np.float64) @ kernel.astype(np.float64)
 
 
+@pytest.fixture(params=["where it can run", "nowhere"])
+def our_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``cpu_product`` and as on a machine without it."""
+    if request.param == "nowhere":
+        monkeypatch.setattr(products, "why_not", lambda: "a test does without")
+
+
+@pytest.mark.usefixtures("our_own")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("size", "outputs"), [(896, 128), (4864, 64), (97, 33), (13, 1)])
 def test_logits_are_float32_sums_of_exact_products(dtype, size: int, outputs: int):
@@ -61,6 +69,8 @@ def test_an_einsum_of_activations_is_float32(dtype, subscripts: str, a_shape, b_
 @pytest.mark.parametrize("outputs", [1, 7, 24, 25, 1187])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int, tied: bool):
+    monkeypatch.setattr(products, "why_not", lambda: "slices are what this is about")
+
     def both(x, weights):
         whole = logits_f32(x, weights, tied=tied)
         monkeypatch.setattr(products, "_PARTIAL_BYTES", 100)
@@ -81,6 +91,7 @@ def test_a_linear_layer_adds_its_bias_in_float32_and_gives_its_input_s_type():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+@pytest.mark.usefixtures("our_own")
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_row_takes_a_fraction_of_the_weights_as_temporaries(tied: bool):
     """XLA's own dot of one row would convert all weights to float32, twice their size."""

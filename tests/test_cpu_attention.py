@@ -1,0 +1,146 @@
+"""Our own attention of a decode step: the valid keys alone, in a sequence's order, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention import attend_two_part
+from cpu_product import why_not
+from kvcache_utils import ARCache, KVCache, PrefillCache
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or bool(why_not()), reason=f"no kernel of our own here: {why_not()}"
+)
+attend = jax.jit(attend_two_part, static_argnums=2)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(jnp.bfloat16)
+
+
+def cache_of(
+    lengths: list[int],
+    starts: list[int],
+    index: int,
+    *,
+    prompt_slots: int = 40,
+    ring: int = 32,
+    kv_heads: int = 2,
+    dim: int = 64,
+) -> KVCache:
+    """Two layers of random keys and values; what is not valid is NaN."""
+    prompt = [normal(len(lengths), kv_heads, prompt_slots, dim) + np.float32(i) for i in range(4)]
+    step = [normal(len(starts), kv_heads, ring, dim) + np.float32(i) for i in range(4)]
+    for values in prompt:
+        for row, length in enumerate(lengths):
+            values[row, :, length:] = np.nan
+    for values in step:
+        for row, start in enumerate(starts):
+            valid = {t % ring for t in range(max(start, index - ring + 1), index + 1)}
+            values[row, :, [slot for slot in range(ring) if slot not in valid]] = np.nan
+    prompt, step = ([jnp.asarray(v, jnp.bfloat16) for v in part] for part in (prompt, step))
+    return KVCache(
+        PrefillCache(tuple(prompt[:2]), tuple(prompt[2:]), jnp.array(lengths, jnp.int32)),
+        ARCache(tuple(step[:2]), tuple(step[2:]), jnp.int32(index), jnp.array(starts, jnp.int32)),
+    )
+
+
+def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
+    """In float64, row by row and head by head."""
+    index, ring = int(cache.ar.index), cache.ar.capacity
+    out = np.zeros(q.shape)
+    for row, head in np.ndindex(q.shape[:2]):
+        prompt = row // cache.samples_per_prompt
+        kv_head = head * cache.ar.k[layer].shape[1] // q.shape[1]
+        oldest = max(int(cache.ar.start[row]), index - ring + 1)
+        slots = [t % ring for t in range(oldest, index + 1)]
+        k, v = (
+            np.concatenate(
+                [
+                    np.asarray(part[0][layer][prompt, kv_head, : int(cache.prefill.length[prompt])]),
+                    np.asarray(part[1][layer][row, kv_head])[slots],
+                ]
+            ).astype(np.float64)
+            for part in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+        )
+        scores = k @ q[row, head].astype(np.float64) / np.sqrt(q.shape[2])
+        weights = np.exp(scores - scores.max())
+        out[row, head] = weights @ v / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("heads", [2, 14, 26])
+@pytest.mark.parametrize(
+    ("lengths", "starts", "index"),
+    [
+        ([40], [0], 0),  # a first step
+        ([37], [0], 31),  # odd lengths, a full ring
+        ([1], [5, 20, 0], 20),  # samples of one prompt, one in its first step
+        ([40, 3], [40, 64, 37, 66], 68),  # around the ring, from even and odd slots
+        ([7], [0], 50),  # more steps than the ring holds: the last 32
+    ],
+)
+def test_it_is_the_softmax_over_what_is_valid(lengths, starts, index: int, heads: int):
+    cache, q, layer = cache_of(lengths, starts, index), normal(len(starts), heads, 64), 1
+    got = np.asarray(attend(q, cache, layer), np.float64)
+    np.testing.assert_allclose(got, exact(q, cache, layer), atol=0.02, rtol=2**-7)
+
+
+def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fill_a_vector():
+    for dim in (7, 6, 50):
+        cache = cache_of([9], [0], 4, dim=dim)
+        cache = jax.tree.map(lambda a: jnp.nan_to_num(a) if a.dtype == jnp.bfloat16 else a, cache)
+        q = normal(1, 4, dim)
+        got = np.asarray(attend(q, cache, 0), np.float64)
+        np.testing.assert_allclose(got, exact(q, cache, 0), atol=0.02, rtol=2**-7)
+        used = "qwen2_cpu_attention" in attend.lower(q, cache, 0).as_text()
+        assert used == (dim % 2 == 0)
+
+
+def test_a_stacked_cache_gives_what_a_layer_s_own_gives():
+    cache, q = cache_of([5, 40], [2, 0], 9), normal(2, 14, 64)
+    prefill, ar = cache.prefill, cache.ar
+    stacked = KVCache(
+        dataclasses.replace(prefill, k=jnp.array(prefill.k), v=jnp.array(prefill.v)),
+        dataclasses.replace(ar, k=jnp.array(ar.k), v=jnp.array(ar.v)),
+    )
+    for layer in (0, 1):
+        got = jax.jit(attend_two_part)(q, stacked, jnp.int32(layer))
+        np.testing.assert_array_equal(got, attend(q, cache, layer))
+
+
+def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours():
+    prompt, own = [normal(1, 2, 40, 64) for _ in range(2)], [normal(2, 21, 64) for _ in range(2)]
+    q = normal(3, 14, 64)
+
+    def of(row: int, start: int) -> np.ndarray:
+        """The sequence in ``row`` since ``start``, 21 steps long, beside others of NaN."""
+        ring = [np.full((3, 2, 32, 64), np.nan, jnp.bfloat16) for _ in range(2)]
+        for buffer, values in zip(ring, own, strict=True):
+            for step in range(21):
+                buffer[row, :, (start + step) % 32] = values[:, step]
+        k, v = ((jnp.asarray(np.repeat(part, 3, 0)),) for part in prompt)
+        prefill = PrefillCache(k, v, jnp.array([33, 33, 33], jnp.int32))
+        starts = jnp.array([start if b == row else 0 for b in range(3)], jnp.int32)
+        ar = ARCache((jnp.asarray(ring[0]),), (jnp.asarray(ring[1]),), jnp.int32(start + 20), starts)
+        queries = np.stack([q[0] if b == row else q[b] for b in range(3)])
+        return np.asarray(attend(queries, KVCache(prefill, ar), 0))[row]
+
+    expected = of(0, 0)
+    assert np.isfinite(expected.astype(np.float32)).all()
+    for row, start in ((1, 0), (2, 16), (0, 48), (1, 96)):
+        np.testing.assert_array_equal(of(row, start), expected)
+
+
+def test_a_key_that_is_not_a_number_shows():
+    cache, q = cache_of([40], [0], 3), normal(1, 14, 64)
+    k = cache.prefill.k[0].at[0, 0, 11, 5].set(jnp.nan)
+    poisoned = KVCache(PrefillCache((k, k), cache.prefill.v, cache.prefill.length), cache.ar)
+    got = np.asarray(attend(q, poisoned, 0), np.float32)
+    assert np.isnan(got[:, :7]).all()
+    assert np.isfinite(got[:, 7:]).all()
