@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -76,64 +77,66 @@ def sample_tokens(
         (temperature 1, nothing filtered).
     """
     steps = jnp.broadcast_to(step, keys.shape)
+    peak = jnp.max(logits, -1)  # every further reading of 152k logits shows in a step's time
 
     def draw() -> Array:
         # A few rows at a time: noise and filters for 64 rows at once would take 100 MB of temporaries.
-        return lax.map(
-            lambda row: _draw(row[0], row[1], row[2], sampling),
-            (logits, keys, steps),
-            batch_size=_ROWS_AT_ONCE,
-        )
+        rows = (logits, peak, keys, steps)
+        return lax.map(lambda row: _draw(*row, sampling=sampling), rows, batch_size=_ROWS_AT_ONCE)
 
-    tokens = lax.cond(sampling.temperature > 0, draw, lambda: _argmax(logits))
+    tokens = lax.cond(sampling.temperature > 0, draw, lambda: _first(logits, peak))
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return tokens, chosen - (peak + jnp.log(jnp.sum(jnp.exp(logits - peak[:, None]), -1)))
 
 
-def _argmax(values: Array) -> Array:
-    """The first index of the largest value along the last axis, int32; the last index where one is NaN."""
-    # Two plain reductions, the second over float32 indices (exact below 2**24): XLA on CPU runs argmax, and
-    # a minimum of integers, as scalar code, which takes 11 and 19 ms for 32 rows of a vocabulary; this, 4.
+def _first(values: Array, peak: Array) -> Array:
+    """The first index of ``peak``, the largest along the last axis, int32; the last where one is NaN."""
+    # A plain reduction over float32 indices (exact below 2**24): XLA on CPU runs argmax, and a minimum of
+    # integers, as scalar code, which takes 11 and 19 ms for 32 rows of a vocabulary; maximum and this, 4.
     last = values.shape[-1] - 1
     index = lax.broadcasted_iota(jnp.float32, values.shape, values.ndim - 1)
-    is_largest = values == jnp.max(values, -1, keepdims=True)
-    return jnp.min(jnp.where(is_largest, index, last), -1).astype(jnp.int32)
+    return jnp.min(jnp.where(values == peak[..., None], index, last), -1).astype(jnp.int32)
 
 
-def _draw(logits: Array, key: Array, step: Array, sampling: SamplingArrays) -> Array:
+def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: SamplingArrays) -> Array:
     """One token of one row ``[vocab]``, by the Gumbel trick over what top-k and top-p keep."""
     noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32)
     # Relative to the largest: a tiny temperature takes all others to -inf, and none to +inf.
-    scaled = (logits - jnp.max(logits)) / sampling.temperature
-    kept = logits >= _threshold(logits, sampling)
-    return _argmax(jnp.where(kept, scaled + noise, -jnp.inf))
+    scaled = (logits - peak) / sampling.temperature
+    scores = jnp.where(logits >= _threshold(logits, peak, sampling), scaled + noise, -jnp.inf)
+    return _first(scores, jnp.max(scores))
 
 
-def _threshold(logits: Array, sampling: SamplingArrays) -> Array:
+def _threshold(logits: Array, peak: Array, sampling: SamplingArrays) -> Array:
     """The smallest logit kept by top-k and then, at the temperature, top-p; -inf where all are.
 
-    The thresholds are found exactly, bit by bit, in the order-preserving integer image of float32: passes
-    0 to 31 look for the k-th largest logit, passes 32 to 63 for the one at which the probability reaches
-    p. Nothing is stored beside the logits; sorting 152k of them would take as long as a decode step.
+    Both are found exactly: the k-th largest logit, and then the one at which the probability reaches p.
+    Nothing is stored beside the logits; sorting 152k of them would take as long as a decode step.
     """
-    peak = jnp.max(logits)
+    top_k = jnp.float32(sampling.top_k)
+    kth = _largest_with(logits, top_k, lambda: jnp.ones_like(logits), sampling.top_k > 0)
 
-    def refine(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        by_count, by_mass = found
-        counting = i < 32
-        candidate = jnp.where(counting, by_count, by_mass) | (_SIGN >> (i % 32).astype(jnp.uint32))
-        mass = jnp.where(logits >= _as_float(by_count), jnp.exp((logits - peak) / sampling.temperature), 0.0)
-        weights = jnp.where(counting, 1.0, mass)
-        needed = jnp.where(counting, jnp.float32(sampling.top_k), sampling.top_p * jnp.sum(weights))
-        reached = jnp.sum(jnp.where(logits >= _as_float(candidate), weights, 0.0)) >= needed
-        found_now = jnp.where(reached, candidate, jnp.where(counting, by_count, by_mass))
-        return jnp.where(counting, found_now, by_count), jnp.where(counting, by_mass, found_now)
+    def mass() -> Array:
+        return jnp.where(logits >= kth, jnp.exp((logits - peak) / sampling.temperature), 0.0)
 
-    first = jnp.where(sampling.top_k > 0, 0, 32)
-    last = jnp.where(sampling.top_p < 1, 64, 32)
-    nothing = jnp.uint32(0)
-    by_count, by_mass = lax.fori_loop(first, last, refine, (nothing, nothing))
-    return jnp.maximum(_as_float(by_count), _as_float(by_mass))
+    at_p = _largest_with(logits, sampling.top_p * jnp.sum(mass()), mass, sampling.top_p < 1)
+    return jnp.maximum(kth, at_p)
+
+
+def _largest_with(
+    logits: Array, needed: Array, weights: Callable[[], Array], wanted: Array | np.bool_
+) -> Array:
+    """The largest logit above or at which the weights sum to ``needed``; -inf if it is not ``wanted``.
+
+    Found bit by bit, in the order-preserving integer image of float32.
+    """
+
+    def refine(i: Array, found: Array) -> Array:
+        candidate = found | (_SIGN >> i.astype(jnp.uint32))
+        reached = jnp.sum(jnp.where(logits >= _as_float(candidate), weights(), 0.0)) >= needed
+        return jnp.where(reached, candidate, found)
+
+    return _as_float(lax.fori_loop(0, jnp.where(wanted, 32, 0), refine, jnp.uint32(0)))
 
 
 def _as_float(image: Array) -> Array:
