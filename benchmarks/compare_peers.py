@@ -58,23 +58,19 @@ def main() -> int:
     config = QwenConfig.from_hf(checkpoint)
     chosen, device = runnable(chosen)
     workers = start_workers(chosen, str(checkpoint), device)
-    limits: dict[int, list[float]] = {}
     results, problems = [], []
     for batch in options.batch:
         prompts = arc_prompts(checkpoint, options.tasks, batch, options.prompt_tokens)
         job = Job(prompts, options.new_tokens, options.growing_tokens)
-        rounds, limits[batch] = compare(chosen, workers, job, options.rounds)
+        rounds, limits = compare(chosen, workers, job, options.rounds)
         problems += [f"batch {batch}: {p}" for p in check(rounds, job, config)]
-        results += [summary(c, measured, job, config, workers) for c, measured in rounds.items()]
+        results += [summary(c, measured, limits[c], job, config, workers) for c, measured in rounds.items()]
     for worker in workers.values():
         worker.close()
 
-    for result in results:
-        result["fraction_of_limit"] = result["bytes_per_second"] / statistics.median(limits[result["batch"]])
     report = {
         "machine": describe() | {"device": device},
         "command": f"python -m benchmarks.compare_peers {' '.join(sys.argv[1:])}",
-        "bandwidth_limit": limits,
         "problems": problems,
         "results": results,
     }
@@ -140,23 +136,23 @@ def compare(
     workers: dict[tuple[str, str], Worker],
     job: Job,
     rounds: int,
-) -> tuple[dict[Contender, list[Any]], list[float]]:
+) -> tuple[dict[Contender, list[Any]], dict[Contender, list[float]]]:
     """``rounds`` measurements a contender after its first run, all contenders taking turns.
 
     The first element of each list is ``prepare``'s answer. A contender that fails is reported and left out.
-    Before each turn memory is read, and the faster framework's bytes a second are the second result: what
-    other machines on the same memory leave of it changes within minutes.
+    The same process reads memory before and after each turn, and the mean bytes a second are the second
+    result: what others on the machine leave of its memory's bandwidth changes within seconds.
     """
     measured: dict[Contender, list[Any]] = {c: [] for c in chosen}
-    limits: list[float] = []
+    limits: dict[Contender, list[float]] = {c: [] for c in chosen}
     for turn in ["prepare"] + ["measure"] * rounds:
-        limits.append(max(worker.call("bandwidth") for worker in workers.values()))
         for contender in list(measured):
             print(f"batch {len(job.prompts)}: {turn} {contender.name}", file=sys.stderr, flush=True)
+            worker = workers[contender.framework, contender.dtype]
             try:
-                measured[contender].append(
-                    workers[contender.framework, contender.dtype].call(turn, contender, job)
-                )
+                before = worker.call("bandwidth")
+                measured[contender].append(worker.call(turn, contender, job))
+                limits[contender].append((before + worker.call("bandwidth")) / 2)
             except RuntimeError as error:
                 print(f"{contender.name} failed and is left out:\n{error}", file=sys.stderr)
                 del measured[contender]
@@ -207,6 +203,7 @@ def check_capture(ours: Measurement, tokens: int, config: QwenConfig) -> list[st
 def summary(
     contender: Contender,
     measured: list[Any],
+    limits: list[float],
     job: Job,
     config: QwenConfig,
     workers: dict[tuple[str, str], Worker],
@@ -231,6 +228,10 @@ def summary(
         "step_seconds": median,
         "bytes_per_step": int(weight_bytes + kv_bytes),
         "bytes_per_second": (weight_bytes + kv_bytes) / median,
+        "bandwidth_beside_rounds": limits[1:],
+        "fraction_of_limit": statistics.median(
+            (weight_bytes + kv_bytes) / s / limit for s, limit in zip(step, limits[1:], strict=True)
+        ),
         "prefill_seconds": statistics.median(m.prefill for m in rounds),
         "compile_seconds": compile_seconds,
         "first_generation_seconds": first_seconds,
@@ -242,29 +243,26 @@ def summary(
 
 def markdown(report: dict[str, Any]) -> str:
     """One table a batch size."""
-    limits = "; ".join(
-        f"{', '.join(f'{limit / 1e9:.1f}' for limit in measured)} at batch {batch}"
-        for batch, measured in report["bandwidth_limit"].items()
-    )
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [f"{machine}\n", f"`{report['command']}`\n", f"Memory bandwidth beside each turn, GB/s: {limits}"]
+    lines = [f"{machine}\n", f"`{report['command']}`"]
     for batch in dict.fromkeys(result["batch"] for result in report["results"]):
         results = [r for r in report["results"] if r["batch"] == batch]
         hidden = [r["tokens_per_second"] for r in results if r["name"].endswith("-hidden")]
         lines += [
             f"\nBatch {batch}\n",
             "| contender | tokens/s (rounds) | against the best hf with hidden states | ms a step | GB/s "
-            "| of the limit | prefill s | compile s | first run s | peak GB |",
+            "| of what was read beside it, GB/s | prefill s | compile s | first run s | peak GB |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in results:
             spread = f"{min(r['tokens_per_second_rounds']):.1f}-{max(r['tokens_per_second_rounds']):.1f}"
             against = f"{r['tokens_per_second'] / max(hidden):.2f}x" if hidden else ""
+            beside = f"{statistics.median(r['bandwidth_beside_rounds']) / 1e9:.1f}"
             compiled = "" if r["compile_seconds"] is None else f"{r['compile_seconds']:.1f}"
             lines.append(
                 f"| {r['name']} | {r['tokens_per_second']:.1f} ({spread}) | {against} "
                 f"| {r['step_seconds'] * 1e3:.1f} | {r['bytes_per_second'] / 1e9:.1f} "
-                f"| {r['fraction_of_limit']:.0%} | {r['prefill_seconds']:.2f} | {compiled} "
+                f"| {r['fraction_of_limit']:.0%} of {beside} | {r['prefill_seconds']:.2f} | {compiled} "
                 f"| {r['first_generation_seconds']:.1f} | {r['peak_bytes'] / 1e9:.2f} |"
             )
     if report["problems"]:
