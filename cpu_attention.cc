@@ -29,6 +29,7 @@ struct Attention {
   const int32_t *length, *start;
   uint16_t* out;
   int64_t prompts, samples, kv_heads, group, dim, prompt_slots, ring, layer, index;
+  bool tiles;
 };
 
 // Consecutive slots of one sequence and head.
@@ -99,7 +100,8 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
                .outputs = 0,
                .x_stride = dim,
                .out_stride = keys,
-               .transposed = true};
+               .transposed = true,
+               .tiles = a.tiles};
   for (const Segment& segment : segments) {
     p.w = segment.k;
     p.outputs = segment.slots;
@@ -122,6 +124,7 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
        .x_stride = keys,
        .out_stride = dim,
        .transposed = false,
+       .tiles = a.tiles,
        .add = true};
   for (const Segment& segment : segments) {
     p.w = segment.v;
@@ -157,7 +160,7 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
 }
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
-               Cache step_v, Indices start, Index index, Index layer, ffi::Result<Heads> out) {
+               Cache step_v, Indices start, Index index, Index layer, ffi::Result<Heads> out, bool tiles) {
   const auto queries = q.dimensions(), prompt = prompt_k.dimensions(), step = step_k.dimensions();
   const int64_t rows = queries[0], prompts = length.dimensions()[0], kv_heads = step[1];
   if (rows * prompts * kv_heads == 0) return ffi::Error::InvalidArgument("cpu_attention: nothing to attend to");
@@ -185,7 +188,8 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .prompt_slots = prompt[2],
                        .ring = step[2],
                        .layer = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1),
-                       .index = *index.typed_data()};
+                       .index = *index.typed_data(),
+                       .tiles = tiles && MayUseTiles()};
   int64_t keys = 0;
   for (int64_t row = 0; row < rows; ++row) {
     keys += a.length[row / a.samples] + std::min(a.index - a.start[row] + 1, a.ring);
@@ -203,7 +207,7 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
 namespace {
 
 ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index,
-               ffi::Result<Heads>) {
+               ffi::Result<Heads>, bool) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
 }
 
@@ -223,4 +227,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                                   .Arg<Indices>()
                                   .Arg<Index>()
                                   .Arg<Index>()
-                                  .Ret<Heads>());
+                                  .Ret<Heads>()
+                                  .Attr<bool>("tiles"));

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cpu_product import has_tiles
 from kvcache_utils import KVCache
 
 
@@ -41,4 +42,5 @@ def cpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
         ar.start,
         ar.index,
         jnp.int32(0 if isinstance(ar.k, tuple) else layer),
+        tiles=has_tiles(),
     )

@@ -1,11 +1,11 @@
-// Sums of products of bfloat16 with VDPBF16PS (AVX-512 BF16), and threads that share work: what cpu_product.cc
-// and cpu_attention.cc are made of.
+// Sums of products of bfloat16, and threads that share work: what cpu_product.cc and cpu_attention.cc are made of.
 //
-// The weights are read in stripes of kWidth outputs. As it is read, a stripe is interleaved the way VDPBF16PS
-// wants it (two consecutive inputs beside each other), multiplied with the first kMostRows rows in registers,
-// and kept as a panel for the rest. A single row is multiplied as it is read. Sums run over the inputs in order
-// whatever the number of rows, so that a row's result does not depend on its neighbours; only a single row times
-// w [outputs, inputs] is summed otherwise.
+// The weights are read in stripes of kWidth outputs, interleaved (two consecutive inputs beside each other) the way
+// the instructions want them, and kept as panels while they are multiplied with block after block of rows: by tiles
+// (cpu_tiles.h) or, where the machine has none, by vectors with VDPBF16PS, the first block as the weights are read.
+// A single row is multiplied as it is read. Sums run over the inputs in order whatever the number of rows, so that
+// a row's result does not depend on its neighbours; only a single row's sums are in another order than several
+// rows' by tiles, or times w [outputs, inputs].
 
 #pragma once
 
@@ -23,15 +23,15 @@
 #include <utility>
 #include <vector>
 
+#include "cpu_tiles.h"
 #include "xla/ffi/api/ffi.h"
 
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace {
 
-constexpr int64_t kWidth = 32;           // outputs of a stripe: two vectors of float32
-constexpr int kMostRows = 12;            // at once: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
-constexpr int64_t kFewRows = 64;         // up to which the weights are what takes time, not the sums
+constexpr int64_t kWidth = 32;  // outputs of a stripe: two vectors or tiles of float32
+constexpr int kMostRows = 12;   // by vectors: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 
 struct Product {
   const uint16_t* x;  // [rows, inputs], rows x_stride apart
@@ -39,18 +39,42 @@ struct Product {
   float* out;         // [rows, outputs], rows out_stride apart
   int64_t rows, inputs, outputs, x_stride, out_stride;
   bool transposed;
-  bool add = false;  // to what `out` holds; not for a single row that is transposed
+  bool tiles;                   // multiply several rows by tiles
+  bool add = false;             // to what `out` holds; not for a single row that is transposed
+  uint16_t* rounded = nullptr;  // in place of `out`, the result in bfloat16 [rows, outputs]
+  int64_t out_begin = 0;        // the output that the rows of `out` begin with
 
-  // A panel's inputs, and the outputs whose panels are packed before the next rows are looked at. With few rows
-  // a panel of 16 KiB stays in the first-level cache and the weights flow; with many, 512 KiB stay in the
-  // second and x flows. Rows of w [outputs, inputs] are read whole.
-  int64_t depth() const { return rows <= kFewRows && !transposed ? 256 : 1024; }
-  int64_t group() const { return kWidth * (rows <= kFewRows ? 1 : 8); }
+  float* sums(int64_t output) const { return out + output - out_begin; }
+};
+
+// How many weights are packed at a time, and with how many rows they are multiplied in one go.
+struct Blocking {
+  int64_t rows, inputs, outputs;
+
+  explicit Blocking(const Product& p) {
+    // With few rows it is the weights that take time, with many the sums. Rows of w [outputs, inputs] are read whole.
+    const bool few = p.rows <= (p.tiles ? 512 : 64);
+    inputs = few && !p.transposed ? 256 : 1024;
+    if (p.tiles) {
+      rows = kMostTileRows;
+      outputs = (1 << 18) / inputs;  // panels of 512 KiB stay in the second-level cache
+    } else {
+      // A panel of 16 KiB stays in the first-level cache and the weights flow; or 512 KiB stay in the second and x
+      // flows.
+      rows = kMostRows;
+      outputs = kWidth * (few ? 1 : 8);
+    }
+  }
 };
 
 // The first n of 32 (or 16) lanes.
 inline uint32_t Lanes32(int64_t n) { return n >= 32 ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1; }
 inline uint16_t Lanes16(int64_t n) { return static_cast<uint16_t>(Lanes32(std::min<int64_t>(n, 16))); }
+
+// The length of a panel of `depth` inputs, which ends with zeros, and the distance of panels: not a power of two,
+// which would put the same line of all of them in one place of the cache.
+constexpr int64_t Padded(int64_t depth) { return (depth + 31) / 32 * 32; }
+constexpr int64_t PanelStride(int64_t depth) { return Padded(depth) + 2; }
 
 // panel[p][n] = (w[first + n, k + 2p], w[first + n, k + 2p + 1]) for w [outputs, inputs]: squares of 16
 // outputs by 16 pairs of inputs are transposed.
@@ -91,8 +115,7 @@ AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, 
         b[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
         b[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
       }
-      const int64_t pairs = depth - i < 32 ? (depth - i) / 2 : 16;
-      for (int64_t n = 0; n < pairs; ++n) panel[i + 2 * n + half] = b[n];
+      for (int64_t n = 0; n < 16; ++n) panel[i + 2 * n + half] = b[n];
     }
   }
 }
@@ -112,19 +135,18 @@ AVX512_BF16 inline __m512bh Broadcast(const uint16_t* x) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
 }
 
-// Adds x[row .. row + kRows, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
+// Adds the first kRows of x[:, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
 // Takes the weights from the panel or, to pack it, from w [inputs, outputs]:
 // panel[p][n] = (w[k + 2p, first + n], w[k + 2p + 1, first + n]).
 template <int kRows, bool kPack>
-AVX512_BF16 void Multiply(const Product& p, int64_t row, int64_t k, int64_t depth, int64_t first,
-                          __m512i* panel) {
+AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, __m512i* panel) {
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
   const __mmask32 lanes = Lanes32(p.outputs - first);
   const __mmask16 low = Lanes16(p.outputs - first), high = Lanes16(p.outputs - first - 16);
   const bool keep = p.rows > kRows;
   const uint16_t* w = p.w + k * p.outputs + first;
-  const uint16_t* x = p.x + row * p.x_stride + k;
-  float* out = p.out + row * p.out_stride + first;
+  const uint16_t* x = p.x + k;
+  float* out = p.sums(first);
   const bool add = k || p.add;
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
@@ -164,7 +186,32 @@ AVX512_BF16 void Multiply(const Product& p, int64_t row, int64_t k, int64_t dept
   }
 }
 
-using MultiplyRows = void (*)(const Product&, int64_t, int64_t, int64_t, int64_t, __m512i*);
+// The panels of outputs begin .. end, for w [inputs, outputs]: as in Multiply, but whole rows of w are read, which
+// processors fetch ahead of themselves.
+AVX512_BF16 inline void PackRows(const Product& p, int64_t k, int64_t depth, int64_t begin, int64_t end,
+                                 __m512i* panels) {
+  const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
+  for (int64_t i = 0; i < depth; i += 2) {
+    const uint16_t* even = p.w + (k + i) * p.outputs;
+    const uint16_t* odd = even + p.outputs;
+    const int64_t ahead = 8 * p.outputs;
+    __m512i* panel = panels + i;
+    for (int64_t first = begin; first < end; first += kWidth, panel += PanelStride(depth)) {
+      _mm_prefetch(reinterpret_cast<const char*>(even + ahead + first), _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(odd + ahead + first), _MM_HINT_T1);
+      const __mmask32 lanes = Lanes32(p.outputs - first);
+      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + first);
+      const __m512i b = _mm512_maskz_loadu_epi16(lanes, odd + first);
+      panel[0] = _mm512_permutex2var_epi16(a, pairs_low, b);
+      panel[1] = _mm512_permutex2var_epi16(a, pairs_high, b);
+    }
+  }
+  for (int64_t first = begin; first < end; first += kWidth, panels += PanelStride(depth)) {
+    std::fill(panels + depth, panels + Padded(depth), _mm512_setzero_si512());
+  }
+}
+
+using MultiplyRows = void (*)(const Product&, int64_t, int64_t, int64_t, __m512i*);
 template <bool kPack, int... kRows>
 constexpr std::array<MultiplyRows, kMostRows> Table(std::integer_sequence<int, kRows...>) {
   return {Multiply<kRows + 1, kPack>...};
@@ -185,8 +232,9 @@ AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end
       const __mmask32 lanes = Lanes32(p.outputs - first);
       const __mmask16 low = Lanes16(p.outputs - first), high = Lanes16(p.outputs - first - 16);
       const bool add = k || p.add;
-      __m512 sums0 = add ? _mm512_maskz_loadu_ps(low, p.out + first) : _mm512_setzero_ps();
-      __m512 sums1 = add ? _mm512_maskz_loadu_ps(high, p.out + first + 16) : _mm512_setzero_ps();
+      float* out = p.sums(first);
+      __m512 sums0 = add ? _mm512_maskz_loadu_ps(low, out) : _mm512_setzero_ps();
+      __m512 sums1 = add ? _mm512_maskz_loadu_ps(high, out + 16) : _mm512_setzero_ps();
       const uint16_t* even = p.w + k * p.outputs + first;
 #pragma GCC unroll 4
       for (int i = 0; i < kPairs; ++i) {
@@ -201,8 +249,8 @@ AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end
         sums1 = _mm512_dpbf16_ps(sums1, x[i], reinterpret_cast<__m512bh>(w1));
         even = odd + p.outputs;
       }
-      _mm512_mask_storeu_ps(p.out + first, low, sums0);
-      _mm512_mask_storeu_ps(p.out + first + 16, high, sums1);
+      _mm512_mask_storeu_ps(out, low, sums0);
+      _mm512_mask_storeu_ps(out + 16, high, sums1);
     }
   }
 }
@@ -223,34 +271,85 @@ AVX512_BF16 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
         sums[i] = _mm512_dpbf16_ps(sums[i], reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
       }
     }
-    p.out[output] = _mm512_reduce_add_ps((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    *p.sums(output) = _mm512_reduce_add_ps((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
 }
 
-// All rows of outputs begin .. end.
-inline void MultiplyOutputs(const Product& p, int64_t begin, int64_t end) {
-  if (p.rows == 1) return p.transposed ? DotRow(p, begin, end) : MultiplyRow(p, begin, end);
-  struct alignas(64) Vector {
-    uint16_t values[32];
+// Sums of rows x outputs, rounded to bfloat16.
+AVX512_BF16 inline void Round(const float* sums, int64_t sums_stride, int64_t rows, int64_t outputs, uint16_t* out,
+                              int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < outputs; i += 16) {
+      const __mmask16 lanes = Lanes16(outputs - i);
+      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, sums + r * sums_stride + i));
+      _mm256_mask_storeu_epi16(out + r * out_stride + i, lanes, reinterpret_cast<__m256i>(rounded));
+    }
+  }
+}
+
+// Memory for this thread's use until it asks again for the same purpose.
+enum class Use { kPanels, kSums };
+template <Use>
+void* Scratch(int64_t bytes) {
+  struct alignas(64) Line {
+    char bytes[64];
   };
-  thread_local std::vector<Vector> panels;
-  panels.resize(p.depth() * p.group() / kWidth);
-  const int64_t blocks = (p.rows + kMostRows - 1) / kMostRows;
-  for (int64_t k = 0; k < p.inputs; k += p.depth()) {
-    const int64_t depth = std::min(p.depth(), p.inputs - k);
-    for (int64_t group = begin; group < end; group += p.group()) {
+  thread_local std::vector<Line> lines;
+  lines.resize(std::max<size_t>(lines.size(), (bytes + 63) / 64));
+  return lines.data();
+}
+
+// Several rows of outputs begin .. end.
+inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, int64_t begin, int64_t end) {
+  const int64_t panel_bytes = PanelStride(most.inputs) * most.outputs / kWidth * 64;
+  __m512i* const panels = static_cast<__m512i*>(Scratch<Use::kPanels>(panel_bytes));
+  const int64_t blocks = (p.rows + most.rows - 1) / most.rows;
+  Tiles tiles;
+  for (int64_t k = 0; k < p.inputs; k += most.inputs) {
+    const int64_t depth = std::min(most.inputs, p.inputs - k);
+    for (int64_t group = begin; group < end; group += most.outputs) {
+      const int64_t group_end = std::min(group + most.outputs, end);
+      if (p.tiles && !p.transposed) PackRows(p, k, depth, group, group_end, panels);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = p.rows * block / blocks, rows = p.rows * (block + 1) / blocks - row;
-        __m512i* panel = reinterpret_cast<__m512i*>(panels.data());
-        for (int64_t first = group; first < std::min(group + p.group(), end); first += kWidth) {
+        Product part = p;
+        part.x += row * p.x_stride;
+        part.out += once ? 0 : row * p.out_stride;
+        __m512i* panel = panels;
+        for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
           const bool pack = block == 0;
           if (pack && p.transposed) PackColumns(p, k, depth, first, panel);
-          (pack && !p.transposed ? kPackAndMultiply : kMultiply)[rows - 1](p, row, k, depth, first, panel);
-          panel += depth;
+          if (p.tiles) {
+            const int64_t outputs = std::min(kWidth, p.outputs - first);
+            tiles.Multiply(part.x + k, p.x_stride, rows, depth, panel, part.sums(first), p.out_stride, outputs,
+                           k || p.add);
+          } else {
+            (pack && !p.transposed ? kPackAndMultiply : kMultiply)[rows - 1](part, k, depth, first, panel);
+          }
+        }
+        if (p.rounded && k + depth == p.inputs) {
+          Round(part.sums(group), p.out_stride, rows, std::min(group_end, p.outputs) - group,
+                p.rounded + row * p.outputs + group, p.outputs);
         }
       }
     }
   }
+}
+
+// All rows of outputs begin .. end, begin a multiple of kWidth.
+inline void MultiplyOutputs(Product p, int64_t begin, int64_t end) {
+  const Blocking most(p);
+  const bool once = p.rounded && p.inputs <= most.inputs;  // a block's sums are rounded before the next one's begin
+  if (p.rounded) {
+    p.out_stride = (end - begin + kWidth - 1) / kWidth * kWidth;
+    p.out_begin = begin;
+    const int64_t rows = once ? std::min(p.rows, most.rows) : p.rows;
+    p.out = static_cast<float*>(Scratch<Use::kSums>(rows * p.out_stride * sizeof(float)));
+  }
+  if (p.rows > 1) return MultiplyBlocks(p, most, once, begin, end);
+  p.transposed ? DotRow(p, begin, end) : MultiplyRow(p, begin, end);
+  end = std::min(end, p.outputs);
+  if (p.rounded) Round(p.sums(begin), 0, 1, end - begin, p.rounded + begin, 0);
 }
 
 // Work that threads share piece by piece. Whoever is free claims the next piece, so the caller never waits for a

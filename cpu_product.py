@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib.util
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,24 @@ from jax import Array
 _TARGET = "qwen2_cpu_product"
 
 
+def _library() -> ctypes.CDLL | None:
+    spec = importlib.util.find_spec("_cpu_product")
+    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this machine multiplies several rows by tiles (AMX: Intel Xeons since Sapphire Rapids)."""
+    library = _library()
+    return library is not None and bool(library.CpuTilesSupported())
+
+
 @functools.cache
 def why_not() -> str:
     """Why this machine cannot run ``cpu_product`` and ``cpu_attention``; empty where it can."""
-    spec = importlib.util.find_spec("_cpu_product")
-    if spec is None or spec.origin is None:
+    library = _library()
+    if library is None:
         return "it was not compiled when this package was installed, which needs a C++20 compiler"
-    library = ctypes.CDLL(spec.origin)
     if not library.CpuProductSupported():
         return "this CPU has no AVX-512 BF16 instructions"
     for target, handler in ((_TARGET, library.CpuProduct), ("qwen2_cpu_attention", library.CpuAttention)):
@@ -33,29 +45,35 @@ def why_not() -> str:
     return ""
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def cpu_product(x: Array, weights: Array, transposed: bool) -> Array:
-    """x [..., rows, in] times weights [..., in, out] or, transposed, [..., out, in]; bfloat16 to float32.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def cpu_product(x: Array, weights: Array, transposed: bool, dtype: Any = jnp.float32) -> Array:
+    """x [..., rows, in] times weights [..., in, out] or, transposed, [..., out, in], in bfloat16.
 
     Sums run over ``in``, an even number, in order and in float32, with denormals taken as zero; a row's bits
-    do not depend on how many rows there are (transposed, if there are at least two). Leading axes are those
-    of as many separate products.
+    do not depend on how many rows there are, if at least two. Leading axes are those of as many separate
+    products. The result is float32 or, rounded, bfloat16.
     """
     *leading, rows, inputs = x.shape
     outputs = weights.shape[-2 if transposed else -1]
-    out = jax.ShapeDtypeStruct((math.prod(leading), rows, outputs), jnp.float32)
+    out = jax.ShapeDtypeStruct((math.prod(leading), rows, outputs), dtype)
     call = jax.ffi.ffi_call(_TARGET, out, vmap_method="sequential")
     product = call(
-        x.reshape(-1, rows, inputs), weights.reshape(-1, *weights.shape[-2:]), transposed=transposed
+        x.reshape(-1, rows, inputs),
+        weights.reshape(-1, *weights.shape[-2:]),
+        transposed=transposed,
+        tiles=has_tiles(),
     )
     return product.reshape(*leading, rows, outputs)
 
 
 @cpu_product.defjvp
-def _(transposed: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _(
+    transposed: bool, dtype: Any, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     def dot(x: Array, weights: Array) -> Array:
         weights = weights.swapaxes(-1, -2) if transposed else weights
         return jnp.matmul(x, weights, preferred_element_type=jnp.float32)
 
     (x, weights), (dx, dweights) = primals, tangents
-    return cpu_product(x, weights, transposed), dot(dx, weights) + dot(x, dweights)
+    tangent = dot(dx, weights) + dot(x, dweights)
+    return cpu_product(x, weights, transposed, dtype), tangent.astype(dtype)

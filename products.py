@@ -62,15 +62,15 @@ def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
 
 def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
     """``x @ kernel + bias`` in x's dtype: x [..., in], kernel [in, out], bias [out]."""
-    out = _product(x, kernel, contract=0)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
+    if bias is None:
+        return _product(x, kernel, 0, x.dtype)
+    out = _product(x, kernel, 0, jnp.float32) + bias.astype(jnp.float32)
     return out.astype(x.dtype)
 
 
 def logits_f32(x: Array, kernel: Array, *, tied: bool) -> Array:
     """Float32 logits of x [..., hidden]; kernel [hidden, vocab] or, tied, the embedding [vocab, hidden]."""
-    return _product(x, kernel, contract=1 if tied else 0)
+    return _product(x, kernel, 1 if tied else 0, jnp.float32)
 
 
 def embed(token_ids: Array, table: Array) -> Array:
@@ -79,23 +79,27 @@ def embed(token_ids: Array, table: Array) -> Array:
     return table.at[token_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def _product(x: Array, weights: Array, contract: int) -> Array:
-    """x [..., in] times a weight matrix along its axis ``contract``; float32 [..., out]."""
+def _product(x: Array, weights: Array, contract: int, dtype: Any) -> Array:
+    """x [..., in] times a weight matrix along its axis ``contract``, summed in float32; dtype [..., out]."""
 
     def plain(x: Array, weights: Array) -> Array:
         dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
         precision = _precision(x, weights)
-        return lax.dot_general(x, weights, dimensions, precision, preferred_element_type=jnp.float32)
+        out = lax.dot_general(x, weights, dimensions, precision, preferred_element_type=jnp.float32)
+        return out.astype(dtype)
 
     def our_own(x: Array, weights: Array) -> Array:
-        rows = cpu_product(x.reshape(-1, x.shape[-1]), weights, contract == 1)
+        rows = cpu_product(x.reshape(-1, x.shape[-1]), weights, contract == 1, dtype)
         return rows.reshape(*x.shape[:-1], -1)
+
+    def by_slices(x: Array, weights: Array) -> Array:
+        return _row_by_slices(x, weights, contract).astype(dtype)
 
     cpu = plain
     if is_for_our_own(x, weights):
         cpu = our_own
     elif math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
-        cpu = functools.partial(_row_by_slices, contract=contract)
+        cpu = by_slices
     return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
 
 

@@ -10,7 +10,7 @@ setup(
         Extension(
             "_cpu_product",
             ["cpu_product.cc", "cpu_attention.cc"],
-            depends=["cpu_kernels.h"],
+            depends=["cpu_kernels.h", "cpu_tiles.h"],
             include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
             extra_compile_args=["-std=c++20", "-O3"],
             language="c++",

@@ -35,6 +35,21 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+@pytest.fixture(params=["vectors", "tiles"])
+def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways in which our kernels for CPU multiply; what is traced before keeps its own."""
+    import cpu_attention
+    import cpu_product
+
+    if why := cpu_product.why_not():
+        pytest.skip(f"no kernel of our own here: {why}")
+    if request.param == "tiles" and not cpu_product.has_tiles():
+        pytest.skip("this CPU has no AMX")
+    for module in (cpu_product, cpu_attention):
+        monkeypatch.setattr(module, "has_tiles", lambda: request.param == "tiles")
+    return request.param
+
+
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner fails the test when it reads the weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,12 @@ import numpy as np
 import pytest
 
 from attention import attend_two_part
-from cpu_product import why_not
 from kvcache_utils import ARCache, KVCache, PrefillCache
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu" or bool(why_not()), reason=f"no kernel of our own here: {why_not()}"
-)
-attend = jax.jit(attend_two_part, static_argnums=2)
+
+@pytest.fixture
+def attend(cpu_kernels: str) -> Any:
+    return jax.jit(lambda *a: attend_two_part(*a), static_argnums=2)
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -85,13 +85,13 @@ def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
         ([7], [0], 50),  # more steps than the ring holds: the last 32
     ],
 )
-def test_it_is_the_softmax_over_what_is_valid(lengths, starts, index: int, heads: int):
+def test_it_is_the_softmax_over_what_is_valid(attend: Any, lengths, starts, index: int, heads: int):
     cache, q, layer = cache_of(lengths, starts, index), normal(len(starts), heads, 64), 1
     got = np.asarray(attend(q, cache, layer), np.float64)
     np.testing.assert_allclose(got, exact(q, cache, layer), atol=0.02, rtol=2**-7)
 
 
-def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fill_a_vector():
+def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fill_a_vector(attend: Any):
     for dim in (7, 6, 50):
         cache = cache_of([9], [0], 4, dim=dim)
         cache = jax.tree.map(lambda a: jnp.nan_to_num(a) if a.dtype == jnp.bfloat16 else a, cache)
@@ -102,19 +102,20 @@ def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fil
         assert used == (dim % 2 == 0)
 
 
-def test_a_stacked_cache_gives_what_a_layer_s_own_gives():
+def test_a_stacked_cache_gives_what_a_layer_s_own_gives(attend: Any):
     cache, q = cache_of([5, 40], [2, 0], 9), normal(2, 14, 64)
     prefill, ar = cache.prefill, cache.ar
     stacked = KVCache(
         dataclasses.replace(prefill, k=jnp.array(prefill.k), v=jnp.array(prefill.v)),
         dataclasses.replace(ar, k=jnp.array(ar.k), v=jnp.array(ar.v)),
     )
+    traced = jax.jit(lambda *a: attend_two_part(*a))
     for layer in (0, 1):
-        got = jax.jit(attend_two_part)(q, stacked, jnp.int32(layer))
+        got = traced(q, stacked, jnp.int32(layer))
         np.testing.assert_array_equal(got, attend(q, cache, layer))
 
 
-def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours():
+def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours(attend: Any):
     prompt, own = [normal(1, 2, 40, 64) for _ in range(2)], [normal(2, 21, 64) for _ in range(2)]
     q = normal(3, 14, 64)
 
@@ -137,7 +138,7 @@ def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours
         np.testing.assert_array_equal(of(row, start), expected)
 
 
-def test_a_key_that_is_not_a_number_shows():
+def test_a_key_that_is_not_a_number_shows(attend: Any):
     cache, q = cache_of([40], [0], 3), normal(1, 14, 64)
     k = cache.prefill.k[0].at[0, 0, 11, 5].set(jnp.nan)
     poisoned = KVCache(PrefillCache((k, k), cache.prefill.v, cache.prefill.length), cache.ar)

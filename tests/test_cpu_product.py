@@ -30,10 +30,13 @@ def exact(x: np.ndarray, weights: np.ndarray, transposed: bool = False) -> np.nd
     return x.astype(np.float64) @ weights.astype(np.float64)
 
 
-product = jax.jit(cpu_product, static_argnums=2)
+@pytest.fixture
+def product(cpu_kernels: str) -> Any:
+    return jax.jit(lambda *a: cpu_product(*a), static_argnums=(2, 3))
 
-# A single row, few and many, in blocks of 12; panels of one pair of inputs, of 256 and of 1024, whole and
-# not; stripes of 32 outputs, their halves, chunks and groups, whole and not.
+
+# A single row, few and many, in blocks of 12 or 32; panels of one pair of inputs, of 256 and of 1024, whole
+# and not; stripes of 32 outputs, their halves, chunks and groups, whole and not.
 SHAPES = [
     (1, 2, 1),
     (1, 896, 33),
@@ -45,46 +48,53 @@ SHAPES = [
     (25, 512, 17),
     (64, 300, 96),
     (65, 2050, 290),
+    (600, 1090, 288),
     (150, 96, 1),
 ]
 
 
-@needs_kernel
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SHAPES)
-def test_results_are_float32_sums_of_exact_products(rows: int, inputs: int, outputs: int, transposed: bool):
+def test_results_are_float32_sums_of_exact_products(
+    product: Any, rows: int, inputs: int, outputs: int, transposed: bool
+):
     x, weights = normal(rows, inputs), normal(*((inputs, outputs) if not transposed else (outputs, inputs)))
     got = np.asarray(product(x, weights, transposed))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, exact(x, weights, transposed), atol=1e-6 * inputs)
+    # Rounded, by a program of its own.
+    np.testing.assert_array_equal(product(x, weights, transposed, jnp.bfloat16), got.astype(jnp.bfloat16))
 
 
-@needs_kernel
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_row_has_the_same_bits_among_any_number_of_others(transposed: bool):
+def test_a_row_has_the_same_bits_among_any_number_of_others(product: Any, cpu_kernels: str, transposed: bool):
     x, weights = normal(80, 1100), normal(*((1100, 70) if not transposed else (70, 1100)))
     whole = np.asarray(product(x, weights, transposed))
     x_of_nan = x.copy()
     x_of_nan[3] = np.nan
     several = [slice(5, 7), slice(40, 53), slice(10, 75)]
-    for rows in several if transposed else [slice(0, 1), *several]:
+    alone = [] if transposed or cpu_kernels == "tiles" else [slice(0, 1)]
+    for rows in [*alone, *several]:
         np.testing.assert_array_equal(product(x[rows], weights, transposed), whole[rows])
     beside_nan = np.asarray(product(x_of_nan, weights, transposed))
     np.testing.assert_array_equal(np.delete(beside_nan, 3, 0), np.delete(whole, 3, 0))
     assert np.isnan(beside_nan[3]).all()
 
 
-@needs_kernel
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("leading", [(2, 3), (40, 2), (0,)])
-def test_leading_axes_are_those_of_separate_products(leading: tuple[int, ...], transposed: bool):
+def test_leading_axes_are_those_of_separate_products(
+    product: Any, leading: tuple[int, ...], transposed: bool
+):
     x, weights = normal(*leading, 7, 64), normal(*leading, *((33, 64) if transposed else (64, 33)))
     got = product(x, weights, transposed)
     assert got.shape == (*leading, 7, 33)
     np.testing.assert_allclose(got, exact(x, weights, transposed), atol=1e-4)
+    rounded = product(x, weights, transposed, jnp.bfloat16)
+    np.testing.assert_array_equal(rounded, np.asarray(got).astype(jnp.bfloat16))
 
 
-@needs_kernel
+@pytest.mark.usefixtures("cpu_kernels")
 def test_products_side_by_side_are_whole_when_they_return_and_do_not_wait_for_each_other():
     weights, xs = [normal(256, 4864) for _ in range(3)], normal(150, 5, 256)
     expected = [exact(xs, w) for w in weights]
@@ -94,8 +104,7 @@ def test_products_side_by_side_are_whole_when_they_return_and_do_not_wait_for_ea
             np.testing.assert_allclose(got, of_all[i], atol=1e-3)
 
 
-@needs_kernel
-def test_it_can_be_differentiated_and_mapped_as_a_dot_can():
+def test_it_can_be_differentiated_and_mapped_as_a_dot_can(product: Any):
     x, weights, upstream = normal(3, 4, 64), normal(3, 64, 32), normal(3, 4, 32).astype(np.float32)
 
     def loss(times: Any, x: Any, weights: Any) -> Any:
