@@ -6,7 +6,7 @@ of queries by block of queries, so that memory does not grow with the square of 
 future cost nothing. ``attend_two_part`` applies it to a decode step over the fixed cache, first the prompt's
 part and then the sequence's own, which are never concatenated; it costs what is valid and not what is
 allocated, and its temporaries do not grow with the cache. (Read whole, XLA on CPU copies each layer's cache
-every step at batch 1.) In bfloat16 on CPU, where the machine can run it, ``cpu_attention`` does it instead
+every step at batch 1.) In bfloat16 on CPU, where the machine can run it, ``cpu_attention`` does both instead
 and reads each sequence's keys where they lie.
 """
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from cpu_attention import cpu_attention
+from cpu_attention import cpu_attention, cpu_attention_causal
 from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from products import einsum_f32, is_for_our_own
 
@@ -56,6 +56,28 @@ def attend_causal(q: Array, k: Array, v: Array, key_valid: Array | None) -> Arra
     Returns:
         [B, tokens, heads, head_dim] in q's dtype.
     """
+    if not is_for_our_own(q, k):
+        return _causal_by_blocks(q, k, v, key_valid)
+    if key_valid is None:
+        key_valid = jnp.ones((k.shape[0], k.shape[2]), bool)
+    return lax.platform_dependent(q, k, v, key_valid, cpu=_causal_on_cpu, default=_causal_by_blocks)
+
+
+@jax.custom_jvp
+def _causal_on_cpu(q: Array, k: Array, v: Array, key_valid: Array) -> Array:
+    return cpu_attention_causal(q, k, v, key_valid)
+
+
+@_causal_on_cpu.defjvp
+def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    *activations, key_valid = primals
+    _, tangent = jax.jvp(
+        lambda q, k, v: _causal_by_blocks(q, k, v, key_valid), tuple(activations), tangents[:3]
+    )
+    return _causal_on_cpu(*primals), tangent
+
+
+def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> Array:
     batch, tokens, heads, head_dim = q.shape
     kv_heads, slots = k.shape[1:3]
     keys = min(_PREFILL_KEYS, slots)

@@ -1,9 +1,11 @@
-// Attention of a decode step on CPUs with AVX-512 BF16, as an XLA custom call (cpu_attention.py).
+// Attention on CPUs with AVX-512 BF16 or AMX, as XLA custom calls (cpu_attention.py).
 //
-// Each sequence's keys and values are read where they lie, as far as they are valid: its prompt's slots, then its
-// own steps around the ring. Scores, softmax and sums are made in that order and know nothing of the place in the
-// ring or of other rows. XLA copies each block of keys and values out of the cache first, and runs a dozen small
-// operations on it.
+// CpuAttention, a decode step: each sequence's keys and values are read where they lie, as far as they are valid:
+// its prompt's slots, then its own steps around the ring. Scores, softmax and sums are made in that order and know
+// nothing of the place in the ring or of other rows. XLA copies each block of keys and values out of the cache
+// first, and runs a dozen small operations on it.
+//
+// CpuCausalAttention, whole prompts: block after block of queries, whose scores stay in the cache.
 
 #include <cmath>
 #include <limits>
@@ -14,7 +16,8 @@
 namespace ffi = xla::ffi;
 
 using Heads = ffi::Buffer<ffi::BF16, 3>;
-using Cache = ffi::Buffer<ffi::BF16, 4>;
+using Cache = ffi::Buffer<ffi::BF16, 4>;  // and whole prompts
+using Mask = ffi::Buffer<ffi::PRED, 2>;
 using Indices = ffi::Buffer<ffi::S32, 1>;
 using Index = ffi::Buffer<ffi::S32, 0>;
 
@@ -69,8 +72,38 @@ AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16
   return _mm512_reduce_add_ps(sums);
 }
 
+// Adds weights, those of `slots` consecutive keys, times their values to the sums of p.
+void AddValues(Product p, const uint16_t* values, int64_t slots) {
+  p.w = values;
+  p.inputs = slots / 2 * 2;
+  MultiplyOutputs(p, 0, p.outputs);
+  if (slots % 2 == 0) return;
+  // Values are read in pairs: the last one's neighbour must not be.
+  thread_local std::vector<uint16_t> last;
+  last.assign(2 * (p.rows + p.outputs), 0);
+  uint16_t* pair = last.data() + 2 * p.rows;
+  std::copy_n(values + p.inputs * p.outputs, p.outputs, pair);
+  for (int64_t r = 0; r < p.rows; ++r) last[2 * r] = p.x[r * p.x_stride + p.inputs];
+  p.x = last.data();
+  p.w = pair;
+  p.inputs = p.x_stride = 2;
+  MultiplyOutputs(p, 0, p.outputs);
+}
+
+// Means of values, in bfloat16; zero where there was nothing to attend to.
+AVX512_BF16 void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
+  const __m512 by = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), total));
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __mmask16 lanes = Lanes16(dim - i);
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_div_ps(_mm512_maskz_loadu_ps(lanes, sums + i), by));
+    _mm256_mask_storeu_epi16(out + i, lanes, reinterpret_cast<__m256i>(rounded));
+  }
+}
+
+float ScaleOf(int64_t dim) { return 1 / std::sqrt(static_cast<float>(dim)); }
+
 // All queries of one sequence that share one head's keys.
-AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
+void Attend(const Attention& a, int64_t row, int64_t head) {
   const int64_t prompt = row / a.samples, rows = a.group, dim = a.dim;
   const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_slots * dim;
   const int64_t at_steps = ((a.layer * a.prompts * a.samples + row) * a.kv_heads + head) * a.ring * dim;
@@ -86,11 +119,10 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
   for (const Segment& segment : segments) keys += segment.slots;
 
   thread_local std::vector<float> scores, totals, sums;
-  thread_local std::vector<uint16_t> weights, last;
+  thread_local std::vector<uint16_t> weights;
   scores.resize(rows * keys);
   weights.resize(rows * keys);
   sums.assign(rows * dim, 0);
-  last.resize(2 * (rows + dim));
 
   Product p = {.x = a.q + (row * a.kv_heads + head) * rows * dim,
                .w = nullptr,
@@ -109,10 +141,9 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
     p.out += segment.slots;
   }
 
-  const float scale = 1 / std::sqrt(static_cast<float>(dim));
   totals.resize(rows);
   for (int64_t r = 0; r < rows; ++r) {
-    totals[r] = Softmax(scores.data() + r * keys, keys, scale, weights.data() + r * keys);
+    totals[r] = Softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
   }
 
   p = {.x = weights.data(),
@@ -127,36 +158,112 @@ AVX512_BF16 void Attend(const Attention& a, int64_t row, int64_t head) {
        .tiles = a.tiles,
        .add = true};
   for (const Segment& segment : segments) {
-    p.w = segment.v;
-    p.inputs = segment.slots / 2 * 2;
-    MultiplyOutputs(p, 0, dim);
-    if (segment.slots % 2) {  // values are read in pairs: the last one's neighbour must not be
-      uint16_t* pair = last.data() + 2 * rows;
-      std::copy_n(segment.v + p.inputs * dim, dim, pair);
-      std::fill_n(pair + dim, dim, uint16_t{0});
-      for (int64_t r = 0; r < rows; ++r) {
-        last[2 * r] = p.x[r * keys + p.inputs];
-        last[2 * r + 1] = 0;
-      }
-      Product one = p;
-      one.x = last.data();
-      one.w = pair;
-      one.inputs = one.x_stride = 2;
-      MultiplyOutputs(one, 0, dim);
-    }
+    AddValues(p, segment.v, segment.slots);
     p.x += segment.slots;
   }
-
   uint16_t* out = a.out + (row * a.kv_heads + head) * rows * dim;
+  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, out + r * dim);
+}
+
+// The last `tokens` of `slots`; each sees the valid slots up to its own.
+struct Causal {
+  const uint16_t *q, *k, *v;
+  const bool* valid;
+  uint16_t* out;
+  int64_t tokens, slots, kv_heads, group, dim;
+  bool tiles;
+
+  // Queries at once: more read the keys less often, fewer keep the scores in the cache.
+  int64_t block() const { return std::clamp<int64_t>((1 << 17) / (group * slots), 1, 32); }
+};
+
+// A block of one sequence's queries, those that share one head's keys.
+void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t first) {
+  const int64_t queries = std::min(a.block(), a.tokens - first), rows = queries * a.group, dim = a.dim;
+  const int64_t own_slot = a.slots - a.tokens + first;  // the first query's
+  const bool* valid = a.valid + sequence * a.slots;
+  int64_t keys = own_slot + queries;
+  while (keys > 0 && !valid[keys - 1]) --keys;
+  const bool holes = std::find(valid, valid + keys, false) != valid + keys;
+  const auto at = [&](int64_t row) {  // in q and out
+    const int64_t token = sequence * a.tokens + first + row / a.group;
+    return ((token * a.kv_heads + head) * a.group + row % a.group) * dim;
+  };
+
+  thread_local std::vector<float> scores, totals, sums;
+  thread_local std::vector<uint16_t> gathered, weights;
+  scores.resize(rows * keys);
+  weights.assign(rows * keys, 0);
+  gathered.resize(rows * dim);
+  sums.assign(rows * dim, 0);
+  totals.assign(rows, 0);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
+
+  const int64_t at_keys = (sequence * a.kv_heads + head) * a.slots * dim;
+  Product p = {.x = gathered.data(),
+               .w = a.k + at_keys,
+               .out = scores.data(),
+               .rows = rows,
+               .inputs = dim,
+               .outputs = keys,
+               .x_stride = dim,
+               .out_stride = keys,
+               .transposed = true,
+               .tiles = a.tiles};
+  MultiplyOutputs(p, 0, keys);
   for (int64_t r = 0; r < rows; ++r) {
-    const __m512 total = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), totals[r]));
-    for (int64_t i = 0; i < dim; i += 16) {
-      const __mmask16 lanes = Lanes16(dim - i);
-      const __m512 mean = _mm512_div_ps(_mm512_maskz_loadu_ps(lanes, sums.data() + r * dim + i), total);
-      const __m256bh rounded = _mm512_cvtneps_pbh(mean);
-      _mm256_mask_storeu_epi16(out + r * dim + i, lanes, reinterpret_cast<__m256i>(rounded));
+    const int64_t visible = std::min(keys, own_slot + r / a.group + 1);
+    float* row = scores.data() + r * keys;
+    if (holes) {
+      if (std::find(valid, valid + visible, true) == valid + visible) continue;  // nothing to see
+      for (int64_t key = 0; key < visible; ++key) {
+        if (!valid[key]) row[key] = -std::numeric_limits<float>::infinity();
+      }
     }
+    totals[r] = Softmax(row, visible, ScaleOf(dim), weights.data() + r * keys);
   }
+  p = {.x = weights.data(),
+       .w = nullptr,
+       .out = sums.data(),
+       .rows = rows,
+       .inputs = 0,
+       .outputs = dim,
+       .x_stride = keys,
+       .out_stride = dim,
+       .transposed = false,
+       .tiles = a.tiles,
+       .add = true};
+  AddValues(p, a.v + at_keys, keys);
+  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
+}
+
+ffi::Error RunCausal(ffi::ThreadPool pool, Cache q, Cache k, Cache v, Mask valid, ffi::Result<Cache> out,
+                     bool tiles) {
+  const auto queries = q.dimensions(), keys = k.dimensions(), mask = valid.dimensions();
+  const bool fits = keys[0] == queries[0] && keys[1] > 0 && queries[2] % keys[1] == 0 && keys[2] >= queries[1] &&
+                    keys[3] == queries[3] && queries[3] % 2 == 0 && v.dimensions() == keys &&
+                    mask[0] == keys[0] && mask[1] == keys[2] && out->dimensions() == queries;
+  if (!fits) return ffi::Error::InvalidArgument("cpu_attention_causal: shapes do not fit, or an odd head_dim");
+  if (q.element_count() == 0) return ffi::Error::Success();
+  const auto bits = [](const void* values) { return static_cast<const uint16_t*>(values); };
+  const Causal a = {.q = bits(q.untyped_data()),
+                    .k = bits(k.untyped_data()),
+                    .v = bits(v.untyped_data()),
+                    .valid = valid.typed_data(),
+                    .out = static_cast<uint16_t*>(out->untyped_data()),
+                    .tokens = queries[1],
+                    .slots = keys[2],
+                    .kv_heads = keys[1],
+                    .group = queries[2] / keys[1],
+                    .dim = queries[3],
+                    .tiles = tiles && MayUseTiles()};
+  const int64_t blocks = (a.tokens + a.block() - 1) / a.block(), heads = queries[0] * a.kv_heads;
+  const bool alone = heads * a.group * a.tokens * a.slots * a.dim < kAlone;
+  Share(pool, alone ? 1 : Threads(pool), heads * blocks, [=](int64_t i) {
+    const int64_t block = blocks - 1 - i / heads;  // the longest first
+    AttendCausally(a, i % heads / a.kv_heads, i % a.kv_heads, block * a.block());
+  });
+  return ffi::Error::Success();
 }
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
@@ -211,9 +318,23 @@ ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indi
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
 }
 
+ffi::Error RunCausal(ffi::ThreadPool, Cache, Cache, Cache, Mask, ffi::Result<Cache>, bool) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX-512 BF16");
+}
+
 }  // namespace
 
 #endif
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuCausalAttention, RunCausal,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Mask>()
+                                  .Ret<Cache>()
+                                  .Attr<bool>("tiles"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                               ffi::Ffi::Bind()

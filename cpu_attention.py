@@ -1,4 +1,4 @@
-"""Attention of a decode step on CPUs with AVX-512 BF16: cpu_attention.cc, compiled with ``cpu_product``."""
+"""Attention on CPUs with AVX-512 BF16: cpu_attention.cc, compiled with ``cpu_product``."""
 
 from __future__ import annotations
 
@@ -44,3 +44,11 @@ def cpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
         jnp.int32(0 if isinstance(ar.k, tuple) else layer),
         tiles=has_tiles(),
     )
+
+
+def cpu_attention_causal(q: Array, k: Array, v: Array, key_valid: Array) -> Array:
+    """``attention.attend_causal`` in bfloat16, head_dim even. Not differentiable."""
+    call = jax.ffi.ffi_call(
+        "qwen2_cpu_attention_causal", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
+    )
+    return call(q, k, v, key_valid, tiles=has_tiles())

@@ -102,6 +102,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuProduct, Run,
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("tiles"));
 
+// To be counted up with _INTERFACE in cpu_product.py when what the handlers take or give changes.
+extern "C" int CpuInterface() { return 2; }
+
 // Whether this machine can run CpuProduct and CpuAttention.
 extern "C" int CpuProductSupported() { return Supported(); }
 

@@ -1,8 +1,9 @@
 """Products of bfloat16 matrices on CPUs with AVX-512 BF16 (since Zen 4 and Cooper Lake): cpu_product.cc.
 
-It is compiled, with ``cpu_attention``, when the package is installed. Where no compiler was found, or the
-machine has no such instructions, ``why_not`` says so, and XLA is asked instead: the same sums, up to twice as
-slow.
+Several rows are multiplied by tiles where the machine has AMX (Intel Xeons since Sapphire Rapids), up to ten
+times as fast as by vectors. The kernels are compiled, with those of ``cpu_attention``, when the package is
+installed. Where no compiler was found, or the machine has no such instructions, ``why_not`` says so, and XLA
+is asked instead: the same sums, slower.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 _TARGET = "qwen2_cpu_product"
+_INTERFACE = 2  # of the handlers, as in cpu_product.cc: a library compiled before a change must not be called
 
 
 def _library() -> ctypes.CDLL | None:
@@ -26,23 +28,30 @@ def _library() -> ctypes.CDLL | None:
 
 
 @functools.cache
-def has_tiles() -> bool:
-    """Whether this machine multiplies several rows by tiles (AMX: Intel Xeons since Sapphire Rapids)."""
-    library = _library()
-    return library is not None and bool(library.CpuTilesSupported())
-
-
-@functools.cache
 def why_not() -> str:
     """Why this machine cannot run ``cpu_product`` and ``cpu_attention``; empty where it can."""
     library = _library()
     if library is None:
         return "it was not compiled when this package was installed, which needs a C++20 compiler"
+    if not hasattr(library, "CpuInterface") or library.CpuInterface() != _INTERFACE:
+        return "it was compiled from other sources than these; install the package again"
     if not library.CpuProductSupported():
         return "this CPU has no AVX-512 BF16 instructions"
-    for target, handler in ((_TARGET, library.CpuProduct), ("qwen2_cpu_attention", library.CpuAttention)):
+    handlers = {
+        _TARGET: library.CpuProduct,
+        "qwen2_cpu_attention": library.CpuAttention,
+        "qwen2_cpu_attention_causal": library.CpuCausalAttention,
+    }
+    for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")
     return ""
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this machine multiplies several rows by tiles (AMX: Intel Xeons since Sapphire Rapids)."""
+    library = _library()
+    return library is not None and not why_not() and bool(library.CpuTilesSupported())
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

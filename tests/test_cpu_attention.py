@@ -1,4 +1,4 @@
-"""Our own attention of a decode step: the valid keys alone, in a sequence's order, in float32."""
+"""Our own attention: the valid keys alone, in a sequence's order, in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import attend_two_part
+from attention import attend_causal, attend_two_part
 from kvcache_utils import ARCache, KVCache, PrefillCache
 
 
@@ -145,3 +145,68 @@ def test_a_key_that_is_not_a_number_shows(attend: Any):
     got = np.asarray(attend(q, poisoned, 0), np.float32)
     assert np.isnan(got[:, :7]).all()
     assert np.isfinite(got[:, 7:]).all()
+
+
+def exactly_causal(q: np.ndarray, k: np.ndarray, v: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """In float64, all scores at once."""
+    tokens, slots = q.shape[1], k.shape[2]
+    k, v = (np.repeat(part.astype(np.float64), q.shape[2] // k.shape[1], axis=1) for part in (k, v))
+    scores = np.einsum("bthd,bhsd->bhts", q.astype(np.float64), k) / np.sqrt(q.shape[3])
+    seen = np.tri(tokens, slots, slots - tokens, bool) & valid[:, None, None]
+    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return np.einsum("bhts,bhsd->bthd", weights, v)
+
+
+def some_valid(rows: int, slots: int) -> np.ndarray:
+    """All valid, padding on the right, padding on the left, holes; none."""
+    valid = np.ones((5, slots), bool)
+    valid[1, slots * 2 // 3 :] = False
+    valid[2, : slots // 3] = False
+    valid[3] = np.random.default_rng(slots).random(slots) < 0.5
+    valid[4] = False
+    return valid[:rows]
+
+
+@pytest.fixture
+def prompt(cpu_kernels: str) -> Any:
+    return jax.jit(lambda *a: attend_causal(*a))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(14, 2), (3, 3), (26, 2)])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (33, 33), (64, 64), (1, 70), (5, 70), (300, 301)])
+def test_of_a_prompt_it_is_the_softmax_over_the_valid_slots_up_to_each_one_s_own(
+    prompt: Any, tokens: int, slots: int, heads: int, kv_heads: int
+):
+    q, (k, v) = normal(5, tokens, heads, 64), (normal(5, kv_heads, slots, 64) + i for i in range(2))
+    valid = some_valid(5, slots)
+    k, v = (np.asarray(part, jnp.bfloat16) for part in (k, v))
+    got = np.asarray(prompt(q, k, v, valid), np.float64)
+    np.testing.assert_allclose(got, exactly_causal(q, k, v, valid), atol=0.02, rtol=2**-7)
+    np.testing.assert_array_equal(prompt(q, k, v, None)[0], got[0].astype(jnp.bfloat16))
+
+
+def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any):
+    """Neither in the sequence, nor as padding, nor in the rows beside it; only what is invalid is NaN."""
+    q, k, v = normal(2, 90, 14, 64), normal(2, 2, 90, 64), normal(2, 2, 90, 64)
+    valid = np.ones((2, 90), bool)
+    expected = np.asarray(prompt(q, k, v, valid))
+    valid[0, 41:] = False
+    for part in (k, v):
+        part[0, :, 41:] = np.nan
+        part[1, :, 70:] = 3
+    got = np.asarray(prompt(q, k, v, valid))
+    np.testing.assert_array_equal(got[0, :41], expected[0, :41])
+    np.testing.assert_array_equal(got[1, :70], expected[1, :70])
+    assert np.isfinite(got.astype(np.float32)).all()
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()
+
+
+def test_of_a_prompt_it_can_be_differentiated(prompt: Any):
+    q, k, v = normal(1, 20, 4, 8), normal(1, 2, 20, 8), normal(1, 2, 20, 8)
+
+    def tangent(*arrays: np.ndarray) -> Any:
+        return jax.jit(lambda *a: jax.jvp(lambda *b: prompt(*b, None), a, a)[1])(*arrays)
+
+    expected = tangent(*(a.astype(np.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(tangent(q, k, v).astype(np.float32), expected, atol=0.05)

@@ -167,3 +167,14 @@ def test_without_the_compiled_part_xla_multiplies_and_the_reason_is_a_sentence(m
     finally:
         monkeypatch.undo()
         module.why_not.cache_clear()
+
+
+@needs_kernel
+def test_a_library_compiled_from_older_sources_is_not_called(monkeypatch):
+    monkeypatch.setattr(module, "_INTERFACE", module._INTERFACE + 1)
+    module.why_not.cache_clear()
+    try:
+        assert "install the package again" in why_not()
+    finally:
+        monkeypatch.undo()
+        module.why_not.cache_clear()
