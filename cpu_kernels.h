@@ -31,6 +31,7 @@
 namespace {
 
 constexpr int64_t kWidth = 32;  // outputs of a stripe: two vectors or tiles of float32
+constexpr int64_t kTileDepth = 256;  // inputs at a time by tiles: 16 KiB of x stay in the first-level cache
 constexpr int kMostRows = 12;   // by vectors: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 
 struct Product {
@@ -315,16 +316,22 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
         Product part = p;
         part.x += row * p.x_stride;
         part.out += once ? 0 : row * p.out_stride;
-        __m512i* panel = panels;
-        for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
-          const bool pack = block == 0;
-          if (pack && p.transposed) PackColumns(p, k, depth, first, panel);
-          if (p.tiles) {
-            const int64_t outputs = std::min(kWidth, p.outputs - first);
-            tiles.Multiply(part.x + k, p.x_stride, rows, depth, panel, part.sums(first), p.out_stride, outputs,
-                           k || p.add);
-          } else {
-            (pack && !p.transposed ? kPackAndMultiply : kMultiply)[rows - 1](part, k, depth, first, panel);
+        if (p.tiles) {
+          for (int64_t first = group; p.transposed && block == 0 && first < group_end; first += kWidth) {
+            PackColumns(p, k, depth, first, panels + (first - group) / kWidth * PanelStride(depth));
+          }
+          for (int64_t i = 0; i < depth; i += kTileDepth) {
+            const __m512i* panel = panels + i;
+            for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
+              tiles.Multiply(part.x + k + i, p.x_stride, rows, std::min(kTileDepth, depth - i), panel, part.sums(first),
+                             p.out_stride, std::min(kWidth, p.outputs - first), k || i || p.add);
+            }
+          }
+        } else {
+          __m512i* panel = panels;
+          for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
+            if (p.transposed && block == 0) PackColumns(p, k, depth, first, panel);
+            (block == 0 && !p.transposed ? kPackAndMultiply : kMultiply)[rows - 1](part, k, depth, first, panel);
           }
         }
         if (p.rounded && k + depth == p.inputs) {
