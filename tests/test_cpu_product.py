@@ -82,6 +82,16 @@ def test_a_row_has_the_same_bits_among_any_number_of_others(product: Any, cpu_ke
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+def test_weights_of_an_earlier_product_do_not_reach_a_later_one(product: Any, transposed: bool):
+    """Panels are reused; those of fewer inputs end in what was there before."""
+    x = normal(5, 64)
+    shapes = [(32, n) if transposed else (n, 32) for n in (64, 34)]
+    for _ in range(5):  # on whichever thread
+        assert np.isnan(product(x, np.full(shapes[0], np.nan, jnp.bfloat16), transposed)).all()
+        assert np.isfinite(product(x[:, :34], normal(*shapes[1]), transposed)).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("leading", [(2, 3), (40, 2), (0,)])
 def test_leading_axes_are_those_of_separate_products(
     product: Any, leading: tuple[int, ...], transposed: bool
