@@ -74,11 +74,12 @@ AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16
 
 // Adds weights, those of `slots` consecutive keys, times their values to the sums of p.
 void AddValues(Product p, const uint16_t* values, int64_t slots) {
+  const bool pairs = p.rows == 1 || !p.tiles;  // whether values are read in pairs
   p.w = values;
-  p.inputs = slots / 2 * 2;
+  p.inputs = pairs ? slots / 2 * 2 : slots;
   MultiplyOutputs(p, 0, p.outputs);
-  if (slots % 2 == 0) return;
-  // Values are read in pairs: the last one's neighbour must not be.
+  if (p.inputs == slots) return;
+  // The last one's neighbour must not be read.
   thread_local std::vector<uint16_t> last;
   last.assign(2 * (p.rows + p.outputs), 0);
   uint16_t* pair = last.data() + 2 * p.rows;
@@ -157,10 +158,18 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
        .transposed = false,
        .tiles = a.tiles,
        .add = true};
-  for (const Segment& segment : segments) {
-    AddValues(p, segment.v, segment.slots);
-    p.x += segment.slots;
+  AddValues(p, segments[0].v, segments[0].slots);
+  p.x += segments[0].slots;
+  // The steps' values as one, wherever the ring ends: tiles sum blocks of them.
+  const uint16_t* values = segments[1].v;
+  if (segments[2].slots) {
+    thread_local std::vector<uint16_t> unrolled;
+    unrolled.resize(steps * dim);
+    std::copy_n(segments[1].v, before_end * dim, unrolled.data());
+    std::copy_n(segments[2].v, (steps - before_end) * dim, unrolled.data() + before_end * dim);
+    values = unrolled.data();
   }
+  AddValues(p, values, steps);
   uint16_t* out = a.out + (row * a.kv_heads + head) * rows * dim;
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, out + r * dim);
 }

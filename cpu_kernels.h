@@ -5,7 +5,8 @@
 // (cpu_tiles.h) or, where the machine has none, by vectors with VDPBF16PS, the first block as the weights are read.
 // A single row is multiplied as it is read. Sums run over the inputs in order whatever the number of rows, so that
 // a row's result does not depend on its neighbours; only a single row's sums are in another order than several
-// rows' by tiles, or times w [outputs, inputs].
+// rows' by tiles, or times w [outputs, inputs]. Tiles sum 32 inputs in a way of their own (the even and the odd ones
+// apart), so what is to have the same bits has to begin a product at the same place.
 
 #pragma once
 
@@ -188,7 +189,7 @@ AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t fi
 }
 
 // The panels of outputs begin .. end, for w [inputs, outputs]: as in Multiply, but whole rows of w are read, which
-// processors fetch ahead of themselves.
+// processors fetch ahead of themselves. `depth` may be odd; the last input's neighbour is zero.
 AVX512_BF16 inline void PackRows(const Product& p, int64_t k, int64_t depth, int64_t begin, int64_t end,
                                  __m512i* panels) {
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
@@ -202,13 +203,13 @@ AVX512_BF16 inline void PackRows(const Product& p, int64_t k, int64_t depth, int
       _mm_prefetch(reinterpret_cast<const char*>(odd + ahead + first), _MM_HINT_T1);
       const __mmask32 lanes = Lanes32(p.outputs - first);
       const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + first);
-      const __m512i b = _mm512_maskz_loadu_epi16(lanes, odd + first);
+      const __m512i b = _mm512_maskz_loadu_epi16(i + 1 < depth ? lanes : 0, odd + first);
       panel[0] = _mm512_permutex2var_epi16(a, pairs_low, b);
       panel[1] = _mm512_permutex2var_epi16(a, pairs_high, b);
     }
   }
   for (int64_t first = begin; first < end; first += kWidth, panels += PanelStride(depth)) {
-    std::fill(panels + depth, panels + Padded(depth), _mm512_setzero_si512());
+    std::fill(panels + (depth + 1) / 2 * 2, panels + Padded(depth), _mm512_setzero_si512());
   }
 }
 

@@ -115,26 +115,30 @@ def test_a_stacked_cache_gives_what_a_layer_s_own_gives(attend: Any):
         np.testing.assert_array_equal(got, attend(q, cache, layer))
 
 
-def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours(attend: Any):
-    prompt, own = [normal(1, 2, 40, 64) for _ in range(2)], [normal(2, 21, 64) for _ in range(2)]
-    q = normal(3, 14, 64)
+@pytest.mark.parametrize("steps", [21, 100, 111])
+def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours(attend: Any, steps: int):
+    ring, (prompt, own) = (
+        128,
+        [[normal(*shape) for _ in range(2)] for shape in ((1, 2, 40, 128), (2, steps, 128))],
+    )
+    q = normal(3, 120, 128)  # of many outputs one is off: rounding hides most differences
 
     def of(row: int, start: int) -> np.ndarray:
-        """The sequence in ``row`` since ``start``, 21 steps long, beside others of NaN."""
-        ring = [np.full((3, 2, 32, 64), np.nan, jnp.bfloat16) for _ in range(2)]
-        for buffer, values in zip(ring, own, strict=True):
-            for step in range(21):
-                buffer[row, :, (start + step) % 32] = values[:, step]
+        """The sequence in ``row`` since ``start``, beside others of NaN."""
+        buffers = [np.full((3, 2, ring, 128), np.nan, jnp.bfloat16) for _ in range(2)]
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer[row][:, (start + np.arange(steps)) % ring] = values
         k, v = ((jnp.asarray(np.repeat(part, 3, 0)),) for part in prompt)
         prefill = PrefillCache(k, v, jnp.array([33, 33, 33], jnp.int32))
         starts = jnp.array([start if b == row else 0 for b in range(3)], jnp.int32)
-        ar = ARCache((jnp.asarray(ring[0]),), (jnp.asarray(ring[1]),), jnp.int32(start + 20), starts)
+        k, v = ((jnp.asarray(buffer),) for buffer in buffers)
+        ar = ARCache(k, v, jnp.int32(start + steps - 1), starts)
         queries = np.stack([q[0] if b == row else q[b] for b in range(3)])
         return np.asarray(attend(queries, KVCache(prefill, ar), 0))[row]
 
     expected = of(0, 0)
     assert np.isfinite(expected.astype(np.float32)).all()
-    for row, start in ((1, 0), (2, 16), (0, 48), (1, 96)):
+    for row, start in ((1, 0), (2, 16), (0, 48), (1, 96), (2, 112)):
         np.testing.assert_array_equal(of(row, start), expected)
 
 
@@ -186,20 +190,23 @@ def test_of_a_prompt_it_is_the_softmax_over_the_valid_slots_up_to_each_one_s_own
     np.testing.assert_array_equal(prompt(q, k, v, None)[0], got[0].astype(jnp.bfloat16))
 
 
-def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any):
+@pytest.mark.parametrize(("width", "length"), [(90, 41), (350, 202), (700, 601)])
+def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any, width: int, length: int):
     """Neither in the sequence, nor as padding, nor in the rows beside it; only what is invalid is NaN."""
-    q, k, v = normal(2, 90, 14, 64), normal(2, 2, 90, 64), normal(2, 2, 90, 64)
-    valid = np.ones((2, 90), bool)
+    q, k, v = normal(2, width, 14, 64), normal(2, 2, width, 64), normal(2, 2, width, 64)
+    valid = np.ones((2, width), bool)
     expected = np.asarray(prompt(q, k, v, valid))
-    valid[0, 41:] = False
+    valid[0, length:] = False
     for part in (k, v):
-        part[0, :, 41:] = np.nan
+        part[0, :, length:] = np.nan
         part[1, :, 70:] = 3
     got = np.asarray(prompt(q, k, v, valid))
-    np.testing.assert_array_equal(got[0, :41], expected[0, :41])
+    np.testing.assert_array_equal(got[0, :length], expected[0, :length])
     np.testing.assert_array_equal(got[1, :70], expected[1, :70])
     assert np.isfinite(got.astype(np.float32)).all()
     assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()
+    narrow = [a[:, :length] if a is q else a[:, :, :length] for a in (q, k, v)]
+    np.testing.assert_array_equal(prompt(*narrow, None)[0], got[0, :length])
 
 
 def test_of_a_prompt_it_can_be_differentiated(prompt: Any):
