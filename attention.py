@@ -118,28 +118,28 @@ def attend_two_part(q: Array, cache: KVCache, layer: int | Array) -> Array:
     Returns:
         [B, heads, head_dim] in q's dtype.
     """
-
-    def by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
-        batch, _, head_dim = q.shape
-        prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
-        kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
-        by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
-        by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
-        partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
-        partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
-        partial = _accumulate_steps(partial, by_row, cache.ar, layer)
-        return partial.attended.reshape(q.shape).astype(q.dtype)
-
     if not is_for_our_own(q, jax.tree.leaves(cache.ar.k)[0]):
-        return by_blocks(q, cache, layer)
+        return _two_part_by_blocks(q, cache, layer)
     static = isinstance(layer, int)
     return lax.platform_dependent(
         q,
         cache,
         jnp.int32(layer),
         cpu=lambda q, cache, traced: cpu_attention(q, cache, layer if static else traced),
-        default=lambda q, cache, traced: by_blocks(q, cache, layer if static else traced),
+        default=lambda q, cache, traced: _two_part_by_blocks(q, cache, layer if static else traced),
     )
+
+
+def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
+    batch, _, head_dim = q.shape
+    prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
+    kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
+    by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
+    by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
+    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
+    partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
+    partial = _accumulate_steps(partial, by_row, cache.ar, layer)
+    return partial.attended.reshape(q.shape).astype(q.dtype)
 
 
 def _accumulate_prompt(

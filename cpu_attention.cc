@@ -72,6 +72,37 @@ AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16
   return _mm512_reduce_add_ps(sums);
 }
 
+// Scores of `rows` queries: q [rows, dim] times keys [keys, dim], whose place is still to be said.
+Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float>& scores, int64_t keys, bool tiles) {
+  scores.resize(rows * keys);
+  return {.x = q,
+          .w = nullptr,
+          .out = scores.data(),
+          .rows = rows,
+          .inputs = dim,
+          .outputs = keys,
+          .x_stride = dim,
+          .out_stride = keys,
+          .transposed = true,
+          .tiles = tiles};
+}
+
+// Sums of weights [rows, keys] times values [keys, dim], to be added to by AddValues.
+Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<float>& sums, int64_t dim, bool tiles) {
+  sums.assign(rows * dim, 0);
+  return {.x = weights,
+          .w = nullptr,
+          .out = sums.data(),
+          .rows = rows,
+          .inputs = 0,
+          .outputs = dim,
+          .x_stride = keys,
+          .out_stride = dim,
+          .transposed = false,
+          .tiles = tiles,
+          .add = true};
+}
+
 // Adds weights, those of `slots` consecutive keys, times their values to the sums of p.
 void AddValues(Product p, const uint16_t* values, int64_t slots) {
   const bool pairs = p.rows == 1 || !p.tiles;  // whether values are read in pairs
@@ -121,20 +152,9 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
 
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> weights;
-  scores.resize(rows * keys);
   weights.resize(rows * keys);
-  sums.assign(rows * dim, 0);
-
-  Product p = {.x = a.q + (row * a.kv_heads + head) * rows * dim,
-               .w = nullptr,
-               .out = scores.data(),
-               .rows = rows,
-               .inputs = dim,
-               .outputs = 0,
-               .x_stride = dim,
-               .out_stride = keys,
-               .transposed = true,
-               .tiles = a.tiles};
+  const int64_t at_heads = (row * a.kv_heads + head) * rows * dim;  // in q and out
+  Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.tiles);
   for (const Segment& segment : segments) {
     p.w = segment.k;
     p.outputs = segment.slots;
@@ -147,17 +167,7 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
     totals[r] = Softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
   }
 
-  p = {.x = weights.data(),
-       .w = nullptr,
-       .out = sums.data(),
-       .rows = rows,
-       .inputs = 0,
-       .outputs = dim,
-       .x_stride = keys,
-       .out_stride = dim,
-       .transposed = false,
-       .tiles = a.tiles,
-       .add = true};
+  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
   AddValues(p, segments[0].v, segments[0].slots);
   p.x += segments[0].slots;
   // The steps' values as one, wherever the ring ends: tiles sum blocks of them.
@@ -170,8 +180,7 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
     values = unrolled.data();
   }
   AddValues(p, values, steps);
-  uint16_t* out = a.out + (row * a.kv_heads + head) * rows * dim;
-  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, out + r * dim);
+  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
 }
 
 // The last `tokens` of `slots`; each sees the valid slots up to its own.
@@ -201,24 +210,14 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
 
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> gathered, weights;
-  scores.resize(rows * keys);
   weights.assign(rows * keys, 0);
   gathered.resize(rows * dim);
-  sums.assign(rows * dim, 0);
   totals.assign(rows, 0);
   for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
 
   const int64_t at_keys = (sequence * a.kv_heads + head) * a.slots * dim;
-  Product p = {.x = gathered.data(),
-               .w = a.k + at_keys,
-               .out = scores.data(),
-               .rows = rows,
-               .inputs = dim,
-               .outputs = keys,
-               .x_stride = dim,
-               .out_stride = keys,
-               .transposed = true,
-               .tiles = a.tiles};
+  Product p = ScoresOf(gathered.data(), rows, dim, scores, keys, a.tiles);
+  p.w = a.k + at_keys;
   MultiplyOutputs(p, 0, keys);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t visible = std::min(keys, own_slot + r / a.group + 1);
@@ -231,17 +230,7 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
     }
     totals[r] = Softmax(row, visible, ScaleOf(dim), weights.data() + r * keys);
   }
-  p = {.x = weights.data(),
-       .w = nullptr,
-       .out = sums.data(),
-       .rows = rows,
-       .inputs = 0,
-       .outputs = dim,
-       .x_stride = keys,
-       .out_stride = dim,
-       .transposed = false,
-       .tiles = a.tiles,
-       .add = true};
+  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
   AddValues(p, a.v + at_keys, keys);
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
 }

@@ -31,9 +31,9 @@
 
 namespace {
 
-constexpr int64_t kWidth = 32;  // outputs of a stripe: two vectors or tiles of float32
+constexpr int64_t kWidth = 32;       // outputs of a stripe: two vectors or tiles of float32
 constexpr int64_t kTileDepth = 256;  // inputs at a time by tiles: 16 KiB of x stay in the first-level cache
-constexpr int kMostRows = 12;   // by vectors: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
+constexpr int kMostRows = 12;        // by vectors: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 
 struct Product {
   const uint16_t* x;  // [rows, inputs], rows x_stride apart

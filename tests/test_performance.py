@@ -208,7 +208,15 @@ def test_one_compilation_a_bucket_whatever_the_values(compilations: list[str]):
     assert len(compilations) == second
 
 
-# --- Long prompts ---
+# --- Prompts ---
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+def test_rotary_angles_are_computed_once_and_not_in_every_layer():
+    model, params = abstract_model(SMALL.config(), SMALL.extract)
+    prefill = lower_generate(model, params, GenerateShape(2, 64, 8))[0].compile(compiler_options())
+    text: Any = prefill.as_text()
+    assert len(re.findall(r" cosine\(", text)) == len(re.findall(r" sine\(", text)) == 1
 
 
 @pytest.mark.parametrize(
