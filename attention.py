@@ -163,7 +163,7 @@ def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: i
     Where rows begin at different times, blocks are summed in pieces of ``begin_every`` steps, merged in their
     order; one that holds nothing of a row's sequence changes not a bit of that row. So neither the place in
     the ring nor the rows beside it show in what a sequence computes, if the ring's capacity is a multiple of
-    a piece. (Pieces cost a little everywhere, and on TPU a copy of all values at each call.)
+    a piece.
     """
     capacity = part.capacity
     keys = min(DECODE_KEYS, capacity)
@@ -234,13 +234,38 @@ def _merge(
         peaks.append(jnp.maximum(peaks[-1], own_peak))
     weights = jnp.exp(scores - jnp.stack(peaks[1:], axis=-1)[..., None])
     totals = jnp.unstack(weights.sum(-1), axis=-1)
-    v = v.reshape(*v.shape[:2], pieces, -1, v.shape[-1])
-    sums = einsum_f32("rqkgpl,rkpld->prqkgd", weights.astype(v.dtype), v)
+    sums = _sums_of_pieces(weights.astype(v.dtype), v)
     total, weighted = partial.total, partial.weighted
     for before, peak, own_total, own_sum in zip(peaks, peaks[1:], totals, sums, strict=False):
         kept = jnp.exp(before - peak)
         total, weighted = total * kept + own_total, weighted * kept[..., None] + own_sum
     return PartialSoftmax(peaks[-1], total, weighted)
+
+
+def _sums_of_pieces(weights: Array, v: Array) -> Array:
+    """The sums of a block's values, of each of its pieces alone.
+
+    Args:
+        weights: [rows, queries, kv_heads, G, pieces, keys].
+        v: [rows, kv_heads, pieces x keys, head_dim].
+
+    Returns:
+        [pieces, rows, queries, kv_heads, G, head_dim] float32.
+    """
+    return lax.platform_dependent(weights, v, tpu=_sums_by_masks, default=_sums_by_cuts)
+
+
+def _sums_by_cuts(weights: Array, v: Array) -> Array:
+    v = v.reshape(*v.shape[:2], weights.shape[4], -1, v.shape[-1])
+    return einsum_f32("rqkgpl,rkpld->prqkgd", weights, v)
+
+
+def _sums_by_masks(weights: Array, v: Array) -> Array:
+    # A TPU has the slots in its lanes. To cut them, it would lay out all values anew, in twice the memory;
+    # the zeros cost it nothing, in rows of its matrix unit that stayed empty.
+    own = jnp.eye(weights.shape[4], dtype=weights.dtype)[:, :, None]
+    spread = (weights[..., None, :, :] * own).reshape(*weights.shape[:-1], -1)
+    return einsum_f32("rqkgpl,rkld->prqkgd", spread, v)
 
 
 def _nothing(q: Array) -> PartialSoftmax:

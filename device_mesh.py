@@ -12,6 +12,10 @@ belong. What does not divide is whole on each device, and ``Layout.describe`` sa
 and so every captured row, is whole on every device.
 
 The weights' place decides: ``layout_of`` reads it off them, and everything else follows.
+
+A TPU keeps two axes of an array in tiles of 8 x 128, padded. Which two, XLA would choose by the sizes alone,
+and where the loop wants others, copy the whole cache or all activations on the way in and out (17 MB a task
+at batch 128, 28 MB at 100, beside 45 MB of buffers). So those of a loop's state are given, by ``axes_of``.
 """
 
 from __future__ import annotations
@@ -24,16 +28,26 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import layout as xla_layout
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from qwen2_config import QwenConfig
 
 DATA, MODEL = "data", "model"
+_LANES = 128  # of a TPU: what its minor axis is padded to
 
-# Arrays of a program, named by what their axes are; "rows" are sequences or prompts.
-WHOLE = PartitionSpec()
-ROWS = PartitionSpec("rows")
-ACTIVATIONS = PartitionSpec(None, None, "rows")  # [layers, tokens, rows, hidden]
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What the axes of an array of a program are, and their order in a TPU's memory."""
+
+    names: PartitionSpec  # "rows" are sequences or prompts
+    tpu_order: tuple[int, ...] | None = None  # from major to minor; XLA's choice by default
+
+
+WHOLE = Axes(PartitionSpec())
+ROWS = Axes(PartitionSpec("rows"))
+ACTIVATIONS = Axes(PartitionSpec(None, None, "rows"))  # [layers, tokens, rows, hidden]
 
 # What the axes of a weight are, by its module and its own name; all others are whole on each device.
 _WEIGHTS: dict[tuple[str, ...], tuple[str | None, ...]] = {
@@ -46,13 +60,6 @@ _WEIGHTS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("up_proj", "kernel"): (None, "mlp"),
     ("down_proj", "kernel"): ("mlp", None),
 }
-# What the axes of a loop's state are, by the name of the field; those of all others are rows.
-_STATE = {
-    "k": PartitionSpec("rows", "heads"),
-    "v": PartitionSpec("rows", "heads"),
-    "index": WHOLE,
-    "activations": ACTIVATIONS,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Layout:
 
     mesh: Mesh | None = None
     split: frozenset[str] = frozenset()  # of "heads", "mlp", "vocab"
+    chip: SingleDeviceSharding | None = None  # the one device, if it is a TPU
 
     @property
     def groups(self) -> int:
@@ -94,30 +102,28 @@ class Layout:
 
         Args:
             function: traced with the sizes of one group.
-            in_axes, out_axes: ``PartitionSpec`` of named axes, or pytrees of them, one for each argument and
-                each result; of weights WHOLE.
+            in_axes, out_axes: ``Axes``, or pytrees of them, one for each argument and each result; of weights
+                WHOLE.
         """
+        places = _map_axes(self._place, out_axes)
         if self.mesh is None:
-            return jax.jit(function, donate_argnums=donate_argnums)
+            return jax.jit(function, donate_argnums=donate_argnums, out_shardings=places)
         by_group = jax.shard_map(
             function,
             mesh=self.mesh,
             axis_names={DATA},
-            in_specs=_map_axes(lambda axes: self._spec(axes, (DATA,)), in_axes),
-            out_specs=_map_axes(lambda axes: self._spec(axes, (DATA,)), out_axes),
+            in_specs=_map_axes(lambda axes: self._spec(axes.names, (DATA,)), in_axes),
+            out_specs=_map_axes(lambda axes: self._spec(axes.names, (DATA,)), out_axes),
             check_vma=False,
         )
-        places = _map_axes(self._sharding, out_axes)
         return jax.jit(by_group, donate_argnums=donate_argnums, out_shardings=places)
 
-    def struct(self, shape: tuple[int, ...], dtype: Any, axes: PartitionSpec = WHOLE) -> jax.ShapeDtypeStruct:
+    def struct(self, shape: tuple[int, ...], dtype: Any, axes: Axes = WHOLE) -> jax.ShapeDtypeStruct:
         """An argument of ``jit``'s function, over all groups; ``shape`` is that of one group."""
-        if self.mesh is None:
-            return jax.ShapeDtypeStruct(shape, dtype)
         sizes = list(shape)
-        if "rows" in axes:
-            sizes[axes.index("rows")] *= self.groups
-        return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=self._sharding(axes))
+        if "rows" in axes.names:
+            sizes[axes.names.index("rows")] *= self.groups
+        return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=self._place(axes))
 
     def structs(self, state: Any) -> Any:
         """``struct`` of a whole loop state."""
@@ -151,6 +157,13 @@ class Layout:
         assert self.mesh is not None
         return NamedSharding(self.mesh, self._spec(axes))
 
+    def _place(self, axes: Axes) -> Any:
+        """On which devices and, on TPUs, in which order; None: on the default device."""
+        sharding = self.chip if self.mesh is None else self._sharding(axes.names)
+        if axes.tpu_order is None or not _is_tpu(sharding):
+            return sharding
+        return xla_layout.Format(xla_layout.Layout(axes.tpu_order), sharding)
+
 
 def make_layout(
     config: QwenConfig, mesh_shape: tuple[int, int], devices: Sequence[Any] | None = None
@@ -182,19 +195,41 @@ def layout_of(config: QwenConfig, params: Any) -> Layout:
     sharding = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (DATA, MODEL):
         return _layout(config, sharding.mesh)  # pyright: ignore[reportArgumentType]
+    if isinstance(sharding, SingleDeviceSharding) and _is_tpu(sharding):
+        return Layout(chip=sharding)
     return Layout()
 
 
 def axes_of(state: Any) -> Any:
-    """The named axes of a loop's state, a pytree of dataclasses, as ``Layout.jit`` takes them."""
+    """The axes of a loop's state, a pytree of dataclasses, as ``Layout.jit`` takes them.
 
-    def axes(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    Args:
+        state: with the shapes of one group.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> Axes:
         field = next(key.name for key in reversed(path) if hasattr(key, "name"))
-        of_field = _STATE.get(field, ROWS)
-        stacked = field in ("k", "v") and len(leaf.shape) == 5  # [layers, rows, kv_heads, slots, head_dim]
-        return PartitionSpec(None, *of_field) if stacked else of_field
+        if field in ("k", "v"):
+            return _axes_of_cache(leaf.shape)
+        if field == "activations":
+            # The last two are tiled. A single row would be padded to two; its tokens are not.
+            order = (0, 1, 2, 3) if leaf.shape[2] > 1 else (0, 2, 1, 3)
+            return dataclasses.replace(ACTIVATIONS, tpu_order=order)
+        return WHOLE if field == "index" else ROWS
 
     return jax.tree_util.tree_map_with_path(axes, state)
+
+
+def _axes_of_cache(shape: tuple[int, ...]) -> Axes:
+    """Of keys or values, [rows, kv_heads, slots, head_dim], with an axis of layers before them if stacked."""
+    *major, slots, head_dim = range(len(shape))
+    minor = (slots, head_dim) if shape[-1] % _LANES == 0 else (head_dim, slots)
+    stacked = (None,) * (len(shape) - 4)
+    return Axes(PartitionSpec(*stacked, "rows", "heads"), (*major, *minor))
+
+
+def _is_tpu(sharding: Sharding | None) -> bool:
+    return sharding is not None and next(iter(sharding.device_set)).platform == "tpu"
 
 
 def bytes_on_device(leaf: Any) -> int:
@@ -218,5 +253,5 @@ def _parts(config: QwenConfig) -> dict[str, tuple[str, int, str]]:
     }
 
 
-def _map_axes(function: Callable[[PartitionSpec], Any], axes: Any) -> Any:
-    return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, PartitionSpec))
+def _map_axes(function: Callable[[Axes], Any], axes: Any) -> Any:
+    return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, Axes))
