@@ -7,7 +7,7 @@ future cost nothing. ``attend_two_part`` applies it to a decode step over the fi
 part and then the sequence's own, which are never concatenated; it costs what is valid and not what is
 allocated, and its temporaries do not grow with the cache. (Read whole, XLA on CPU copies each layer's cache
 every step at batch 1.) In bfloat16 on CPU, where the machine can run it, ``cpu_attention`` does both instead
-and reads each sequence's keys where they lie.
+and reads each sequence's keys where they lie; on GPUs ``gpu_attention`` does the decode step without a loop.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from cpu_attention import cpu_attention, cpu_attention_causal
+from gpu_attention import gpu_attention
 from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from products import einsum_f32, is_for_our_own
 
@@ -118,16 +119,16 @@ def attend_two_part(q: Array, cache: KVCache, layer: int | Array) -> Array:
     Returns:
         [B, heads, head_dim] in q's dtype.
     """
-    if not is_for_our_own(q, jax.tree.leaves(cache.ar.k)[0]):
-        return _two_part_by_blocks(q, cache, layer)
+    forms = {"cuda": gpu_attention, "rocm": gpu_attention, "default": _two_part_by_blocks}
+    if is_for_our_own(q, jax.tree.leaves(cache.ar.k)[0]):
+        forms["cpu"] = cpu_attention
     static = isinstance(layer, int)
-    return lax.platform_dependent(
-        q,
-        cache,
-        jnp.int32(layer),
-        cpu=lambda q, cache, traced: cpu_attention(q, cache, layer if static else traced),
-        default=lambda q, cache, traced: _two_part_by_blocks(q, cache, layer if static else traced),
-    )
+
+    def of_layer(form: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda q, cache, traced: form(q, cache, layer if static else traced)
+
+    forms = {platform: of_layer(form) for platform, form in forms.items()}
+    return lax.platform_dependent(q, cache, jnp.int32(layer), **forms)
 
 
 def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import attention
 from attention import attend_causal, attend_two_part
+from gpu_attention import gpu_attention
 from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
 from window_loop import STEP_PIECE
 
@@ -96,7 +97,18 @@ def test_the_scores_of_a_block_of_queries_keep_to_their_limit(bytes_per_query: i
 
 # --- One decode step over the two parts ---------------------------------------------------------------------
 
-attend = jax.jit(attend_two_part, static_argnums=2)
+Attend = Callable[[Any, KVCache, int], jax.Array]
+
+
+def of_tpus(q: Any, cache: KVCache, layer: int) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_sums_of_pieces", attention._sums_by_masks)
+        return attend_two_part(q, cache, layer)
+
+
+# What the forms are for, their compilers show: test_performance, benchmarks/gpu_program.py.
+FORMS = [jax.jit(form, static_argnums=2) for form in (attend_two_part, of_tpus, gpu_attention)]
+IN_EACH_FORM = pytest.mark.parametrize("attend", FORMS, ids=["blocks", "of TPUs", "of GPUs"])
 
 
 def zeros(config: KVCacheConfig) -> Any:
@@ -154,7 +166,9 @@ def stacked(part: Any) -> Any:
     return dataclasses.replace(part, k=np.stack(part.k), v=np.stack(part.v))
 
 
-def check(config: KVCacheConfig, heads: int, lengths: list[int], index: int) -> tuple[np.ndarray, KVCache]:
+def check(
+    attend: Attend, config: KVCacheConfig, heads: int, lengths: list[int], index: int
+) -> tuple[np.ndarray, KVCache]:
     rng = np.random.default_rng(0)
     cache = filled_cache(rng, config, np.array(lengths), index, GARBAGE)
     q = normal(rng, config.batch_size, heads, HEAD_DIM)
@@ -168,23 +182,27 @@ def sizes(prefill: int, decode: int, prompts: int = 3, samples: int = 1, kv_head
     return KVCacheConfig(2, kv_heads, HEAD_DIM, prefill, decode, prompts, samples)
 
 
+@IN_EACH_FORM
 @pytest.mark.parametrize("index", [0, 126, 127, 128, 129, 255, 256, 299])
-def test_the_decode_part_up_to_the_index_at_the_borders_of_blocks(index: int):
-    check(sizes(300, 300), 4, [1, 17, 40], index)
+def test_the_decode_part_up_to_the_index_at_the_borders_of_blocks(index: int, attend: Attend):
+    check(attend, sizes(300, 300), 4, [1, 17, 40], index)
 
 
+@IN_EACH_FORM
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 300])
-def test_ragged_prompts_at_the_borders_of_blocks(length: int):
-    check(sizes(300, 300), 4, [length, 1, 300], 7)
+def test_ragged_prompts_at_the_borders_of_blocks(length: int, attend: Attend):
+    check(attend, sizes(300, 300), 4, [length, 1, 300], 7)
 
 
+@IN_EACH_FORM
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
-def test_samples_of_a_prompt_read_its_one_row(heads: int, kv_heads: int):
-    check(sizes(150, 140, prompts=2, samples=3, kv_heads=kv_heads), heads, [150, 33], 130)
+def test_samples_of_a_prompt_read_its_one_row(heads: int, kv_heads: int, attend: Attend):
+    check(attend, sizes(150, 140, prompts=2, samples=3, kv_heads=kv_heads), heads, [150, 33], 130)
 
 
-def test_a_stack_of_layers_gives_what_a_tuple_gives():
-    q, cache = check(sizes(300, 300), 4, [150, 33, 1], 130)
+@IN_EACH_FORM
+def test_a_stack_of_layers_gives_what_a_tuple_gives(attend: Attend):
+    q, cache = check(attend, sizes(300, 300), 4, [150, 33, 1], 130)
     stack = KVCache(stacked(cache.prefill), stacked(cache.ar))
     np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
 
@@ -192,18 +210,6 @@ def test_a_stack_of_layers_gives_what_a_tuple_gives():
 # --- The ring of decode steps -------------------------------------------------------------------------------
 
 PIECE = STEP_PIECE
-# TPUs have a form of their own. What it is for is asserted by their compiler, in test_performance.
-EACH_FORM = pytest.mark.parametrize("form", [attention._sums_by_cuts, attention._sums_by_masks])
-
-
-@functools.cache
-def attend_by(form: Callable) -> Callable:
-    def traced(q: Any, cache: KVCache, layer: int) -> jax.Array:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "_sums_of_pieces", form)
-            return attend_two_part(q, cache, layer)
-
-    return jax.jit(traced, static_argnums=2)
 
 
 def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
@@ -235,10 +241,10 @@ def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np
     return np.stack(out)
 
 
-@EACH_FORM
+@IN_EACH_FORM
 @pytest.mark.parametrize("capacity", [5, 100, 128, 300, 320])
 @pytest.mark.parametrize("laps", [0, 1, 2.5])
-def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float, form: Callable):
+def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float, attend: Attend):
     """At any step and capacity, whether or not they are multiples of anything."""
     index = int(capacity * laps) + capacity * 2 // 3
     ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
@@ -246,11 +252,11 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
     config = dataclasses.replace(sizes(1, capacity, prompts=5), begin_every=PIECE)
     cache = ring_of(config, starts, index, seed=4, filler=GARBAGE)
     q = normal(np.random.default_rng(5), 5, 4, HEAD_DIM)
-    out = attend_by(form)(q, cache, 0)
+    out = attend(q, cache, 0)
     np.testing.assert_allclose(out, expected_on_the_ring(q, cache, starts), atol=1e-5)
 
 
-@EACH_FORM
+@IN_EACH_FORM
 @settings(max_examples=25, deadline=None)
 @given(
     age=st.integers(0, 319),
@@ -259,7 +265,7 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
     filler=st.sampled_from([0.0, GARBAGE]),
 )
 def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
-    form: Callable, age: int, starts: list[int], mates: list[int], filler: float
+    attend: Attend, age: int, starts: list[int], mates: list[int], filler: float
 ):
     config = dataclasses.replace(sizes(1, 320, prompts=5), begin_every=PIECE)
     q = normal(np.random.default_rng(6), 5, 4, HEAD_DIM)
@@ -269,10 +275,11 @@ def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
         all_starts = [start, *(max(0, index - mate) // PIECE * PIECE for mate in of_mates)]
         all_starts = [max(s, index - 319) for s in all_starts]
         cache = ring_of(config, all_starts, index, seed=7, filler=filler)
-        outs.append(attend_by(form)(q, cache, 0))
+        outs.append(attend(q, cache, 0))
     np.testing.assert_array_equal(*(np.asarray(out)[0] for out in outs))
 
 
+@IN_EACH_FORM
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 150), min_size=2, max_size=2),
@@ -280,7 +287,7 @@ def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
     garbage=st.sampled_from([-GARBAGE, 0.0, 7.0, GARBAGE]),
 )
 def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
-    lengths: list[int], index: int, garbage: float
+    attend: Attend, lengths: list[int], index: int, garbage: float
 ):
     config = sizes(150, 140, prompts=2, samples=3)
     q = normal(np.random.default_rng(1), config.batch_size, 14, HEAD_DIM)
@@ -288,7 +295,7 @@ def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
         attend(q, filled_cache(np.random.default_rng(2), config, np.array(lengths), index, filler), 1)
         for filler in (garbage, 1.0)
     ]
-    np.testing.assert_array_equal(*outs)
+    np.testing.assert_array_equal(outs[0], outs[1])
 
 
 def test_what_padding_holds_changes_nothing_in_a_prompt():
