@@ -90,7 +90,7 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
     def read(start: Array) -> tuple[Array, Array]:
         return lax.dynamic_slice_in_dim(k, start, keys, 2), lax.dynamic_slice_in_dim(v, start, keys, 2)
 
-    def attend_block(start: int | Array, seen: int | Array) -> Array:
+    def attend_block(start: int | Array) -> Array:
         own_slot = slots - tokens + start + jnp.arange(block, dtype=jnp.int32)
 
         def visible(key_slots: Array) -> Array:
@@ -100,14 +100,13 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
             return causal & jnp.take(key_valid, key_slots, axis=1)[:, None]
 
         queries = lax.dynamic_slice_in_dim(padded, start, block, axis=1)
+        # Where it is known now how many blocks of keys there are, GPUs need not wait for it.
+        one = len(starts) == 1 or keys == slots
+        seen = slots if one else jnp.minimum(slots - tokens + start + block, slots)
         partial = _accumulate(_nothing(queries), queries, read, visible, keys, slots, seen)
         return partial.attended.astype(q.dtype)
 
-    if len(starts) == 1:
-        out = attend_block(0, slots)[None]  # a loop of known length, for which GPUs need not wait
-    else:
-        seen = jnp.minimum(slots - tokens + block + starts, slots)
-        out = lax.map(lambda of_block: attend_block(*of_block), (starts, seen))
+    out = attend_block(0)[None] if len(starts) == 1 else lax.map(attend_block, starts)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, len(starts) * block, heads, head_dim)
     return out[:, :tokens]
 
