@@ -6,15 +6,12 @@ waits for the device at each turn, some hundred times a token. Reading all of a 
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 from jax import Array, lax
 
 from kvcache_utils import KVCache, get_attention_kv
 from products import einsum_f32
 
-_BLOCK = 128  # keys summed alone where rows begin at different times
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
@@ -23,8 +20,7 @@ def gpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
     """``attention.attend_two_part`` without a loop; its arguments and result.
 
     Where rows begin at different times, each is summed in the order of its own steps, from a copy of its
-    values, in blocks: neither the place in the ring, nor the rows beside it, nor the capacity of either part
-    show in what a sequence computes, if the prompts' part is made of whole blocks.
+    values: neither the place in the ring nor the rows beside it show in what a sequence computes.
     """
     batch, _, head_dim = q.shape
     (prompt_k, prompt_v), (k, v) = (get_attention_kv(part, layer) for part in (cache.prefill, cache.ar))
@@ -48,39 +44,17 @@ def gpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
         written = cache.ar.index - (cache.ar.index - steps) % cache.ar.capacity
         scores = _masked(scores, head_dim, written >= cache.ar.start[:, None])
     else:
-        steps = jnp.arange(-(-cache.ar.capacity // _BLOCK) * _BLOCK, dtype=jnp.int32)  # of each row's own
-        slots = (cache.ar.start[:, None] + steps) % cache.ar.capacity
-        visible = (steps < cache.ar.capacity) & (steps <= cache.ar.tokens_read[:, None])
-        scores = _masked(jnp.take_along_axis(scores, slots[:, None, None], axis=-1), head_dim, visible)
+        slots = (cache.ar.start[:, None] + steps) % cache.ar.capacity  # of each row's own steps
+        scores = jnp.take_along_axis(scores, slots[:, None, None], axis=-1)
+        scores = _masked(scores, head_dim, steps <= cache.ar.tokens_read[:, None])
         v = jnp.take_along_axis(v, slots[:, None, :, None], axis=2)
     peak = jnp.maximum(jnp.maximum(prompt_scores.max(-1), scores.max(-1)), _LOWEST)[..., None]
-    block = None if cache.ar.begin_every is None else _BLOCK
     prompt_weights, weights = jnp.exp(prompt_scores - peak), jnp.exp(scores - peak)
-    total = _total(prompt_weights, block) + _total(weights, block)
-    attended = by_row(_weighted(by_prompt(prompt_weights), prompt_v, block)) + _weighted(weights, v, block)
+    total = prompt_weights.sum(-1) + weights.sum(-1)
+    attended = by_row(einsum_f32("rkgl,rkld->rkgd", by_prompt(prompt_weights.astype(v.dtype)), prompt_v))
+    attended = attended + einsum_f32("rkgl,rkld->rkgd", weights.astype(v.dtype), v)
     return (attended / jnp.maximum(total, _TINY)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
 def _masked(scores: Array, head_dim: int, visible: Array) -> Array:
     return jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-
-
-def _total(weights: Array, block: int | None) -> Array:
-    """The sums of weights [rows, kv_heads, G, keys], block by block in their order."""
-    return _in_order(_cut(weights, 3, block).sum(-1), axis=3)
-
-
-def _weighted(weights: Array, v: Array, block: int | None) -> Array:
-    """The sums of weights [rows, kv_heads, G, keys] times v [rows, kv_heads, keys, head_dim], likewise."""
-    weights, v = _cut(weights.astype(v.dtype), 3, block), _cut(v, 2, block)
-    return _in_order(einsum_f32("rkgbl,rkbld->rkbgd", weights, v), axis=2)
-
-
-def _cut(a: Array, axis: int, block: int | None) -> Array:
-    """``axis`` as two, of blocks and of what is in them; one block if it is not made of whole ones."""
-    blocks = a.shape[axis] // block if block and a.shape[axis] % block == 0 else 1
-    return a.reshape(*a.shape[:axis], blocks, -1, *a.shape[axis + 1 :])
-
-
-def _in_order(sums: Array, axis: int) -> Array:
-    return functools.reduce(jnp.add, jnp.unstack(sums, axis=axis))
