@@ -88,13 +88,14 @@ def test_the_order_of_the_state_in_memory_changes_nothing(
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_order_of_the_state_on_a_tpu(scan_layers: bool, rows: int):
-    """Tokens last in the cache, as a head of less than 128 would be padded; hidden last in activations."""
-    config = MODEL.config(scan_layers=scan_layers)
+@pytest.mark.parametrize(("rows", "head_dim"), [(1, 64), (3, 64), (3, 128)])
+def test_the_order_of_the_state_on_a_tpu(scan_layers: bool, rows: int, head_dim: int):
+    """Slots last in the cache, as a head of less than 128 would be padded; hidden last in activations."""
+    config = MODEL.config(scan_layers=scan_layers, hidden_size=MODEL.heads * head_dim)
     shape = GenerateShape(rows, 9, 24).cache_config(config)
     model = create_model_with_hooks(config, MODEL.extract)
     axes = axes_of(jax.eval_shape(lambda: empty_decode_state(model, shape)))
+    *major, slots, head = range(5 if scan_layers else 4)
     keys = axes.cache.ar.k if scan_layers else axes.cache.ar.k[0]
-    assert keys.tpu_order == ((0, 1, 2, 4, 3) if scan_layers else (0, 1, 3, 2))
+    assert keys.tpu_order == (*major, *((slots, head) if head_dim == 128 else (head, slots)))
     assert axes.activations.tpu_order == ((0, 2, 1, 3) if rows == 1 else (0, 1, 2, 3))
