@@ -10,7 +10,7 @@ the others are done), 2 bad usage.
 
 from __future__ import annotations
 
-from run_signals import EXIT_RESUMABLE, STOPPED, StopRequest, end_on_signals
+from arc_runner.signals import EXIT_RESUMABLE, STOPPED, StopRequest, end_on_signals
 
 if __name__ == "__main__":
     end_on_signals()  # here, as the other imports take seconds
@@ -41,14 +41,16 @@ from activation_store import (
     hook_name,
     sequence_key,
 )
-from arc_tasks import ArcFormatError, ArcTask, load_tasks
-from qwen2_jax import CheckpointError, QwenConfig
-from qwen2_weights import check_checkpoint, checkpoint_fingerprint, resolve_file
-from run_calls import make_calls
-from run_claims import Claims
-from run_continuous import make_continuously
-from run_generation import Clock, Generator, keep_programs
-from run_inputs import (
+from arc_puzzles.tasks import ArcFormatError, ArcTask, load_tasks
+from arc_runner.cluster.claims import Claims
+from arc_runner.cluster.membership import ClusterError, Place, find_place
+from arc_runner.cluster.merge import answer_once, forget_figures, gather_figures, leave_figures, merge_figures
+from arc_runner.cluster.shared_files import SharedFiles
+from arc_runner.cluster.work import Alone, Shared, Work
+from arc_runner.continuous_loop import make_continuously
+from arc_runner.loaded_model import Clock, Generator, keep_programs
+from arc_runner.options import RunOptions, UsageError, parse_options
+from arc_runner.preflight import (
     check_places,
     choose_devices,
     eos_token_ids,
@@ -56,13 +58,11 @@ from run_inputs import (
     load_tokenizer,
     say_defaults,
 )
-from run_merge import answer_once, forget_figures, gather_figures, leave_figures, merge_figures
-from run_options import RunOptions, UsageError, parse_options
-from run_plan import Keyed, Prompt, build_prompts, plan_calls
-from run_processes import ClusterError, Place, find_place
-from run_report import Report, failure_entries, report_path, write_answers
-from run_shared_files import SharedFiles
-from run_work import Alone, Shared, Work
+from arc_runner.report import Report, failure_entries, report_path, write_answers
+from arc_runner.task_loop import make_calls
+from arc_runner.workload import Keyed, Prompt, build_prompts, plan_calls
+from qwen2_core.weights import check_checkpoint, checkpoint_fingerprint, resolve_file
+from qwen2_jax import CheckpointError, QwenConfig
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_USAGE = 0, 1, 2
 _TOKENIZER_FILES = (

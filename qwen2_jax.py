@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from attention import attend_causal, attend_two_part
 from kvcache_utils import (
     KVCache,
     PrefillCache,
@@ -32,9 +31,10 @@ from kvcache_utils import (
     update_kv_cache_ar,
     write_prefill_cache,
 )
-from products import embed, linear, logits_f32
-from qwen2_config import CheckpointError, QwenConfig
-from qwen2_weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
+from qwen2_core.config import CheckpointError, QwenConfig
+from qwen2_core.kernels.attention import attend_causal, attend_two_part
+from qwen2_core.kernels.matmul import embed, linear, logits_f32
+from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
 __all__ = [
     "CheckpointError",

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from qwen2_config import QwenConfig
+from qwen2_core.config import QwenConfig
 from qwen2_jax import QwenModel
 
 FIXED_EXTRACT_LAYERS = tuple(range(10, 24))

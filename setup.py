@@ -5,12 +5,14 @@ from pathlib import Path
 import jaxlib
 from setuptools import Extension, setup
 
+SOURCES = "qwen2_core/kernels/cpu/csrc"
+
 setup(
     ext_modules=[
         Extension(
-            "_cpu_product",
-            ["cpu_product.cc", "cpu_attention.cc"],
-            depends=["cpu_kernels.h", "cpu_tiles.h"],
+            "qwen2_core.kernels.cpu._kernels",
+            [f"{SOURCES}/matmul.cc", f"{SOURCES}/attention.cc"],
+            depends=[f"{SOURCES}/kernels.h", f"{SOURCES}/amx_tiles.h"],
             include_dirs=[str(Path(jaxlib.__file__).parent / "include")],
             extra_compile_args=["-std=c++20", "-O3"],
             language="c++",

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import jax
 
+from arc_runner.data import EXAMPLE_MODEL
+from arc_runner.options import RunOptions
 from benchmarks.machine import describe
 from distributed_kv_cached_inference import EXIT_DONE, run
-from run_options import RunOptions
 
 ROOT = Path(__file__).parent.parent
 LEGS = (True, False)  # with capture, without
@@ -48,7 +49,7 @@ def leg(options: RunOptions) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what capturing and storing costs.")
-    parser.add_argument("--checkpoint", default=str(ROOT / "examples" / "tiny-qwen2"))
+    parser.add_argument("--checkpoint", default=str(EXAMPLE_MODEL))
     parser.add_argument("--generation", default="task", choices=["task", "continuous"])
     parser.add_argument("--puzzles", type=int, default=2, help="batches of 8 sequences in a leg")
     parser.add_argument("--tokens", type=int, default=110)

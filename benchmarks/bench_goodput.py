@@ -25,16 +25,17 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer
 
-from arc_tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from benchmarks.machine import PeakMemory, describe, usable_cores
-from continuous import Drawing, Occupancy, WorkItem, order_items, run_slots
 from generate_jitted import GenerateShape, bucket_length, compile_generate, pad_prompts
-from generation_request import check_request
+from qwen2_core.requests import check_request
+from qwen2_core.sampling import Sampling
+from qwen2_engine.continuous_batching import Drawing, Occupancy, WorkItem, order_items, run_slots
+from qwen2_engine.decode_window import SlotShape
+from qwen2_engine.memory_plan import device_memory_budget, expected_bytes, plan_stages, start_stage
 from qwen2_jax import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
-from sampling import Sampling
-from slot_plan import device_memory_budget, expected_bytes, plan_stages, start_stage
-from window_loop import SlotShape
 
 ROOT = Path(__file__).parent.parent
 ENCODER = "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))"
@@ -65,8 +66,8 @@ class Moment(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure valid tokens a second.")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "examples" / "tiny-qwen2")
-    parser.add_argument("--tasks", type=Path, default=ROOT / "examples" / "tasks.json")
+    parser.add_argument("--checkpoint", type=Path, default=EXAMPLE_MODEL)
+    parser.add_argument("--tasks", type=Path, default=EXAMPLE_TASKS)
     parser.add_argument("--sequences", type=int, help="how many; all test inputs by default")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
@@ -235,7 +236,7 @@ def measure_transformers(checkpoint: Path, dtype: str, batches: Batches) -> dict
 
 def simulate(sequences: int, slots: int) -> dict[str, Any]:
     """Many short sequences of the tiny example; resident and device bytes at ten moments of the run."""
-    config, params = load_qwen2(ROOT / "examples" / "tiny-qwen2", dtype="float32")
+    config, params = load_qwen2(EXAMPLE_MODEL, dtype="float32")
     model = create_model_with_hooks(config)
     rng = np.random.default_rng(0)
     items = order_items(

@@ -21,14 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from arc_runner.data import EXAMPLE_MODEL
 from benchmarks.machine import describe
-from decode_loop import DecodeState, decode_one, start_decode_state
-from generate_jitted import GenerateShape
+from generate_jitted import DecodeState, GenerateShape, decode_one, start_decode_state
 from kvcache_utils import create_kv_cache_buffers
-from products import compiler_options
+from qwen2_core.kernels.matmul import compiler_options
+from qwen2_core.sampling import Sampling, sequence_keys
+from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
-from qwen2_weights import load_qwen2
-from sampling import Sampling, sequence_keys
 
 ROOT = Path(__file__).parent.parent
 PROMPT, STEPS = 200, 8
@@ -74,7 +74,7 @@ class Steps:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time decode steps by position and by max_tokens.")
-    parser.add_argument("--checkpoint", default=str(ROOT / "examples" / "tiny-qwen2"))
+    parser.add_argument("--checkpoint", default=str(EXAMPLE_MODEL))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--max_tokens", type=int, nargs="+", default=[512, 2048])

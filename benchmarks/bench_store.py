@@ -23,7 +23,6 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from activation_shard import pack_batch
 from activation_store import (
     ActivationStore,
     ActivationWriter,
@@ -33,6 +32,7 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
+from activation_store.shard import pack_batch
 
 HIDDEN, SEQUENCES, STEPS, LAYER = 896, 4, 220, 12
 SETTINGS = StoreSettings(

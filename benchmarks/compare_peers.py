@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from arc_tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_runner.data import EXAMPLE_TASKS
 from benchmarks.machine import describe
 from benchmarks.peers import CONTENDERS, Contender, Job, Measurement, Worker, jax_platform, torch_reaches
-from qwen2_config import QwenConfig
+from qwen2_core.config import QwenConfig
 
 ROOT = Path(__file__).parent.parent
 CACHED_CHECKPOINT = Path(tempfile.gettempdir()) / "qwen2-jax-activations" / "random-qwen2.5-0.5b"
@@ -38,7 +39,7 @@ def main() -> int:
     parser.add_argument(
         "--checkpoint", type=Path, help="default: a seeded random Qwen2.5-0.5B, kept in TMPDIR"
     )
-    parser.add_argument("--tasks", type=Path, default=ROOT / "examples" / "tasks.json", help="ARC tasks")
+    parser.add_argument("--tasks", type=Path, default=EXAMPLE_TASKS, help="ARC tasks")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt_tokens", type=int, default=200)
     parser.add_argument("--new_tokens", type=int, default=64)

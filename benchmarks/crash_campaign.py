@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 
 from activation_store import ActivationStore, verify_store
+from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 
 RUNNER = Path(__file__).parent.parent / "distributed_kv_cached_inference.py"
-EXAMPLES = RUNNER.parent / "examples"
 # The more commits, the more moments in which a kill may fall into one: many small calls, or many sequences.
 FLAGS = {
     "task": ["--predictions_per_task=16", "--batch_size=4"],
@@ -101,8 +101,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Kill the runner again and again.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model_path", default=str(EXAMPLES / "tiny-qwen2"))
-    parser.add_argument("--dataset_path", default=str(EXAMPLES / "tasks.json"))
+    parser.add_argument("--model_path", default=str(EXAMPLE_MODEL))
+    parser.add_argument("--dataset_path", default=str(EXAMPLE_TASKS))
     parser.add_argument("--directory", default=tempfile.gettempdir(), help="where to make the runs")
     parser.add_argument("--generation", choices=list(FLAGS), default="continuous")
     options = parser.parse_args()

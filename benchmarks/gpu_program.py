@@ -24,11 +24,11 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 import generate_jitted
-import slot_programs
 from generate_jitted import GenerateShape, lower_generate
-from qwen2_config import QwenConfig
+from qwen2_core.config import QwenConfig
+from qwen2_engine import programs as slot_programs
+from qwen2_engine.decode_window import SlotShape
 from qwen2_jax_with_hooks import create_model_with_hooks
-from window_loop import SlotShape
 
 # An H100 SXM by its data sheet and CUDA's tables of compute capability 9.0, as XLA's GpuTargetConfigProto.
 H100 = """

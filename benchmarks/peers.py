@@ -112,7 +112,7 @@ class JaxPeer:
         peak = PeakMemory()
         peak.start()
         if contender.kind == "growing":
-            from generate_python import generate_single_task_python
+            from qwen2_engine.python_loop import generate_single_task_python
 
             def generate(tokens: int) -> Any:
                 model = self._model(contender)
@@ -122,7 +122,7 @@ class JaxPeer:
             decode, steps = whole - prefill, job.growing_tokens - 1
         else:
             from generate_jitted import Sampling, pad_prompts
-            from generation_request import check_request
+            from qwen2_core.requests import check_request
 
             ids, lengths = pad_prompts(list(job.prompts))
             request = check_request(self.config, ids, job.new_tokens, prompt_lengths=lengths)

@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-import run_claims
-import run_work
-from run_claims import Claims
-from run_processes import Place
-from run_shared_files import SharedFiles
-from run_signals import StopRequest
-from run_work import Shared, Unit
+from arc_runner.cluster import claims as run_claims
+from arc_runner.cluster import work as run_work
+from arc_runner.cluster.claims import Claims
+from arc_runner.cluster.membership import Place
+from arc_runner.cluster.shared_files import SharedFiles
+from arc_runner.cluster.work import Shared, Unit
+from arc_runner.signals import StopRequest
 
 # Tokens of an answer grid over the public ARC tasks: quantiles, and the lengths there.
 QUANTILES = ((0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0), (2, 12, 42, 110, 272, 728, 930, 930))

@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from activation_format import (
+from activation_store import ActivationStore, ActivationWriter, StoreSettings, hook_name
+from activation_store.format import (
     MANIFEST,
     SequenceRecord,
     encode_line,
@@ -25,7 +26,6 @@ from activation_format import (
     host_name,
     shard_name,
 )
-from activation_store import ActivationStore, ActivationWriter, StoreSettings, hook_name
 
 SHARD_BYTES = 22_000_000
 SETTINGS = StoreSettings(

@@ -34,7 +34,7 @@ from jax.sharding import SingleDeviceSharding
 
 import generate_jitted
 from generate_jitted import GenerateShape, compile_generate
-from qwen2_config import QwenConfig
+from qwen2_core.config import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 ACCELERATORS = {"v4": "v4-8", "v5e": "v5litepod-4", "v6e": "v6e-4"}

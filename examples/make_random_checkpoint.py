@@ -16,7 +16,9 @@ from pathlib import Path
 
 from checkpoint_writer import DTYPES, qwen2_config, write_checkpoint
 
-TOKENIZER = Path(__file__).parent / "tiny-qwen2"
+from arc_runner.data import EXAMPLE_MODEL
+
+TOKENIZER = EXAMPLE_MODEL
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 SHAPES = {

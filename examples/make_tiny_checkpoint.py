@@ -1,6 +1,6 @@
 """Write the tiny Qwen2 checkpoint that the runner uses when no model is named: 24 layers, about 2 MB.
 
-    python examples/make_tiny_checkpoint.py            # writes examples/tiny-qwen2
+    python examples/make_tiny_checkpoint.py            # writes arc_runner/data/tiny-qwen2
     python examples/make_tiny_checkpoint.py OUT_DIR
 
 The weights are random but lively (see checkpoint_writer.py). The tokenizer is a real one: byte-level BPE that
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from checkpoint_writer import qwen2_config, write_checkpoint, write_json
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from arc_runner.data import EXAMPLE_MODEL
 
 SEED = 8
 VOCAB_SIZE = 512
@@ -154,7 +156,7 @@ def write_tokenizer(out: Path) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the tiny Qwen2 checkpoint.")
-    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).parent / "tiny-qwen2")
+    parser.add_argument("out", nargs="?", type=Path, default=EXAMPLE_MODEL)
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     config = qwen2_config(

@@ -38,8 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=["vectors", "tiles"])
 def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways in which our kernels for CPU multiply; what is traced before keeps its own."""
-    import cpu_attention
-    import cpu_product
+    from qwen2_core.kernels.cpu import attention as cpu_attention
+    from qwen2_core.kernels.cpu import matmul as cpu_product
 
     if why := cpu_product.why_not():
         pytest.skip(f"no kernel of our own here: {why}")
@@ -53,7 +53,7 @@ def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner fails the test when it reads the weights."""
-    from run_generation import Generator  # only where it is needed: it imports nearly everything
+    from arc_runner.loaded_model import Generator  # only where it is needed: it imports nearly everything
 
     def load(*_: object) -> None:
         pytest.fail("the weights are read before the input is refused")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runner_cases import REPOSITORY
 
-from run_options import parse_options
+from arc_runner.options import parse_options
 
 DEPLOY = REPOSITORY / "deploy"
 

@@ -33,10 +33,10 @@ from runner_cases import (
 
 import distributed_kv_cached_inference
 import generate_jitted
-import run_continuous
 from activation_store import verify_coverage, verify_store
+from arc_runner import continuous_loop as run_continuous
+from arc_runner.loaded_model import Generator
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
-from run_generation import Generator
 
 DONE, RESUMABLE = 0, 75
 SCRIPT = distributed_kv_cached_inference.__file__

@@ -14,10 +14,11 @@ import pytest
 import safetensors.numpy
 from transformers import AutoTokenizer
 
-from arc_tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY_MODEL = EXAMPLES / "tiny-qwen2"
+TINY_MODEL = EXAMPLE_MODEL
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def prompt(tokenizer) -> np.ndarray:
-    task = load_tasks(EXAMPLES / "tasks.json").tasks[0]
+    task = load_tasks(EXAMPLE_TASKS).tasks[0]
     encoder = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
     return encode_prompt(tokenizer, build_messages(task, 0, encoder, "output-from-examples-v0"))
 
@@ -201,7 +202,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(scripts, tmp_path:
         ([tmp_path / "new", "--tokenizer", tmp_path], "has no tokenizer.json"),
         ([tmp_path / "new", "--seed", -1], "--seed is -1; it has to be 0 or more"),
         ([TINY_MODEL], "exists and is not an empty directory"),
-        ([EXAMPLES / "tasks.json"], "exists and is not an empty directory"),
+        ([EXAMPLE_TASKS], "exists and is not an empty directory"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             run_main(script, monkeypatch, *arguments)
@@ -250,7 +251,7 @@ RULES = {
 
 
 def test_every_example_task_follows_its_rule():
-    loaded = load_tasks(EXAMPLES / "tasks.json")
+    loaded = load_tasks(EXAMPLE_TASKS)
     assert loaded.failures == ()
     assert [task.task_id for task in loaded.tasks] == list(RULES)
     for task in loaded.tasks:

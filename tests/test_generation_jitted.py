@@ -19,8 +19,8 @@ from generate_jitted import (
     generate_single_task_jitted,
     pad_prompts,
 )
-from generate_python import generate_single_task_python
-from generation_request import check_request
+from qwen2_core.requests import check_request
+from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenModel
 from qwen2_jax_with_hooks import create_model_with_hooks
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from lively import DEEP, SHALLOW, Lively, assert_lively, pad_right, row_errors
 
-from attention import attend_two_part
 from generate_jitted import (
     GenerateShape,
     Generation,
@@ -27,8 +26,9 @@ from generate_jitted import (
     prefill_with_cache,
 )
 from kvcache_utils import KVCache, advance_ar_index, create_kv_cache_buffers
+from qwen2_core.kernels.attention import attend_two_part
+from qwen2_core.weights import load_qwen2
 from qwen2_jax import convert_hf_to_jax_weights, stack_layers
-from qwen2_weights import load_qwen2
 
 pytest.importorskip("torch", reason="live parity needs torch: pip install '.[parity]'")
 from torch_reference import TorchReference

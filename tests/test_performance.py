@@ -21,8 +21,6 @@ from jax.sharding import SingleDeviceSharding
 from lively import Lively, pad_right
 
 import generate_jitted
-import slot_programs
-from device_mesh import make_layout
 from generate_jitted import (
     GenerateShape,
     Sampling,
@@ -32,10 +30,12 @@ from generate_jitted import (
     prefill_with_cache,
 )
 from kvcache_utils import create_kv_cache_buffers
-from products import compiler_options
-from qwen2_config import QwenConfig
+from qwen2_core.config import QwenConfig
+from qwen2_core.kernels.matmul import compiler_options
+from qwen2_core.sharding import make_layout
+from qwen2_engine import programs as slot_programs
+from qwen2_engine.decode_window import SlotShape
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
-from window_loop import SlotShape
 
 MB = 1e6
 WIDTH = 256

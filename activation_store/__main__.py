@@ -1,0 +1,138 @@
+"""The command line that looks after a store.
+
+    python -m activation_store verify DIR [--dataset D] [--replay N --model_path M] [--repair]
+    python -m activation_store stats DIR
+    python -m activation_store export DIR --layer 12 --context_size 128 --output OUT
+    python -m activation_store import-legacy PICKLES --output DIR --hidden_size 896
+
+Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+from activation_store.format import StoreError
+from activation_store.legacy_import import import_legacy
+from activation_store.reader import ActivationStore, RowFilter
+from activation_store.saelens_export import export_saelens
+from activation_store.verify import store_notes, verify_coverage, verify_store
+from activation_store.writer import repair_store
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:  # StoreError, and those of the data set and the checkpoint
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output is gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m activation_store", description="Look after a store.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
+    verify.set_defaults(run=_verify)
+    verify.add_argument("directory")
+    verify.add_argument("--dataset", help="ARC data set whose puzzles the store should cover")
+    verify.add_argument("--replay", type=int, metavar="N", default=0, help="recompute N random sequences")
+    verify.add_argument("--model_path", help="checkpoint for --replay: a directory or hub id")
+    verify.add_argument("--seed", type=int, default=0, help="which sequences --replay draws")
+    verify.add_argument(
+        "--repair", action="store_true", help="first drop damaged sequences, so that a run makes them again"
+    )
+
+    stats = commands.add_parser("stats", help="rows, mean norm and variance of each layer")
+    stats.set_defaults(run=_stats)
+    stats.add_argument("directory")
+
+    export = commands.add_parser("export", help="write one layer as a SAELens cached-activations dataset")
+    export.set_defaults(run=_export)
+    export.add_argument("directory")
+    export.add_argument("--layer", type=int, required=True)
+    export.add_argument("--context_size", type=int, required=True, help="rows in a window")
+    export.add_argument("--output", required=True, help="new directory")
+    export.add_argument("--first_position", type=int, default=0, help="leave out earlier positions")
+    export.add_argument("--generated_only", action="store_true", help="leave out prompt rows")
+
+    legacy = commands.add_parser("import-legacy", help="make a store of layer_<l>_batch_<n>.pkl files")
+    legacy.set_defaults(run=_import_legacy)
+    legacy.add_argument("source", help="directory of the pickles")
+    legacy.add_argument("--output", required=True, help="new store")
+    legacy.add_argument(
+        "--hidden_size", type=int, required=True, help="the model's; other widths are refused"
+    )
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.replay and not options.model_path:
+        raise StoreError("--replay needs --model_path")
+    if options.repair:
+        for dropped in repair_store(options.directory):
+            print(f"dropped: {dropped}")
+    store = ActivationStore(options.directory)
+    findings = 0
+    for finding in _findings(store, options):
+        tqdm.write(finding)  # beside the progress bars of a terminal
+        sys.stdout.flush()
+        findings += 1
+    for note in store_notes(store):
+        print(f"note: {note}")
+    print(f"{len(store)} sequences, {findings} findings")
+    return 1 if findings else 0
+
+
+def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[str]:
+    yield from verify_store(store)
+    if options.dataset:
+        yield from verify_coverage(store, options.dataset)
+    if options.replay:
+        from activation_store.replay import replay_store  # needs jax and the model; nothing else here does
+
+        yield from replay_store(store, options.model_path, options.replay, options.seed)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    store = ActivationStore(options.directory)
+    print("layer  group      rows        mean norm   rms of a value   rms without the mean")
+    for layer in store.layers:
+        for group in ("generated", "prompt"):
+            of_layer = store.statistics(layer, group)
+            if of_layer.count:
+                spread = of_layer.variance.mean()
+                print(
+                    f"{layer:5d}  {group:9s}  {of_layer.count:<10d}  {of_layer.mean_norm:<10.4g}  "
+                    f"{(spread + (of_layer.mean**2).mean()) ** 0.5:<15.4g}  {spread**0.5:.4g}"
+                )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    rows = RowFilter(prompt=not options.generated_only, first_position=options.first_position)
+    store = ActivationStore(options.directory)
+    windows = export_saelens(store, options.layer, options.output, options.context_size, rows)
+    print(f"{windows} windows of {options.context_size} rows in {options.output}")
+    return 0
+
+
+def _import_legacy(options: argparse.Namespace) -> int:
+    count = import_legacy(options.source, options.output, options.hidden_size)
+    print(f"{count} sequences in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

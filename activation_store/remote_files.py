@@ -1,0 +1,157 @@
+"""A store in an object store, behind any fsspec URL; and the choice between that and a local directory."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import fsspec.utils
+import numpy as np
+
+from activation_store.format import StoreError, StoreWriteError, host_name, host_number, shard_number
+from activation_store.local_files import (
+    INDEX,
+    INDEX_FOLDER,
+    FileStatus,
+    LocalFiles,
+    StoredFile,
+    StoreFiles,
+    writing,
+)
+
+
+def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
+    """The files of a store: a path, `file://` or any other fsspec URL such as `gs://bucket/run`."""
+    location = os.fspath(directory)
+    if "://" not in location:
+        return LocalFiles(Path(location), location)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(location)
+    except (ValueError, ImportError) as error:
+        raise StoreError(f"{location} cannot be opened: {error}") from error
+    if fsspec.utils.get_protocol(location) == "file":
+        return LocalFiles(Path(path), location)
+    return RemoteFiles(filesystem, path.rstrip("/"), location)
+
+
+class RemoteFile:
+    """An object, of which ranges are fetched when they are asked for."""
+
+    def __init__(self, read: Callable[[int, int], bytes]) -> None:
+        self._read = read
+
+    def view(self, start: int, stop: int) -> np.ndarray:
+        return np.frombuffer(self._read(start, stop), np.uint8)
+
+    def read_into(self, start: int, out: np.ndarray) -> None:
+        into = out.reshape(-1).view(np.uint8)
+        data = self.view(start, start + len(into))
+        if len(data) < len(into):
+            raise OSError(f"the object ends at byte {start + len(data)}")
+        into[:] = data
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Nothing: a request would have to be waited for."""
+
+
+class RemoteFiles:
+    """An object store. One object per shard and per index commit, created once and never changed.
+
+    There is no lock: a second writer on the same host index is refused when it creates an object that exists.
+    """
+
+    excludes_others = False
+
+    def __init__(self, filesystem: Any, root: str, location: str) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self.location = location
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _entries(self, path: str) -> list[dict[str, Any]]:
+        self._filesystem.invalidate_cache(path)  # other hosts write too
+        try:
+            return self._filesystem.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+
+    def hosts(self) -> list[int]:
+        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self._entries(self._root))
+        return sorted(number for name in names if (number := host_number(name)) is not None)
+
+    def shards(self, host: int) -> dict[str, FileStatus]:
+        found = self._listing(host_name(host))
+        return {name: status for name, status in found.items() if shard_number(name) is not None}
+
+    def indexes(self, host: int) -> dict[str, FileStatus]:
+        folder = host_name(host)
+        found = {
+            f"{folder}/{INDEX_FOLDER}/{name}": status
+            for name, status in self._listing(f"{folder}/{INDEX_FOLDER}").items()
+        }
+        with contextlib.suppress(FileNotFoundError):
+            size = self._filesystem.info(self._path(f"{folder}/{INDEX}"))["size"]
+            found[f"{folder}/{INDEX}"] = FileStatus(size, 0, 0)
+        return found
+
+    def _listing(self, folder: str) -> dict[str, FileStatus]:
+        found = {
+            entry["name"].rsplit("/", 1)[-1]: FileStatus(entry["size"], 0, 0)
+            for entry in self._entries(self._path(folder))
+            if entry["type"] == "file"
+        }
+        return dict(sorted(found.items()))
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        return self._filesystem.cat_file(self._path(name), start=start, end=stop)
+
+    def open_file(self, name: str) -> "RemoteFile":
+        return RemoteFile(lambda start, stop: self.read(name, start, stop))
+
+    def open_host(self, host: int) -> Callable[[], None]:
+        return lambda: None
+
+    def create(self, host: int, name: str, data: bytes) -> None:
+        with writing(self.location, name):
+            self._filesystem.pipe_file(self._path(name), data, mode="create")
+
+    def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
+        data = b"".join(chunks)
+        digest = hashlib.sha256(data).hexdigest()
+        with writing(self.location, name):
+            self._upload(name, data)
+            if self._filesystem.info(self._path(name))["size"] != len(data):
+                raise OSError(f"the object is not {len(data)} bytes long after its upload")
+            if hashlib.sha256(self.read(name)).hexdigest() != digest:
+                raise OSError("the object reads back with another checksum than was uploaded")
+        return StoredFile(len(data), digest, 0)
+
+    def _upload(self, name: str, data: bytes) -> None:
+        try:
+            self._filesystem.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError as error:
+            raise StoreWriteError(
+                f"{name} in {self.location} was just created by someone else: "
+                "another run writes to this directory under the same host index"
+            ) from error
+
+    def append_index(self, host: int, number: int, lines: bytes) -> None:
+        name = f"{host_name(host)}/{INDEX_FOLDER}/{number:06d}.jsonl"
+        with writing(self.location, name):
+            self._upload(name, lines)
+
+    def replace(self, name: str, data: bytes) -> None:
+        with writing(self.location, name):
+            if data:
+                self._filesystem.pipe_file(self._path(name), data)
+            else:
+                self._filesystem.rm_file(self._path(name))
+
+    def set_aside(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path(name))

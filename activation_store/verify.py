@@ -1,0 +1,269 @@
+"""Checking a store against itself: every byte, every index line, every row. One sentence a finding."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from activation_store.format import (
+    FINISH_REASONS,
+    SequenceId,
+    SequenceRecord,
+    StoreError,
+    StoreSettings,
+    decode_line,
+    host_name,
+    sequence_key,
+)
+from activation_store.index import index_lines
+from activation_store.local_files import FileStatus
+from activation_store.reader import ActivationStore
+from activation_store.shard import GROUPS, Shard
+from activation_store.statistics import LayerStatistics, measure
+from arc_puzzles.tasks import load_tasks
+
+# Stored norms and statistics are float32 sums taken in blocks; taken again in one order they agree to this.
+_NORM_TOLERANCE = 1e-4
+_FIELD_TYPES = dict(SequenceRecord.__annotations__)
+
+
+def verify_store(store: ActivationStore) -> Iterator[str]:
+    """Findings about checksums, sizes, index against shards, lengths, finiteness and duplicate keys."""
+    seen: set[str] = set()
+    for host in store.files.hosts():
+        lines: dict[str, list[SequenceRecord]] = {}
+        for name, status in store.files.indexes(host).items():
+            for number, line in enumerate(index_lines(store.files, name, status.size), start=1):
+                if not line.endswith(b"\n"):
+                    yield f"{name}, line {number}: torn, {len(line)} bytes of it are there"
+                    continue
+                try:
+                    record = decode_line(line, host)
+                except StoreError:
+                    yield f"{name}, line {number}: not an index line"
+                    continue
+                problems = list(_line_problems(record))
+                yield from (f"{name}, line {number}: {problem}" for problem in problems)
+                if problems:
+                    continue
+                if record.key in seen:
+                    yield f"{name}, line {number}: key {record.key} occurs twice"
+                seen.add(record.key)
+                lines.setdefault(record.shard, []).append(record)
+        lines.pop("", None)  # failed sequences: nothing is stored
+        present = store.files.shards(host)
+        # A bar on a terminal only: every byte is read.
+        for shard, records in tqdm(lines.items(), host_name(host), unit="shard", disable=None, leave=False):
+            where = f"{host_name(host)}/{shard}"
+            for problem in _shard_problems(store, where, records, present.get(shard)):
+                yield f"{where}: {problem}"
+
+
+def store_notes(store: ActivationStore) -> Iterator[str]:
+    """What is worth knowing and no damage: sequences that failed, shards that no index line names."""
+    named: set[str] = set()
+    for record in store.index.records():
+        if record.failed:
+            yield f"{record.label} failed: {record.failure}"
+        named.add(record.path)
+    for host in store.files.hosts():
+        for shard in store.files.shards(host):
+            if f"{host_name(host)}/{shard}" not in named:
+                yield f"{host_name(host)}/{shard} is in no index: a crash left it, nothing reads it"
+
+
+def verify_coverage(store: ActivationStore, dataset: str | Path) -> Iterator[str]:
+    """Findings about puzzles of an ARC data set that the store has no, or too few, sequences of."""
+    expected = {(task.task_id, test) for task in load_tasks(dataset).tasks for test in range(len(task.test))}
+    found = Counter((record.task_id, record.test_index) for record in store.index.records())
+    most = max(found.values(), default=0)
+    for task_id, test in sorted(expected | set(found)):
+        count = found[task_id, test]
+        if (task_id, test) not in expected:
+            yield f"task {task_id} test {test} is not in {dataset}"
+        elif count == 0:
+            yield f"task {task_id} test {test} has no sequence"
+        elif count < most:
+            yield f"task {task_id} test {test} has {count} sequences, others have {most}"
+
+
+def _line_problems(record: SequenceRecord) -> Iterator[str]:
+    for name, kind in _FIELD_TYPES.items():
+        value = getattr(record, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            yield f"{name} is {value!r}"
+        elif isinstance(value, int) and value < 0:
+            yield f"{name} is negative"
+    if record.finish_reason not in FINISH_REASONS:
+        yield f"finish_reason is {record.finish_reason!r}"
+    if record.failed != (record.failure is not None) or record.failed != (record.shard == ""):
+        yield "a failed sequence has no shard and says why; others have a shard"
+
+
+def _shard_problems(
+    store: ActivationStore, where: str, records: Sequence[SequenceRecord], status: FileStatus | None
+) -> Iterator[str]:
+    first = records[0]
+    same = {(r.shard_bytes, r.shard_sha256, r.shard_sequences) for r in records}
+    if len(same) > 1:
+        yield "its index lines name different sizes, checksums or sequence counts"
+        return
+    if status is None:
+        yield "missing"
+        return
+    if status.size != first.shard_bytes:
+        yield f"has {status.size} bytes, {first.shard_bytes} were written"
+        return
+    whole = store.files.open_file(where).view(0, status.size)
+    if hashlib.sha256(whole.data).hexdigest() != first.shard_sha256:
+        yield "its bytes are not those that were written (checksum)"
+        return
+    if len(records) != first.shard_sequences:
+        yield f"{len(records)} of its {first.shard_sequences} index lines are there"
+    shard = store.open_shard(where, status.size)
+    try:
+        shard.check_layout()
+    except StoreError as error:
+        yield str(error)
+        return
+    problems = list(_tensor_problems(store.settings, shard))
+    yield from problems
+    if problems:
+        return
+    yield from _tiling_problems(shard, records)
+    for order, record in enumerate(sorted(records, key=lambda r: r.row_start)):
+        for problem in _sequence_problems(store.settings, record, shard, order):
+            yield f"{record.label}: {problem}"
+    yield from _row_problems(store.settings, shard)
+
+
+def _tensor_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
+    """Tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
+    places = {name: shard.place(name) for name in shard.names()}
+    rows = places["token_ids"].shape[0] if "token_ids" in places else 0
+    layers, hidden = len(settings.hook_names), settings.hidden_size
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_ids": ("int32", (rows,)),
+        "positions": ("int32", (rows,)),
+        "sequence_index": ("int32", (rows,)),
+        "is_generated": ("uint8", (rows,)),
+        "logprobs": ("float32", (rows,)),
+    }
+    if layers:
+        expected["norms"] = ("float32", (layers, rows))
+        expected |= dict.fromkeys(settings.hook_names, (settings.dtype, (rows, hidden)))
+        for group in GROUPS:
+            if f"statistics.{group}.mean" in places:
+                expected[f"statistics.{group}.mean"] = ("float32", (layers, hidden))
+                expected[f"statistics.{group}.variance"] = ("float32", (layers, hidden))
+                expected[f"statistics.{group}.norm"] = ("float32", (layers,))
+    for name, (dtype, shape) in expected.items():
+        if name not in places:
+            yield f"tensor {name} is missing"
+        elif (places[name].dtype.name, places[name].shape) != (dtype, shape):
+            yield f"tensor {name} is {places[name].dtype.name} {places[name].shape}, expected {dtype} {shape}"
+    for name in set(places) - set(expected) - {"prompt_token_ids"}:
+        yield f"tensor {name} does not belong there"
+    if "prompt_token_ids" not in places:
+        yield "tensor prompt_token_ids is missing"
+
+
+def _tiling_problems(shard: Shard, records: Sequence[SequenceRecord]) -> Iterator[str]:
+    """Every row and every prompt token belongs to exactly one sequence."""
+    for what, spans, total in (
+        ("rows", [(r.row_start, r.n_rows) for r in records], shard.place("token_ids").shape[0]),
+        (
+            "prompt tokens",
+            [(r.prompt_start, r.prompt_length) for r in records],
+            shard.place("prompt_token_ids").shape[0],
+        ),
+    ):
+        end = 0
+        for start, length in sorted(spans):
+            if start != end:
+                yield f"{what} {min(start, end)} to {max(start, end)} belong to no sequence or to two"
+            end = start + length
+        if end != total:
+            yield f"the sequences have {end} {what}, the shard {total}"
+
+
+def _sequence_problems(
+    settings: StoreSettings, record: SequenceRecord, shard: Shard, order: int
+) -> Iterator[str]:
+    rows = slice(record.row_start, record.row_start + record.n_rows)
+    tokens, positions = shard.column("token_ids")[rows], shard.column("positions")[rows]
+    logprobs, generated = shard.column("logprobs")[rows], shard.column("is_generated")[rows].astype(bool)
+    prompt = shard.column("prompt_token_ids")[
+        record.prompt_start : record.prompt_start + record.prompt_length
+    ]
+    prompt_rows, imported = record.prompt_rows, record.finish_reason == "imported"
+    if not (len(tokens) == record.n_rows and len(prompt) == record.prompt_length):
+        yield "its rows or prompt tokens end outside the shard"
+        return
+    allowed = {0, record.prompt_length} if settings.capture_prompt and settings.hook_names else {0}
+    if prompt_rows not in allowed or not 1 <= record.generated_length <= settings.max_output_tokens:
+        lengths = f"{record.prompt_length} prompt and {record.generated_length} generated tokens"
+        yield f"{record.n_rows} rows for {lengths}"
+        return
+    identity = SequenceId(record.task_id, record.test_index, record.sample_index, record.augmentation, prompt)
+    if sequence_key(settings, identity) != record.key or record.seed != settings.seed:
+        yield "its key is not that of its task, prompt and settings"
+    if (shard.column("sequence_index")[rows] != order).any():
+        yield f"its rows are not all marked as sequence {order} of the shard"
+    first = record.prompt_length - prompt_rows
+    if (positions != np.arange(first, first + record.n_rows)).any():
+        yield "its positions do not count up from the prompt's"
+    if (generated != (np.arange(record.n_rows) >= prompt_rows)).any():
+        yield "is_generated does not begin where the prompt ends"
+    if (tokens[:prompt_rows] != prompt[:prompt_rows]).any():
+        yield "the tokens of its prompt rows are not its prompt"
+    if not np.isnan(logprobs[:prompt_rows]).all() or np.isfinite(logprobs[prompt_rows:]).all() == imported:
+        yield "log-probabilities must be NaN on prompt rows and finite on generated ones"
+    elif not imported and (logprobs[prompt_rows:] > 1e-4).any():
+        yield "a log-probability is above 0"
+    ends = np.isin(tokens[prompt_rows:], settings.eos_token_ids)
+    if ends[:-1].any():
+        yield f"rows after the end: token {int(np.argmax(ends))} of {record.generated_length} is EOS"
+    elif not imported and (record.finish_reason == "stop") != bool(ends[-1]):
+        yield f"finish_reason is {record.finish_reason}, the last token is {tokens[-1]}"
+    elif record.finish_reason == "length" and record.generated_length != settings.max_output_tokens:
+        most = settings.max_output_tokens
+        yield f"finish_reason is length after {record.generated_length} of {most} tokens"
+
+
+def _row_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
+    """Rows that are not finite, all zero, or not those that norms and statistics were taken from."""
+    generated = shard.column("is_generated").astype(bool)
+    for place, hook in enumerate(settings.hook_names):
+        rows = shard.layer(hook)
+        measured, norms = measure(rows)
+        if not np.isfinite(norms).all():
+            yield f"{hook}: row {int(np.argmin(np.isfinite(norms)))} is not finite"
+            continue
+        if not norms.all():
+            yield f"{hook}: row {int(np.argmin(norms))} is all zero"
+        if not np.allclose(norms, shard.column("norms")[place], rtol=_NORM_TOLERANCE):
+            yield f"{hook}: the rows do not have the norms that were stored with them"
+        for group, mask in (("generated", generated), ("prompt", ~generated)):
+            if not mask.any():
+                continue
+            of_group = measured if mask.all() else measure(rows[mask])[0]
+            if not _same_statistics(shard, group, place, of_group):
+                yield f"{hook}: the {group} rows do not have the statistics that were stored with them"
+
+
+def _same_statistics(shard: Shard, group: str, place: int, measured: LayerStatistics) -> bool:
+    if f"statistics.{group}.mean" not in shard:
+        return False
+    mean, variance, norm = (
+        shard.column(f"statistics.{group}.{name}")[place] for name in ("mean", "variance", "norm")
+    )
+    scale = np.sqrt(measured.variance.mean() + (measured.mean**2).mean())
+    return bool(
+        np.allclose(mean, measured.mean, rtol=1e-3, atol=1e-4 * scale)
+        and np.allclose(variance, measured.variance, rtol=1e-3, atol=1e-4 * scale**2)
+        and np.isclose(norm, measured.mean_norm, rtol=1e-3)
+    )

@@ -1,0 +1,147 @@
+"""Leases on pieces of work, so that several processes share it and a dead one's pieces are taken over.
+
+A lease is a file that only one process can create. It names its owner and no time: the owner shows that it
+lives by one file of its own, written anew every few seconds, so that a lease costs nothing to keep. An owner
+whose sign of life is older than ``LEASE_SECONDS`` by the file system's own clock is dead, and so is one that
+has started anew. Its lease is taken over by creating the next generation of it, which again only one can;
+nothing is ever unlocked by removing what somebody else has made.
+
+Leases save work, they do not protect data: a process that was only slow finds its sequences committed by
+another one, and leaves them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from activation_store import StoreWriteError
+from arc_runner.cluster.shared_files import SharedFiles
+
+HEARTBEAT_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+STALL_SECONDS = 1800.0  # a device that hangs leaves the heartbeat's thread alone
+_LIFE = "process-"
+
+
+class Owner(NamedTuple):
+    """One start of one process."""
+
+    process: int
+    token: str  # another one at every start
+
+    def encode(self) -> bytes:
+        return f"{self.process} {self.token}".encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Owner | None:
+        """None for a file that is not whole yet."""
+        index, _, token = data.decode().partition(" ")
+        return cls(int(index), token) if token else None
+
+
+class Claims:
+    """This process's leases in a store; a context manager, which gives sign of life within."""
+
+    def __init__(self, files: SharedFiles, index: int) -> None:
+        """As the process ``index``, of which there is one."""
+        self.files = files
+        self._ending = threading.Event()
+        self._me = Owner(index, uuid.uuid4().hex)
+        self.progress()
+        self._held: dict[str, str] = {}  # the lease's file by what is claimed
+        self._beat()
+        self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Gives up what is still held: without a sign of life a lease is free."""
+        self._ending.set()
+        self.files.patiently.give_up()
+        self._thread.join()
+        with contextlib.suppress(StoreWriteError):  # then it expires
+            self.files.remove(_life_name(self._me.process))
+
+    def progress(self) -> None:
+        """Says that this process gets on: without it for ``STALL_SECONDS`` it counts as dead."""
+        self._got_on = time.monotonic()
+
+    def sees_others(self) -> bool:
+        """Whether another process has given a sign of life and has not ended in good order since."""
+        mine = _life_name(self._me.process)
+        return any(name.startswith(_LIFE) and name != mine for name in self.files.names())
+
+    def acquire(self, name: str) -> bool:
+        """Claims ``name``, unless a process that lives holds it, this one included."""
+        self.progress()
+        if name in self._held:
+            return False
+        generation = 0
+        while not self.files.create(lease := f"{name}.{generation}", self._me.encode()):
+            found = self.files.read(lease)
+            if found is None:  # let go of in this moment
+                continue
+            if Owner.decode(found[0]) == self._me:  # made, though the file system said otherwise
+                break
+            if self._holder_lives(*found):
+                return False
+            generation += 1
+        self._held[name] = lease
+        return True
+
+    def release(self, name: str) -> None:
+        """Lets go of ``name``, which is done: whoever claims it from now on has to look whether it is."""
+        self.files.remove(self._held[name])
+        del self._held[name]
+
+    def holder(self, name: str) -> str | None:
+        """The index of the process that holds ``name`` and lives, "?" until it is known; None: it is free."""
+        self.progress()
+        generation = 0
+        while (found := self.files.read(f"{name}.{generation}")) is not None:
+            if self._holder_lives(*found):
+                owner = Owner.decode(found[0])
+                return "?" if owner is None else str(owner.process)
+            generation += 1
+        return None
+
+    def _holder_lives(self, data: bytes, written: float) -> bool:
+        owner = Owner.decode(data)
+        if owner is None:  # being made, or left so by a crash
+            return self._is_fresh(written)
+        life = self.files.read(_life_name(owner.process))
+        if life is None:
+            return False
+        return self._is_fresh(life[1]) and Owner.decode(life[0]) == owner
+
+    def _is_fresh(self, written: float) -> bool:
+        """No clock of any machine counts: the file system dated our own sign of life, and it is as old as
+        we have waited since."""
+        there, here = self._beaten
+        return there + time.monotonic() - here - written < LEASE_SECONDS
+
+    def _beat(self) -> None:
+        written = self.files.write(_life_name(self._me.process), self._me.encode())
+        self._beaten = written, time.monotonic()
+
+    def _live(self) -> None:
+        while not self._ending.wait(HEARTBEAT_SECONDS):
+            if time.monotonic() - self._got_on >= STALL_SECONDS:
+                continue
+            try:
+                self._beat()
+            except StoreWriteError:  # whoever works meets it too, and says so
+                continue
+
+
+def _life_name(index: int) -> str:
+    return f"{_LIFE}{index:05d}"

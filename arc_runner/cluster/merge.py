@@ -1,0 +1,81 @@
+"""One submission and one report of what several processes have made: by whichever ends last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from arc_runner.cluster.claims import Claims
+from arc_runner.cluster.shared_files import SharedFiles
+from arc_runner.report import Report
+
+POLL_SECONDS = 1.0
+_ANSWERS, _ANSWERING, _ANSWERED = "answers", "answering", "answered"
+_FIGURES = re.compile(r"figures-(\d{5})\.json")
+
+
+def leave_figures(files: SharedFiles, index: int, report: Report, sequences: int) -> float:
+    """Writes down what this process has done, ``sequences`` made by it.
+
+    Returns a time at which it was there for all to see, by the file system's clock.
+    """
+    figures = dataclasses.asdict(report) | {"process": index, "sequences_made": sequences}
+    data = json.dumps(figures).encode()
+    files.write(_figures_name(index), data)
+    # Again, for the time: a file's is that of its writing, and a moment passes until it is in its place.
+    return files.write(_figures_name(index), data)
+
+
+def forget_figures(files: SharedFiles, index: int) -> None:
+    """Those of an earlier run are not this run's."""
+    files.remove(_figures_name(index))
+
+
+def gather_figures(files: SharedFiles, processes: int | None = None) -> list[dict[str, Any]]:
+    """What the processes have left, in their order: the first ``processes`` of them, or all."""
+    found = []
+    for name in files.names():
+        match = _FIGURES.fullmatch(name)
+        if match and (processes is None or int(match[1]) < processes) and (there := files.read(name)):
+            found.append(json.loads(there[0]))
+    return found
+
+
+def merge_figures(report: Report, figures: Sequence[dict[str, Any]]) -> None:
+    """Puts the processes' figures in the place of one's own: amounts added up, times and memory the most."""
+    if not figures:
+        return
+    for name in ("tokens_generated", "bytes_stored", "slots", "slot_steps", "live_steps"):
+        setattr(report, name, sum(one[name] for one in figures))
+    for name in ("load_seconds", "compile_seconds", "programs", "generate_seconds", "peak_memory_bytes"):
+        setattr(report, name, max(one[name] for one in figures))
+    report.sequences_resumed = min(one["sequences_resumed"] for one in figures)
+    report.peak_memory_of = figures[0]["peak_memory_of"]
+    names = ("process", "device", "sequences_made", "tokens_generated", "generate_seconds")
+    report.processes = [{name: one[name] for name in names} for one in figures]
+
+
+def answer_once(claims: Claims, me: str, written: float, answer: Callable[[], None]) -> str:
+    """Calls ``answer`` unless another process has since ``written``, when this one left its figures.
+
+    So whoever ends last answers, with the figures of all, and those that end together seldom do it twice.
+    Returns who has.
+    """
+    while not claims.acquire(_ANSWERS):
+        time.sleep(POLL_SECONDS)
+    answered = claims.files.read(_ANSWERED)
+    seen, by = (0.0, me) if answered is None else json.loads(answered[0])
+    if seen <= written:  # figures are missing that were left while the others were read
+        seen, by = claims.files.write(_ANSWERING, me.encode()), me
+        answer()
+        claims.files.write(_ANSWERED, json.dumps([seen, by]).encode())
+    claims.release(_ANSWERS)
+    return by
+
+
+def _figures_name(index: int) -> str:
+    return f"figures-{index:05d}.json"

@@ -1,0 +1,63 @@
+"""``--generation task`` and ``python``: a run's sequences in calls, each stored while the next computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from activation_store import ActivationWriter, SequenceId
+from arc_runner.cluster.work import Unit, Work
+from arc_runner.loaded_model import Clock, Generator, finished_sequences
+from arc_runner.report import Progress, Report
+from arc_runner.signals import StopRequest
+from arc_runner.workload import Call
+
+
+def make_calls(
+    calls: Sequence[Call],
+    key_of: Callable[[SequenceId], str],
+    generator: Generator,
+    work: Work,
+    writer: ActivationWriter,
+    report: Report,
+    stop: StopRequest,
+) -> None:
+    """Makes those of the calls that ``work`` gives out."""
+    options, compiling, generating = generator.options, Clock(), Clock()
+    print(f"{len(calls)} calls to make", flush=True)
+    units = [Unit(tuple(key_of(sequence) for sequence in call.sequences), call) for call in calls]
+    if options.generation == "task":
+        with compiling:
+            report.programs = generator.compile(calls)
+    progress = Progress(sum(len(call.sequences) for call in calls))
+    # Signals are handled on the main thread, and only between two Python instructions: it must not be the
+    # one that sits in a call.
+    with stop.deferred(), contextlib.closing(progress), ThreadPoolExecutor(1) as device:
+        while not stop.requested:
+            with generating:
+                for unit in work.take(units, 1):
+                    progress.update(*_make(unit, generator, device, writer, report))
+                    work.progress()
+                    if stop.requested:
+                        break
+            if not work.wait(units):
+                break
+        with generating:
+            writer.close()
+    report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
+
+
+def _make(
+    unit: Unit, generator: Generator, device: ThreadPoolExecutor, writer: ActivationWriter, report: Report
+) -> tuple[int, int]:
+    """Makes a call and hands it to the writer; its sequences, and how many tokens are new."""
+    call, capture = unit.work, generator.options.extract_activations
+    generation = device.submit(generator.generate, call).result()
+    new = np.array([key not in writer.committed for key in unit.keys])
+    writer.submit(lambda: finished_sequences(call, generation, capture, new))
+    tokens = int(np.asarray(generation.lengths)[new].sum())
+    report.tokens_generated += tokens
+    return len(call.sequences), tokens

@@ -1,0 +1,350 @@
+// Attention on CPUs with AVX-512 BF16 or AMX, as XLA custom calls (attention.py).
+//
+// CpuAttention, a decode step: each sequence's keys and values are read where they lie, as far as they are valid:
+// its prompt's slots, then its own steps around the ring. Scores, softmax and sums are made in that order and know
+// nothing of the place in the ring or of other rows. XLA copies each block of keys and values out of the cache
+// first, and runs a dozen small operations on it.
+//
+// CpuCausalAttention, whole prompts: block after block of queries, whose scores stay in the cache.
+
+#include <cmath>
+#include <limits>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+using Heads = ffi::Buffer<ffi::BF16, 3>;
+using Cache = ffi::Buffer<ffi::BF16, 4>;  // and whole prompts
+using Mask = ffi::Buffer<ffi::PRED, 2>;
+using Indices = ffi::Buffer<ffi::S32, 1>;
+using Index = ffi::Buffer<ffi::S32, 0>;
+
+#ifdef CPU_KERNELS
+
+namespace {
+
+constexpr int64_t kAlone = 1 << 17;  // multiplications not worth a second thread
+
+struct Attention {
+  const uint16_t *q, *prompt_k, *prompt_v, *step_k, *step_v;
+  const int32_t *length, *start;
+  uint16_t* out;
+  int64_t prompts, samples, kv_heads, group, dim, prompt_slots, ring, layer, index;
+  bool tiles;
+};
+
+// Consecutive slots of one sequence and head.
+struct Segment {
+  const uint16_t *k, *v;
+  int64_t slots;
+};
+
+// exp(x) for x <= 0, to two units in the last place; NaN stays NaN. Cody and Waite's reduction, then the series.
+AVX512_BF16 inline __m512 Exp(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+  }
+  return _mm512_scalef_ps(sum, n);
+}
+
+// exp(scale * (score - the largest)) of `keys` scores, rounded to bfloat16; returns their sum before rounding.
+AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16_t* weights) {
+  __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < keys; i += 16) {
+    peaks = _mm512_mask_max_ps(peaks, Lanes16(keys - i), peaks, _mm512_maskz_loadu_ps(Lanes16(keys - i), scores + i));
+  }
+  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));
+  for (int64_t i = 0; i < keys; i += 16) {
+    const __mmask16 lanes = Lanes16(keys - i);
+    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, scores + i), peak);
+    const __m512 weight = Exp(_mm512_mul_ps(below, _mm512_set1_ps(scale)));
+    sums = _mm512_mask_add_ps(sums, lanes, sums, weight);
+    const __m256bh rounded = _mm512_cvtneps_pbh(weight);
+    _mm256_mask_storeu_epi16(weights + i, lanes, reinterpret_cast<__m256i>(rounded));
+  }
+  return _mm512_reduce_add_ps(sums);
+}
+
+// Scores of `rows` queries: q [rows, dim] times keys [keys, dim], whose place is still to be said.
+Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float>& scores, int64_t keys, bool tiles) {
+  scores.resize(rows * keys);
+  return {.x = q,
+          .w = nullptr,
+          .out = scores.data(),
+          .rows = rows,
+          .inputs = dim,
+          .outputs = keys,
+          .x_stride = dim,
+          .out_stride = keys,
+          .transposed = true,
+          .tiles = tiles};
+}
+
+// Sums of weights [rows, keys] times values [keys, dim], to be added to by AddValues.
+Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<float>& sums, int64_t dim, bool tiles) {
+  sums.assign(rows * dim, 0);
+  return {.x = weights,
+          .w = nullptr,
+          .out = sums.data(),
+          .rows = rows,
+          .inputs = 0,
+          .outputs = dim,
+          .x_stride = keys,
+          .out_stride = dim,
+          .transposed = false,
+          .tiles = tiles,
+          .add = true};
+}
+
+// Adds weights, those of `slots` consecutive keys, times their values to the sums of p.
+void AddValues(Product p, const uint16_t* values, int64_t slots) {
+  const bool pairs = p.rows == 1 || !p.tiles;  // whether values are read in pairs
+  p.w = values;
+  p.inputs = pairs ? slots / 2 * 2 : slots;
+  MultiplyOutputs(p, 0, p.outputs);
+  if (p.inputs == slots) return;
+  // The last one's neighbour must not be read.
+  thread_local std::vector<uint16_t> last;
+  last.assign(2 * (p.rows + p.outputs), 0);
+  uint16_t* pair = last.data() + 2 * p.rows;
+  std::copy_n(values + p.inputs * p.outputs, p.outputs, pair);
+  for (int64_t r = 0; r < p.rows; ++r) last[2 * r] = p.x[r * p.x_stride + p.inputs];
+  p.x = last.data();
+  p.w = pair;
+  p.inputs = p.x_stride = 2;
+  MultiplyOutputs(p, 0, p.outputs);
+}
+
+// Means of values, in bfloat16; zero where there was nothing to attend to.
+AVX512_BF16 void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
+  const __m512 by = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), total));
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __mmask16 lanes = Lanes16(dim - i);
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_div_ps(_mm512_maskz_loadu_ps(lanes, sums + i), by));
+    _mm256_mask_storeu_epi16(out + i, lanes, reinterpret_cast<__m256i>(rounded));
+  }
+}
+
+float ScaleOf(int64_t dim) { return 1 / std::sqrt(static_cast<float>(dim)); }
+
+// All queries of one sequence that share one head's keys.
+void Attend(const Attention& a, int64_t row, int64_t head) {
+  const int64_t prompt = row / a.samples, rows = a.group, dim = a.dim;
+  const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_slots * dim;
+  const int64_t at_steps = ((a.layer * a.prompts * a.samples + row) * a.kv_heads + head) * a.ring * dim;
+  const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, 0});
+  const int64_t steps = std::max<int64_t>(a.index - oldest + 1, 0), from = oldest % a.ring;
+  const int64_t before_end = std::min(steps, a.ring - from);
+  const Segment segments[] = {
+      {a.prompt_k + at_prompt, a.prompt_v + at_prompt, std::clamp<int64_t>(a.length[prompt], 0, a.prompt_slots)},
+      {a.step_k + at_steps + from * dim, a.step_v + at_steps + from * dim, before_end},
+      {a.step_k + at_steps, a.step_v + at_steps, steps - before_end},
+  };
+  int64_t keys = 0;
+  for (const Segment& segment : segments) keys += segment.slots;
+
+  thread_local std::vector<float> scores, totals, sums;
+  thread_local std::vector<uint16_t> weights;
+  weights.resize(rows * keys);
+  const int64_t at_heads = (row * a.kv_heads + head) * rows * dim;  // in q and out
+  Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.tiles);
+  for (const Segment& segment : segments) {
+    p.w = segment.k;
+    p.outputs = segment.slots;
+    MultiplyOutputs(p, 0, p.outputs);
+    p.out += segment.slots;
+  }
+
+  totals.resize(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    totals[r] = Softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
+  }
+
+  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
+  AddValues(p, segments[0].v, segments[0].slots);
+  p.x += segments[0].slots;
+  // The steps' values as one, wherever the ring ends: tiles sum blocks of them.
+  const uint16_t* values = segments[1].v;
+  if (segments[2].slots) {
+    thread_local std::vector<uint16_t> unrolled;
+    unrolled.resize(steps * dim);
+    std::copy_n(segments[1].v, before_end * dim, unrolled.data());
+    std::copy_n(segments[2].v, (steps - before_end) * dim, unrolled.data() + before_end * dim);
+    values = unrolled.data();
+  }
+  AddValues(p, values, steps);
+  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
+}
+
+// The last `tokens` of `slots`; each sees the valid slots up to its own.
+struct Causal {
+  const uint16_t *q, *k, *v;
+  const bool* valid;
+  uint16_t* out;
+  int64_t tokens, slots, kv_heads, group, dim;
+  bool tiles;
+
+  // Queries at once: more read the keys less often, fewer keep the scores in the cache.
+  int64_t block() const { return std::clamp<int64_t>((1 << 17) / (group * slots), 1, 32); }
+};
+
+// A block of one sequence's queries, those that share one head's keys.
+void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t first) {
+  const int64_t queries = std::min(a.block(), a.tokens - first), rows = queries * a.group, dim = a.dim;
+  const int64_t own_slot = a.slots - a.tokens + first;  // the first query's
+  const bool* valid = a.valid + sequence * a.slots;
+  int64_t keys = own_slot + queries;
+  while (keys > 0 && !valid[keys - 1]) --keys;
+  const bool holes = std::find(valid, valid + keys, false) != valid + keys;
+  const auto at = [&](int64_t row) {  // in q and out
+    const int64_t token = sequence * a.tokens + first + row / a.group;
+    return ((token * a.kv_heads + head) * a.group + row % a.group) * dim;
+  };
+
+  thread_local std::vector<float> scores, totals, sums;
+  thread_local std::vector<uint16_t> gathered, weights;
+  weights.assign(rows * keys, 0);
+  gathered.resize(rows * dim);
+  totals.assign(rows, 0);
+  for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
+
+  const int64_t at_keys = (sequence * a.kv_heads + head) * a.slots * dim;
+  Product p = ScoresOf(gathered.data(), rows, dim, scores, keys, a.tiles);
+  p.w = a.k + at_keys;
+  MultiplyOutputs(p, 0, keys);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t visible = std::min(keys, own_slot + r / a.group + 1);
+    float* row = scores.data() + r * keys;
+    if (holes) {
+      if (std::find(valid, valid + visible, true) == valid + visible) continue;  // nothing to see
+      for (int64_t key = 0; key < visible; ++key) {
+        if (!valid[key]) row[key] = -std::numeric_limits<float>::infinity();
+      }
+    }
+    totals[r] = Softmax(row, visible, ScaleOf(dim), weights.data() + r * keys);
+  }
+  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
+  AddValues(p, a.v + at_keys, keys);
+  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
+}
+
+ffi::Error RunCausal(ffi::ThreadPool pool, Cache q, Cache k, Cache v, Mask valid, ffi::Result<Cache> out,
+                     bool tiles) {
+  const auto queries = q.dimensions(), keys = k.dimensions(), mask = valid.dimensions();
+  const bool fits = keys[0] == queries[0] && keys[1] > 0 && queries[2] % keys[1] == 0 && keys[2] >= queries[1] &&
+                    keys[3] == queries[3] && queries[3] % 2 == 0 && v.dimensions() == keys &&
+                    mask[0] == keys[0] && mask[1] == keys[2] && out->dimensions() == queries;
+  if (!fits) return ffi::Error::InvalidArgument("cpu_attention_causal: shapes do not fit, or an odd head_dim");
+  if (q.element_count() == 0) return ffi::Error::Success();
+  const auto bits = [](const void* values) { return static_cast<const uint16_t*>(values); };
+  const Causal a = {.q = bits(q.untyped_data()),
+                    .k = bits(k.untyped_data()),
+                    .v = bits(v.untyped_data()),
+                    .valid = valid.typed_data(),
+                    .out = static_cast<uint16_t*>(out->untyped_data()),
+                    .tokens = queries[1],
+                    .slots = keys[2],
+                    .kv_heads = keys[1],
+                    .group = queries[2] / keys[1],
+                    .dim = queries[3],
+                    .tiles = tiles && MayUseTiles()};
+  const int64_t blocks = (a.tokens + a.block() - 1) / a.block(), heads = queries[0] * a.kv_heads;
+  const bool alone = heads * a.group * a.tokens * a.slots * a.dim < kAlone;
+  Share(pool, alone ? 1 : Threads(pool), heads * blocks, [=](int64_t i) {
+    const int64_t block = blocks - 1 - i / heads;  // the longest first
+    AttendCausally(a, i % heads / a.kv_heads, i % a.kv_heads, block * a.block());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
+               Cache step_v, Indices start, Index index, Index layer, ffi::Result<Heads> out, bool tiles) {
+  const auto queries = q.dimensions(), prompt = prompt_k.dimensions(), step = step_k.dimensions();
+  const int64_t rows = queries[0], prompts = length.dimensions()[0], kv_heads = step[1];
+  if (rows * prompts * kv_heads == 0) return ffi::Error::InvalidArgument("cpu_attention: nothing to attend to");
+  const int64_t layers = step[0] / rows;
+  const bool fits = rows % prompts == 0 && start.dimensions()[0] == rows && queries[1] % kv_heads == 0 &&
+                    queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == layers * rows &&
+                    prompt[0] == layers * prompts && prompt[1] == kv_heads && prompt[3] == step[3] &&
+                    prompt_v.dimensions() == prompt && step_v.dimensions() == step &&
+                    out->dimensions() == queries;
+  if (!fits) return ffi::Error::InvalidArgument("cpu_attention: shapes do not fit, or an odd head_dim");
+  const auto bits = [](const void* values) { return static_cast<const uint16_t*>(values); };
+  const Attention a = {.q = bits(q.untyped_data()),
+                       .prompt_k = bits(prompt_k.untyped_data()),
+                       .prompt_v = bits(prompt_v.untyped_data()),
+                       .step_k = bits(step_k.untyped_data()),
+                       .step_v = bits(step_v.untyped_data()),
+                       .length = length.typed_data(),
+                       .start = start.typed_data(),
+                       .out = static_cast<uint16_t*>(out->untyped_data()),
+                       .prompts = prompts,
+                       .samples = rows / prompts,
+                       .kv_heads = kv_heads,
+                       .group = queries[1] / kv_heads,
+                       .dim = queries[2],
+                       .prompt_slots = prompt[2],
+                       .ring = step[2],
+                       .layer = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1),
+                       .index = *index.typed_data(),
+                       .tiles = tiles && MayUseTiles()};
+  int64_t keys = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    keys += a.length[row / a.samples] + std::min(a.index - a.start[row] + 1, a.ring);
+  }
+  const bool alone = keys * queries[1] * a.dim < kAlone;
+  Share(pool, alone ? 1 : Threads(pool), rows * kv_heads,
+        [=](int64_t i) { Attend(a, i / kv_heads, i % kv_heads); });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+#else
+
+namespace {
+
+ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index,
+               ffi::Result<Heads>, bool) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
+}
+
+ffi::Error RunCausal(ffi::ThreadPool, Cache, Cache, Cache, Mask, ffi::Result<Cache>, bool) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX-512 BF16");
+}
+
+}  // namespace
+
+#endif
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuCausalAttention, RunCausal,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Mask>()
+                                  .Ret<Cache>()
+                                  .Attr<bool>("tiles"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Heads>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Indices>()
+                                  .Arg<Cache>()
+                                  .Arg<Cache>()
+                                  .Arg<Indices>()
+                                  .Arg<Index>()
+                                  .Arg<Index>()
+                                  .Ret<Heads>()
+                                  .Attr<bool>("tiles"));

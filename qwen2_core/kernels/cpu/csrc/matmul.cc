@@ -1,0 +1,112 @@
+// Products of bfloat16 matrices on CPUs with AVX-512 BF16 or AMX, as an XLA custom call (matmul.py).
+//
+// out[i, r, n] = sum over k of x[i, r, k] * w[i, k, n], or w[i, n, k]: a few or many rows times weights that are
+// stored plainly. A decode step reads every weight once for a handful of rows, so this has to keep up with
+// memory, and a prompt has to keep the multipliers busy. XLA's own kernels repack the weights at each call.
+
+#include "kernels.h"
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+using Matrices = ffi::Buffer<ffi::BF16, 3>;  // as many matrices of one shape
+using Sums = ffi::AnyBuffer;  // float32, or rounded to bfloat16
+
+#ifdef CPU_KERNELS
+
+namespace {
+
+constexpr int64_t kSumsBytes = 1 << 19;  // of sums that a thread works on: a part of the second-level cache
+constexpr int64_t kAlone = 1 << 20;      // multiplications (of 8 rows at least) not worth a second thread
+
+ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Sums> out, bool transposed,
+               bool tiles) {
+  const auto x_shape = x.dimensions(), w_shape = w.dimensions(), out_shape = out->dimensions();
+  const int64_t products = x_shape[0], rows = x_shape[1], inputs = x_shape[2];
+  const int64_t outputs = w_shape[2 - transposed];
+  const bool rounded = out->element_type() == ffi::BF16;
+  if (inputs % 2 || w_shape[0] != products || w_shape[1 + transposed] != inputs || out_shape[0] != products ||
+      out_shape[1] != rows || out_shape[2] != outputs || !(rounded || out->element_type() == ffi::F32)) {
+    return ffi::Error::InvalidArgument("cpu_product: shapes do not fit, or an odd number of inputs");
+  }
+  if (products * rows * outputs == 0) return ffi::Error::Success();
+  const Product first = {.x = reinterpret_cast<const uint16_t*>(x.typed_data()),
+                         .w = reinterpret_cast<const uint16_t*>(w.typed_data()),
+                         .out = rounded ? nullptr : static_cast<float*>(out->untyped_data()),
+                         .rows = rows,
+                         .inputs = inputs,
+                         .outputs = outputs,
+                         .x_stride = inputs,
+                         .out_stride = outputs,
+                         .transposed = transposed,
+                         .tiles = tiles && MayUseTiles(),
+                         .rounded = rounded ? static_cast<uint16_t*>(out->untyped_data()) : nullptr};
+  const int64_t threads = Threads(pool);
+  const int64_t wanted = rows == 1 || first.tiles ? threads : 2 * threads;  // long rows of w, against idle ends
+  const int64_t stripes = (outputs + kWidth - 1) / kWidth;
+  const int64_t share = products < wanted ? (stripes * products + wanted - 1) / wanted : stripes;
+  const int64_t fit = std::max(kSumsBytes / (rows * 4 * kWidth), Blocking(first).outputs / kWidth);
+  const auto ceil = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
+  // As many chunks for each thread, where there are more than threads.
+  const int64_t most = ceil(stripes, std::min(share, fit));
+  const int64_t chunk = kWidth * ceil(stripes, most > threads ? ceil(most, threads) * threads : most);
+  const int64_t chunks = ceil(outputs, chunk);
+  // A piece is a chunk of one product's outputs, or of several small products.
+  const int64_t piece = std::max<int64_t>(products / wanted, 1);
+  const bool alone = products * std::max<int64_t>(rows, 8) * inputs * outputs < kAlone;
+  Share(pool, alone ? 1 : threads, (products * chunks + piece - 1) / piece, [=](int64_t claimed) {
+    const int64_t end = std::min((claimed + 1) * piece, products * chunks);
+    for (int64_t i = claimed * piece; i < end; ++i) {
+      Product p = first;
+      const int64_t product = i / chunks, begin = i % chunks * chunk;
+      p.x += product * rows * inputs;
+      p.w += product * inputs * outputs;
+      if (rounded) {
+        p.rounded += product * rows * outputs;
+      } else {
+        p.out += product * rows * outputs;
+      }
+      MultiplyOutputs(p, begin, std::min(begin + chunk, outputs));
+    }
+  });
+  return ffi::Error::Success();
+}
+
+bool Supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+bool TilesSupported() { return MayUseTiles(); }
+
+}  // namespace
+
+#else
+
+namespace {
+
+ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, ffi::Result<Sums>, bool, bool) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_product: only for x86 with AVX-512 BF16");
+}
+
+bool Supported() { return false; }
+bool TilesSupported() { return false; }
+
+}  // namespace
+
+#endif
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuProduct, Run,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Matrices>()
+                                  .Arg<Matrices>()
+                                  .Ret<Sums>()
+                                  .Attr<bool>("transposed")
+                                  .Attr<bool>("tiles"));
+
+// To be counted up with _INTERFACE in matmul.py when what the handlers take or give changes.
+extern "C" int CpuInterface() { return 2; }
+
+// Whether this machine can run CpuProduct and CpuAttention.
+extern "C" int CpuProductSupported() { return Supported(); }
+
+// Whether they multiply by tiles where they are told to.
+extern "C" int CpuTilesSupported() { return TilesSupported(); }

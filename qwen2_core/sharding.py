@@ -1,0 +1,257 @@
+"""Where arrays are: a mesh of one process's devices, ``data`` times ``model``, and what is split over it.
+
+    config, params = load_qwen2("Qwen/Qwen2.5-7B-Instruct", mesh_shape=(1, 4))    # over four devices
+    out = generate_single_task_jitted(create_model_with_hooks(config), params, ...)   # as on one
+
+``data``: each group of ``model`` devices generates its own rows with all the weights. Programs run once for
+each group (``shard_map``), with its own loops, so that no group ever waits for, or hears of, another.
+
+``model``: the devices of a group split the weights by attention heads, MLP columns and vocabulary
+(Megatron-LM, Shoeybi et al. 2019) and the KV cache by heads; XLA puts the sums between devices where they
+belong. What does not divide is whole on each device, and ``Layout.describe`` says so. The residual stream,
+and so every captured row, is whole on every device.
+
+The weights' place decides: ``layout_of`` reads it off them, and everything else follows.
+
+A TPU keeps two axes of an array in tiles of 8 x 128, padded. Which two, XLA would choose by the sizes alone,
+and where the loop wants others, copy the whole cache or all activations on the way in and out (17 MB a task
+at batch 128, 28 MB at 100, beside 45 MB of buffers). So those of a loop's state are given, by ``axes_of``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.experimental import layout as xla_layout
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from qwen2_core.config import QwenConfig
+
+DATA, MODEL = "data", "model"
+_LANES = 128  # of a TPU: what its minor axis is padded to
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What the axes of an array of a program are, and their order in a TPU's memory."""
+
+    names: PartitionSpec  # "rows" are sequences or prompts
+    tpu_order: tuple[int, ...] | None = None  # from major to minor; XLA's choice by default
+
+
+WHOLE = Axes(PartitionSpec())
+ROWS = Axes(PartitionSpec("rows"))
+ACTIVATIONS = Axes(PartitionSpec(None, None, "rows"))  # [layers, tokens, rows, hidden]
+
+# What the axes of a weight are, by its module and its own name; all others are whole on each device.
+_WEIGHTS: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embed_tokens", "embedding"): ("vocab", None),
+    ("lm_head", "kernel"): (None, "vocab"),
+    **{(name, "kernel"): (None, "heads") for name in ("q_proj", "k_proj", "v_proj")},
+    **{(name, "bias"): ("heads",) for name in ("q_proj", "k_proj", "v_proj")},
+    ("o_proj", "kernel"): ("heads", None),
+    ("gate_proj", "kernel"): (None, "mlp"),
+    ("up_proj", "kernel"): (None, "mlp"),
+    ("down_proj", "kernel"): ("mlp", None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One device (no mesh), or a mesh and which parts of the model are split over its ``model`` axis."""
+
+    mesh: Mesh | None = None
+    split: frozenset[str] = frozenset()  # of "heads", "mlp", "vocab"
+    chip: SingleDeviceSharding | None = None  # the one device, if it is a TPU
+
+    @property
+    def groups(self) -> int:
+        """How many times ``model`` devices there are, each time with rows of its own."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    def kv_heads(self, config: QwenConfig) -> int:
+        """KV heads of which a device holds keys and values."""
+        shares = self.devices // self.groups if "heads" in self.split else 1
+        return config.num_key_value_heads // shares
+
+    def place_weight(self, path: tuple[str, ...], array: np.ndarray) -> Array:
+        """A weight, from the host straight to where it belongs, each part to its device."""
+        return jax.device_put(array, self.weight_sharding(path, array.ndim))
+
+    def weight_sharding(self, path: tuple[str, ...], ndim: int) -> NamedSharding | None:
+        """Where the weight at ``path`` of the parameter tree belongs; None: on the default device."""
+        if self.mesh is None:
+            return None
+        axes = _WEIGHTS.get(path[-2:], ())
+        return self._sharding(PartitionSpec(*[None] * (ndim - len(axes)), *axes))
+
+    def jit(
+        self, function: Callable[..., Any], in_axes: Any, out_axes: Any, donate_argnums: Sequence[int] = ()
+    ) -> Any:
+        """``jax.jit``, run by each group on its own rows.
+
+        Args:
+            function: traced with the sizes of one group.
+            in_axes, out_axes: ``Axes``, or pytrees of them, one for each argument and each result; of weights
+                WHOLE.
+        """
+        places = _map_axes(self._place, out_axes)
+        if self.mesh is None:
+            return jax.jit(function, donate_argnums=donate_argnums, out_shardings=places)
+        by_group = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            axis_names={DATA},
+            in_specs=_map_axes(lambda axes: self._spec(axes.names, (DATA,)), in_axes),
+            out_specs=_map_axes(lambda axes: self._spec(axes.names, (DATA,)), out_axes),
+            check_vma=False,
+        )
+        return jax.jit(by_group, donate_argnums=donate_argnums, out_shardings=places)
+
+    def struct(self, shape: tuple[int, ...], dtype: Any, axes: Axes = WHOLE) -> jax.ShapeDtypeStruct:
+        """An argument of ``jit``'s function, over all groups; ``shape`` is that of one group."""
+        sizes = list(shape)
+        if "rows" in axes.names:
+            sizes[axes.names.index("rows")] *= self.groups
+        return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=self._place(axes))
+
+    def structs(self, state: Any) -> Any:
+        """``struct`` of a whole loop state."""
+        return jax.tree.map(
+            lambda leaf, axes: self.struct(leaf.shape, leaf.dtype, axes), state, axes_of(state)
+        )
+
+    def describe(self, config: QwenConfig) -> str:
+        """The mesh in a line, and what of the model is not split although it could be asked for."""
+        assert self.mesh is not None
+        data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
+        text = f"{data * model} devices: {data} groups of {model}"
+        if model == 1:
+            return f"{text}, each with all the weights"
+        whole = [
+            f"the {what} ({size} {unit})"
+            for name, (what, size, unit) in _parts(config).items()
+            if name not in self.split
+        ]
+        if not whole:
+            return f"{text}, which split the weights"
+        return f"{text}, which split the weights but for {' and '.join(whole)}, no multiple of {model}"
+
+    def _spec(self, axes: PartitionSpec, mesh_axes: tuple[str, ...] = (DATA, MODEL)) -> PartitionSpec:
+        """Named axes as those of the mesh, of which only ``mesh_axes`` are meant."""
+        meant = {"rows": DATA} | dict.fromkeys(self.split, MODEL)
+        found = [meant.get(name) for name in axes]  # pyright: ignore[reportArgumentType]
+        return PartitionSpec(*(name if name in mesh_axes else None for name in found))
+
+    def _sharding(self, axes: PartitionSpec) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, self._spec(axes))
+
+    def _place(self, axes: Axes) -> Any:
+        """On which devices and, on TPUs, in which order; None: on the default device."""
+        sharding = self.chip if self.mesh is None else self._sharding(axes.names)
+        if axes.tpu_order is None or not _is_tpu(sharding):
+            return sharding
+        return xla_layout.Format(xla_layout.Layout(axes.tpu_order), sharding)
+
+
+def make_layout(
+    config: QwenConfig, mesh_shape: tuple[int, int], devices: Sequence[Any] | None = None
+) -> Layout:
+    """``mesh_shape`` (data, model) devices of this process, the first by default.
+
+    Raises:
+        ValueError: fewer devices than that, or nothing in the model that could be split so.
+    """
+    data, model = mesh_shape
+    devices = jax.local_devices() if devices is None else devices
+    if min(mesh_shape) < 1 or data * model > len(devices):
+        raise ValueError(
+            f"a mesh of {data} x {model} devices cannot be: this process has {len(devices)} "
+            f"({devices[0].device_kind})"
+        )
+    if data * model == 1:
+        return Layout()
+    array = np.array(devices[: data * model]).reshape(data, model)
+    layout = _layout(config, Mesh(array, (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto)))
+    if not layout.split:
+        sizes = ", ".join(f"{size} {unit}" for _, size, unit in _parts(config).values())
+        raise ValueError(f"nothing in this model can be split over {model} devices: it has {sizes}")
+    return layout
+
+
+def layout_of(config: QwenConfig, params: Any) -> Layout:
+    """Where weights are, loaded by ``load_qwen2`` or as abstract arrays."""
+    sharding = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (DATA, MODEL):
+        return _layout(config, sharding.mesh)  # pyright: ignore[reportArgumentType]
+    if isinstance(sharding, SingleDeviceSharding) and _is_tpu(sharding):
+        return Layout(chip=sharding)
+    return Layout()
+
+
+def axes_of(state: Any) -> Any:
+    """The axes of a loop's state, a pytree of dataclasses, as ``Layout.jit`` takes them.
+
+    Args:
+        state: with the shapes of one group.
+    """
+
+    def axes(path: tuple[Any, ...], leaf: Any) -> Axes:
+        field = next(key.name for key in reversed(path) if hasattr(key, "name"))
+        if field in ("k", "v"):
+            return _axes_of_cache(leaf.shape)
+        if field == "activations":
+            # The last two are tiled. A single row would be padded to two; its tokens are not.
+            order = (0, 1, 2, 3) if leaf.shape[2] > 1 else (0, 2, 1, 3)
+            return dataclasses.replace(ACTIVATIONS, tpu_order=order)
+        return WHOLE if field == "index" else ROWS
+
+    return jax.tree_util.tree_map_with_path(axes, state)
+
+
+def _axes_of_cache(shape: tuple[int, ...]) -> Axes:
+    """Of keys or values, [rows, kv_heads, slots, head_dim], with an axis of layers before them if stacked."""
+    *major, slots, head_dim = range(len(shape))
+    minor = (slots, head_dim) if shape[-1] % _LANES == 0 else (head_dim, slots)
+    stacked = (None,) * (len(shape) - 4)
+    return Axes(PartitionSpec(*stacked, "rows", "heads"), (*major, *minor))
+
+
+def _is_tpu(sharding: Sharding | None) -> bool:
+    return sharding is not None and next(iter(sharding.device_set)).platform == "tpu"
+
+
+def bytes_on_device(leaf: Any) -> int:
+    """Of a weight, on each device that has a part of it."""
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _layout(config: QwenConfig, mesh: Mesh) -> Layout:
+    parts = _parts(config)
+    return Layout(mesh, frozenset(name for name in parts if parts[name][1] % mesh.shape[MODEL] == 0))
+
+
+def _parts(config: QwenConfig) -> dict[str, tuple[str, int, str]]:
+    """What can be split: its name for the reader, and how many of what it has."""
+    return {
+        "heads": ("attention", config.num_key_value_heads, "KV heads"),
+        "mlp": ("MLP", config.intermediate_size, "columns"),
+        "vocab": ("vocabulary", config.vocab_size, "tokens"),
+    }
+
+
+def _map_axes(function: Callable[[Axes], Any], axes: Any) -> Any:
+    return jax.tree.map(function, axes, is_leaf=lambda node: isinstance(node, Axes))

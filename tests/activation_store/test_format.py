@@ -1,0 +1,177 @@
+"""Keys, settings and index lines."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from activation_fakes import SETTINGS, sequence, settings
+
+from activation_store import SequenceId, StoreError, StoreSettings, hook_layer, hook_name, sequence_key
+from activation_store.format import (
+    SequenceRecord,
+    decode_line,
+    decode_manifest,
+    encode_line,
+    encode_manifest,
+    line_key,
+)
+
+IDENTITY = SequenceId("task", 0, 0, "identity", np.array([1, 2, 3], np.int32))
+RECORD = SequenceRecord(
+    key="0123456789abcdef" * 2,
+    shard="shard-000003.safetensors",
+    task_id="007bbfb7",
+    test_index=0,
+    sample_index=1,
+    augmentation="identity",
+    seed=7,
+    row_start=10,
+    n_rows=20,
+    prompt_start=5,
+    prompt_length=6,
+    generated_length=14,
+    finish_reason="stop",
+    shard_bytes=1000,
+    shard_sha256="ef" * 32,
+    shard_sequences=4,
+    shard_mtime_ns=1,
+    failure=None,
+    host=2,
+)
+
+
+def test_the_key_is_stable_across_releases():
+    """A changed key would make every existing directory start over: this one was computed once."""
+    assert sequence_key(SETTINGS, IDENTITY) == "63184273996874cd7b317e5c9c74f66f"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"task_id": "other"},
+        {"test_index": 1},
+        {"sample_index": 1},
+        {"augmentation": "flip"},
+        {"prompt_token_ids": np.array([1, 2, 4], np.int32)},
+        {"prompt_token_ids": np.array([1, 2], np.int32)},
+    ],
+)
+def test_whatever_tells_two_sequences_apart_is_in_the_key(changed: dict[str, Any]):
+    other = dataclasses.replace(IDENTITY, **changed)
+    assert sequence_key(SETTINGS, IDENTITY) != sequence_key(SETTINGS, other)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_fingerprint": "00" * 32},
+        {"sampling": {"temperature": 0.5, "top_k": 0, "top_p": 1.0}},
+        {"seed": 8},
+        {"capture_prompt": False},
+        {"hook_names": (hook_name(10),)},
+        {"dtype": "float32"},
+        {"max_output_tokens": 13},
+    ],
+)
+def test_whatever_changes_the_stored_bytes_is_in_the_key(changed: dict[str, Any]):
+    assert sequence_key(SETTINGS, IDENTITY) != sequence_key(settings(**changed), IDENTITY)
+
+
+def test_the_width_of_the_prompts_integers_is_not_in_the_key():
+    wide = dataclasses.replace(IDENTITY, prompt_token_ids=IDENTITY.prompt_token_ids.astype(np.int64))
+    assert sequence_key(SETTINGS, IDENTITY) == sequence_key(SETTINGS, wide)
+
+
+def test_zero_and_nought_point_zero_are_the_same_temperature():
+    assert not SETTINGS.differences(settings(sampling={"temperature": 0, "top_k": 0.0, "top_p": 1}))
+
+
+def test_differences_name_each_field_and_both_values():
+    differences = SETTINGS.differences(settings(seed=8, max_output_tokens=99))
+    assert differences == ["max_output_tokens is 12 there and 99 here", "seed is 7 there and 8 here"]
+
+
+def test_settings_survive_the_manifest():
+    stored, provenance = decode_manifest(encode_manifest(SETTINGS, {"jax": "1.2"}), "manifest.json")
+    assert stored == SETTINGS
+    assert provenance == {"jax": "1.2"}
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"schema_version": 1}', b"\xff"])
+def test_a_damaged_manifest_is_refused(text: bytes):
+    with pytest.raises(StoreError, match="damaged"):
+        decode_manifest(text, "manifest.json")
+
+
+def test_a_manifest_of_another_schema_is_refused():
+    manifest = json.loads(encode_manifest(SETTINGS, {})) | {"schema_version": 2}
+    with pytest.raises(StoreError, match="schema version 2"):
+        decode_manifest(json.dumps(manifest).encode(), "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dtype": "float64"}, "float64"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hook_names": ("blocks.1.hook_mlp_out",)}, "hook_mlp_out"),
+        ({"hook_names": (hook_name(1), hook_name(1))}, "twice"),
+    ],
+)
+def test_impossible_settings_are_refused(changed: dict[str, Any], message: str):
+    with pytest.raises(StoreError, match=message):
+        settings(**changed)
+
+
+def test_an_index_line_reads_back_as_it_was():
+    line = encode_line(RECORD)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    assert decode_line(line[:-1], host=2) == RECORD
+
+
+def test_an_index_line_reads_back_in_any_order_of_fields():
+    values = json.loads(encode_line(RECORD))
+    line = json.dumps(dict(reversed(values.items())), indent=1).encode()
+    assert decode_line(line, host=2) == RECORD
+
+
+@pytest.mark.parametrize("line", [encode_line(RECORD)[:-1] + b"}", encode_line(RECORD) * 2])
+def test_what_follows_an_index_line_is_damage(line: bytes):
+    with pytest.raises(StoreError, match="damaged"):
+        decode_line(line, host=2)
+
+
+def test_the_key_is_found_without_parsing_the_line():
+    assert line_key(encode_line(RECORD)[:-1]) == bytes.fromhex(RECORD.key)
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b'{"key":"zz', encode_line(RECORD)[:70], b"null", b"\x00" * 90])
+def test_what_is_no_index_line_is_told_apart(line: bytes):
+    assert line_key(line) is None
+    with pytest.raises(StoreError, match="damaged"):
+        decode_line(line, host=0)
+
+
+def test_hook_names_and_layers_are_inverse():
+    assert hook_layer(hook_name(23)) == 23
+
+
+def test_prompt_rows_follow_from_the_lengths():
+    assert RECORD.prompt_rows == 6
+    assert RECORD._replace(n_rows=14).prompt_rows == 0
+    assert RECORD._replace(n_rows=0).prompt_rows == 0
+
+
+def test_settings_round_trip_through_json_for_every_dtype():
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert StoreSettings.from_json(settings(dtype=dtype).to_json()) == settings(dtype=dtype)
+
+
+def test_the_fakes_are_deterministic():
+    first, second = sequence("a"), sequence("a")
+    assert first.rows is not None
+    assert second.rows is not None
+    assert (first.rows == second.rows).all()

@@ -1,0 +1,160 @@
+"""`python -m activation_store`: what it prints and how it exits."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from activation_fakes import SETTINGS, batch
+
+import activation_store
+from activation_store import ActivationWriter
+from activation_store.__main__ import main
+from arc_runner.data import EXAMPLE_TASKS
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    with ActivationWriter(tmp_path / "store", SETTINGS, provenance={}) as writer:
+        writer.submit(batch("a", "bb"))
+    return tmp_path / "store"
+
+
+def damage(directory: Path) -> Path:
+    path = directory / "host-00000" / "shard-000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    return path
+
+
+def test_a_sound_store_verifies_with_exit_code_0(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["verify", str(directory)]) == 0
+    assert capsys.readouterr().out == "4 sequences, 0 findings\n"
+
+
+def test_a_finding_is_one_line_and_exit_code_1(directory: Path, capsys: pytest.CaptureFixture[str]):
+    damage(directory)
+    assert main(["verify", str(directory)]) == 1
+    finding, summary = capsys.readouterr().out.splitlines()
+    assert finding.startswith("host-00000/shard-000000.safetensors: has ")
+    assert summary == "4 sequences, 1 findings"
+
+
+def test_repair_drops_what_is_damaged(directory: Path, capsys: pytest.CaptureFixture[str]):
+    damage(directory)
+    assert main(["verify", str(directory), "--repair"]) == 0
+    dropped, summary = capsys.readouterr().out.splitlines()
+    assert dropped.startswith("dropped: host-00000/shard-000000.safetensors: the shard has ")
+    assert summary == "0 sequences, 0 findings"
+
+
+def test_coverage_is_checked_against_a_data_set(directory: Path, capsys: pytest.CaptureFixture[str]):
+    examples = EXAMPLE_TASKS
+    assert main(["verify", str(directory), "--dataset", str(examples)]) == 1
+    assert "has no sequence" in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_command(directory: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "activation_store", "verify", str(directory)],
+        cwd=Path(activation_store.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "4 sequences, 0 findings\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verify", "{directory}/nothing"], "is not an activation store"),
+        (["verify", "{directory}", "--replay", "2"], "--replay needs --model_path"),
+        (["verify", "{directory}", "--replay", "2", "--model_path", "{directory}"], "config.json"),
+        (["verify", "{directory}", "--dataset", "{directory}/none.json"], "cannot read"),
+        (["stats", "{directory}/nothing"], "is not an activation store"),
+        (["export", "{directory}", "--layer", "3", "--context_size", "4", "--output", "x"], "layer 3 is not"),
+        (["import-legacy", "{directory}", "--output", "x", "--hidden_size", "4"], "has no layer_"),
+    ],
+)
+def test_an_error_is_one_sentence_and_exit_code_1(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    assert main([argument.format(directory=directory) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_ctrl_c_is_a_word_and_exit_code_130(
+    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("activation_store.__main__.verify_store", interrupt)
+    assert main(["verify", str(directory)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_whoever_reads_the_findings_may_leave(directory: Path):
+    """As in ``... | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "activation_store", "verify", str(directory)]
+    done = subprocess.run(
+        command,
+        cwd=Path(activation_store.__file__).parents[1],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["verify"], ["export", "x"]])
+def test_bad_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    capsys.readouterr()
+
+
+def test_statistics_are_listed_by_layer_and_kind(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["stats", str(directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [str(layer), group] for layer in (10, 11, 12) for group in ("generated", "prompt")
+    ]
+    assert float(lines[1].split()[3]) == pytest.approx(4.0, rel=0.1)  # the norm of 16 standard normals
+
+
+def test_pickles_are_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "layer_3_batch_0.pkl").write_bytes(pickle.dumps([np.ones((2, 4), np.float32)]))
+    output = tmp_path / "new"
+    assert main(["import-legacy", str(tmp_path), "--output", str(output), "--hidden_size", "4"]) == 0
+    assert capsys.readouterr().out == f"1 sequences in {output}\n"
+    assert main(["verify", str(output)]) == 0
+
+
+def test_a_layer_is_exported(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("datasets", reason="the export needs the extra `sae`")
+    arguments = [
+        "export",
+        str(directory),
+        "--layer",
+        "11",
+        "--context_size",
+        "5",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, "--generated_only"]) == 0
+    assert "windows of 5 rows in" in capsys.readouterr().out

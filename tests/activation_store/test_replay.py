@@ -1,0 +1,244 @@
+"""The audit: every silent error that was ever stored is planted here, and the replay reports it.
+
+The faults are planted by writing the store anew, so checksums, norms and statistics all fit: a check of the
+store against itself finds nothing, and only computing the rows again does.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from activation_store import (
+    ActivationStore,
+    ActivationWriter,
+    FinishedSequence,
+    SequenceId,
+    StoreSettings,
+    hook_name,
+    verify_store,
+)
+from activation_store.replay import Forward, plain_forward, replay_sequences, replay_store
+from arc_runner.data import EXAMPLE_MODEL
+from generate_jitted import generate_single_task_jitted
+from qwen2_core.sampling import Sampling
+from qwen2_core.weights import checkpoint_fingerprint, load_qwen2
+from qwen2_jax_with_hooks import create_model_with_hooks
+
+TINY = str(EXAMPLE_MODEL)
+LAYERS = (10, 11, 22, 23)
+STEPS = 16
+PROMPTS = (30, 17, 1)
+
+
+class Run(NamedTuple):
+    """A real generation, ready to be stored, and the forward pass to check it with."""
+
+    settings: StoreSettings
+    sequences: list[FinishedSequence]
+    forward: Forward
+    params: Any
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def run(request: pytest.FixtureRequest) -> Run:
+    config, params = load_qwen2(TINY, dtype=request.param, scan_layers=True)  # soon compiled
+    model = create_model_with_hooks(config, LAYERS)
+    prompts = np.random.default_rng(0).integers(0, 500, (len(PROMPTS), max(PROMPTS))).astype(np.int32)
+    generation = generate_single_task_jitted(
+        model,
+        params,
+        prompts,
+        STEPS,
+        prompt_lengths=np.array(PROMPTS),
+        sampling=Sampling(temperature=1.0),
+        extract_prompt=True,
+    )
+    assert generation.activations is not None
+    assert generation.prompt_activations is not None
+    of_prompts, generated = np.asarray(generation.prompt_activations), np.asarray(generation.activations)
+    settings = StoreSettings(
+        model_fingerprint=checkpoint_fingerprint(TINY),
+        hook_names=tuple(map(hook_name, LAYERS)),
+        hidden_size=config.hidden_size,
+        dtype=request.param,
+        capture_prompt=True,
+        max_output_tokens=STEPS,
+        sampling={"temperature": 1.0},
+        seed=0,
+        eos_token_ids=(),
+        tokenizer_sha256="",
+        prompt={},
+    )
+    sequences = [
+        FinishedSequence(
+            SequenceId(f"task{row}", 0, 0, "identity", prompts[row, :length]),
+            np.asarray(generation.token_ids)[row],
+            np.asarray(generation.logprobs)[row],
+            "length",
+            np.concatenate([of_prompts[:, :length, row], generated[:, :, row]], axis=1),
+        )
+        for row, length in enumerate(PROMPTS)
+    ]
+    return Run(settings, sequences, plain_forward(config, params, LAYERS), params)
+
+
+def findings(
+    directory: Path, run: Run, sequences: list[FinishedSequence], settings: StoreSettings | None = None
+) -> list[str]:
+    """What the replay of a store of these sequences says; the store must look right to every other check."""
+    with ActivationWriter(directory, settings or run.settings, provenance={}) as writer:
+        writer.submit(sequences)
+    store = ActivationStore(directory)
+    assert list(verify_store(store)) == []
+    return list(replay_sequences(store, store.sequences(), run.forward))
+
+
+def changed(run: Run, change: Callable[[np.ndarray], np.ndarray]) -> list[FinishedSequence]:
+    """The run's sequences with the rows [layers, n, hidden] of the first one changed."""
+    first, *others = run.sequences
+    assert first.rows is not None
+    rows = change(first.rows.copy()).astype(first.rows.dtype)
+    return [dataclasses.replace(first, rows=rows), *others]
+
+
+def test_a_sound_run_has_no_findings(tmp_path: Path, run: Run):
+    assert findings(tmp_path, run, run.sequences) == []
+
+
+def test_the_tiny_model_is_lively_enough_to_tell_faults(run: Run):
+    for one in run.sequences:
+        assert len(set(one.token_ids.tolist())) > STEPS // 2
+
+
+def test_rows_shifted_by_one(tmp_path: Path, run: Run):
+    def shift(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([rows[:, 1:], rows[:, -1:]], axis=1)
+
+    found = findings(tmp_path, run, changed(run, shift))
+    assert len(found) == len(LAYERS)
+    assert all("task0" in line and "the rows are those of position +1" in line for line in found)
+
+
+def test_neighbouring_layers_swapped(tmp_path: Path, run: Run):
+    found = findings(tmp_path, run, changed(run, lambda rows: rows[[1, 0, 2, 3]]))
+    assert [line.split(": ", 1)[1] for line in found] == [
+        "blocks.10.hook_resid_post: the rows are those of layer 11",
+        "blocks.11.hook_resid_post: the rows are those of layer 10",
+    ]
+
+
+def test_one_column_zeroed(tmp_path: Path, run: Run):
+    def zero(rows: np.ndarray) -> np.ndarray:
+        rows[2, :, 7] = 0
+        return rows
+
+    (found,) = findings(tmp_path, run, changed(run, zero))
+    assert "blocks.22.hook_resid_post" in found
+    assert "differ" in found
+
+
+def test_rows_of_another_sequence(tmp_path: Path, run: Run):
+    other = run.sequences[1].rows
+    assert other is not None
+
+    def mix(rows: np.ndarray) -> np.ndarray:
+        rows[:, -STEPS:] = other[:, -STEPS:]
+        return rows
+
+    found = findings(tmp_path, run, changed(run, mix))
+    assert len(found) == len(LAYERS)
+    assert all(f"{STEPS} of {PROMPTS[0] + STEPS} rows differ" in line for line in found)
+
+
+@pytest.mark.parametrize("content", ["zero", "last row again"])
+def test_a_pad_row_stored(tmp_path: Path, run: Run, content: str):
+    first, *others = run.sequences
+    assert first.rows is not None
+    rows, tokens = first.rows.copy(), first.token_ids.copy()
+    rows[:, -1] = 1e-3 if content == "zero" else rows[:, -2]
+    tokens[-1] = 509  # the pad token
+    found = findings(tmp_path, run, [dataclasses.replace(first, rows=rows, token_ids=tokens), *others])
+    assert len(found) == 1 + len(LAYERS)
+    assert "log-probability of generated token 15" in found[0]
+    assert all("1 of 46 rows differ" in line for line in found[1:])
+
+
+def test_half_the_hidden_size(tmp_path: Path, run: Run):
+    half = dataclasses.replace(run.settings, hidden_size=run.settings.hidden_size // 2)
+    sequences = [
+        dataclasses.replace(one, rows=one.rows[:, :, : half.hidden_size])
+        for one in run.sequences
+        if one.rows is not None
+    ]
+    found = findings(tmp_path, run, sequences, half)
+    assert len(found) == len(sequences) * len(LAYERS)
+    assert "(46, 32) values are stored, (46, 64) are computed" in found[0]
+    assert list(replay_store(ActivationStore(tmp_path), TINY, 1)) == [
+        "the stored rows are 32 wide, the model's are 64"
+    ]
+
+
+def test_the_final_norm_applied_to_the_last_layer(tmp_path: Path, run: Run):
+    """What Hugging Face's hidden_states[-1] gives."""
+    weight = np.asarray(run.params["norm"]["weight"], np.float32)
+
+    def normed(rows: np.ndarray) -> np.ndarray:
+        last = rows[-1].astype(np.float32)
+        rows[-1] = last / np.sqrt((last**2).mean(axis=1, keepdims=True) + 1e-6) * weight
+        return rows
+
+    (found,) = findings(tmp_path, run, changed(run, normed))
+    assert "blocks.23.hook_resid_post" in found
+    assert "differ" in found
+
+
+def test_positions_one_too_high(tmp_path: Path, run: Run):
+    """The seam of a cache whose index was wrong: the generated rows were computed one position on.
+
+    RoPE is relative, so a prompt and its continuation are needed for it to show.
+    """
+    first, *others = run.sequences
+    assert first.rows is not None
+    prompt = first.id.prompt_token_ids
+    gapped, _ = run.forward(np.concatenate([prompt, prompt[-1:], first.token_ids]))
+    rows = first.rows.copy()
+    rows[:, len(prompt) :] = gapped[:, len(prompt) + 1 :].astype(rows.dtype)
+    found = findings(tmp_path, run, [dataclasses.replace(first, rows=rows), *others])
+    assert len(found) == len(LAYERS)
+
+
+def test_a_wrong_log_probability(tmp_path: Path, run: Run):
+    first, *others = run.sequences
+    logprobs = first.logprobs.copy()
+    logprobs[3] -= 3
+    (found,) = findings(tmp_path, run, [dataclasses.replace(first, logprobs=logprobs), *others])
+    assert "log-probability of generated token 3" in found
+
+
+@pytest.mark.parametrize("run", ["float32"], indirect=True)  # it loads and compiles the model once more
+def test_the_whole_audit_loads_the_model_and_draws_sequences(tmp_path: Path, run: Run):
+    assert findings(tmp_path, run, changed(run, lambda rows: rows[::-1])) != []
+    store = ActivationStore(tmp_path)
+    found = list(replay_store(store, TINY, count=99))
+    assert len(found) == len(LAYERS)
+    assert all("task0" in line for line in found)
+
+
+def test_another_model_is_said_and_not_replayed(tmp_path: Path, run: Run):
+    other = dataclasses.replace(run.settings, model_fingerprint="00" * 32)
+    findings(tmp_path, run, run.sequences, other)
+    (found,) = replay_store(ActivationStore(tmp_path), TINY, 1)
+    assert "is not the model that made the store" in found
+
+
+def test_a_store_without_capture_has_its_log_probabilities_checked(tmp_path: Path, run: Run):
+    bare = dataclasses.replace(run.settings, hook_names=())
+    sequences = [dataclasses.replace(one, rows=None) for one in run.sequences]
+    assert findings(tmp_path / "sound", run, sequences, bare) == []
+    sequences[1] = dataclasses.replace(sequences[1], logprobs=sequences[1].logprobs - 3)
+    (found,) = findings(tmp_path / "wrong", run, sequences, bare)
+    assert "task1" in found

@@ -1,0 +1,179 @@
+"""Stopping a run and going on: by kill and by signals, to the bytes of a run that was left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from runner_cases import (
+    REPOSITORY,
+    arguments,
+    digests,
+    four,
+    report,
+    run_main,
+    start_python,
+    start_runner,
+    store_of,
+    submission,
+)
+
+import distributed_kv_cached_inference
+from activation_store import verify_store
+from arc_runner.loaded_model import Generator
+
+DONE, RESUMABLE = 0, 75
+STOPPED = "stopped; nothing is lost, the same command continues\n"
+SCRIPT = distributed_kv_cached_inference.__file__
+
+
+class Uninterrupted(NamedTuple):
+    """A run of four tasks that nothing came between."""
+
+    flags: dict[str, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["continuous", "task"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    # Each call and each window ends two of the eight sequences.
+    flags = {"batch_size": 2, "generation": request.param}
+    folder = four(tmp_path_factory.mktemp(f"uninterrupted-{request.param}"))
+    assert run_main(folder, **flags).code == DONE
+    return Uninterrupted(flags, folder)
+
+
+SHARDS_OF_TWO = "from arc_runner import continuous_loop; continuous_loop.SHARD_SEQUENCES = 2"
+# On the device, where no signal reaches Python before it ends.
+COMPUTE_FOR_EVER = "jax.block_until_ready(jax.lax.while_loop(lambda i: i >= 0, lambda i: i // 2, 1))"
+
+
+@contextlib.contextmanager
+def third_call(folder: Path, flags: dict[str, Any], something: str) -> Iterator[subprocess.Popen[str]]:
+    """The run of four tasks in a process of its own, its third call or window doing something first."""
+    words = arguments(four(folder), **flags)
+    with start_runner(3, something, *words, settings=SHARDS_OF_TWO) as process:
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            assert "here\n" in lines  # reads up to it
+            yield process
+        finally:
+            process.kill()
+
+
+def assert_continues_to_the_same_bytes(folder: Path, expected: Uninterrupted, done: set[int]) -> None:
+    assert len(digests(folder)) in done
+    assert list(verify_store(store_of(folder))) == []
+    outcome = run_main(folder, **expected.flags)
+    assert (outcome.code, outcome.err) == (DONE, "")
+    assert report(folder)["sequences_resumed"] in done
+    assert digests(folder) == digests(expected.folder)
+    assert submission(folder) == submission(expected.folder)
+
+
+# Calls are killed by benchmarks/crash_campaign.py.
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
+def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
+    uninterrupted: Uninterrupted, tmp_path: Path
+):
+    with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
+        process.kill()
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
+
+
+def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(
+    uninterrupted: Uninterrupted, tmp_path: Path
+):
+    with third_call(tmp_path, uninterrupted.flags, "time.sleep(1)") as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == RESUMABLE
+    assert err == "stopping as soon as the running work is done; once more to stop at once\n"
+    assert "stopped early; the same command continues" in out
+    assert "sequences         6 (0 were there already" in out
+    attempts = [attempt for tests in json.loads(submission(tmp_path)).values() for attempt in tests]
+    assert sum(map(len, attempts)) == 6
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={6})
+
+
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
+def test_a_second_ctrl_c_ends_a_call_that_runs_on(uninterrupted: Uninterrupted, tmp_path: Path):
+    with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
+        time.sleep(2)  # it has left Python by then
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert "once more to stop at once" in process.stderr.readline()  # at once, though the call runs on
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == STOPPED
+    assert process.returncode == RESUMABLE
+    assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
+
+
+def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
+    """Exit code and errors of a Python whose import of jax takes for ever, and is met by Ctrl-C."""
+    (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        return process.wait(timeout=20), process.communicate()[1]
+
+
+def test_ctrl_c_while_the_modules_are_imported_is_a_sentence(tmp_path: Path):
+    code, err = interrupt_while_importing(tmp_path, "distributed_kv_cached_inference.py")
+    assert (code, err) == (RESUMABLE, STOPPED)
+
+
+def test_as_a_library_the_runner_leaves_ctrl_c_alone(tmp_path: Path):
+    code, err = interrupt_while_importing(tmp_path, "-c", "import distributed_kv_cached_inference")
+    assert code == -signal.SIGINT
+    assert err.endswith("KeyboardInterrupt\n")
+
+
+# Ctrl-C where Python passes over what a signal's handler raises.
+IN_A_CALLBACK = """
+import gc, importlib, runpy, signal, sys
+def interrupt(*_, **__):
+    gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
+    gc.collect()
+script, module, name = sys.argv[1:4]
+setattr(importlib.import_module(module), name, interrupt)
+del sys.argv[1:4]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("arc_puzzles.tasks", "load_tasks"), ("arc_runner.continuous_loop", "start_stage")]
+)
+def test_ctrl_c_before_the_first_call_ends_at_once(module: str, name: str, tmp_path: Path):
+    process = start_python(IN_A_CALLBACK, SCRIPT, module, name, *arguments(four(tmp_path)))
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (RESUMABLE, STOPPED)
+
+
+def test_in_a_notebook_an_interrupt_is_an_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "load", interrupt)
+    outcome = run_main(four(tmp_path))
+    assert (outcome.code, outcome.err) == (RESUMABLE, STOPPED)

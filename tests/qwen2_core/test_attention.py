@@ -1,0 +1,308 @@
+"""Attention against the same sums written down in plain float64 numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
+from qwen2_core.kernels import attention as attention
+from qwen2_core.kernels.attention import attend_causal, attend_two_part
+from qwen2_core.kernels.gpu_attention import gpu_attention
+from qwen2_engine.decode_window import STEP_PIECE
+
+HEAD_DIM = 8
+GARBAGE = 1e4  # in slots that hold no token: finite, and large enough to ruin every sum it enters
+
+
+def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """One query [heads, head_dim] over keys and values [kv_heads, n, head_dim]: [heads, head_dim]."""
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    out = np.empty_like(q)
+    group = len(q) // len(k)
+    for head, query in enumerate(q):
+        scores = k[head // group] @ query / np.sqrt(len(query))
+        weights = np.exp(scores - scores.max())
+        out[head] = weights / weights.sum() @ v[head // group]
+    return out
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+# --- Whole prompts ------------------------------------------------------------------------------------------
+
+
+def causal(*args):
+    """Traced afresh, as the sizes of blocks are read while tracing."""
+    return np.asarray(jax.jit(functools.partial(attend_causal))(*args))
+
+
+MHA, GQA, MQA = (4, 4), (6, 2), (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "past", "blocks", "layout"),
+    [
+        (1, 0, "one", MQA),
+        (1, 9, "one", GQA),
+        (32, 0, "many", MHA),
+        *((40, 0, "one", layout) for layout in (MHA, GQA, MQA)),
+        *((100, 9, "many", layout) for layout in (MHA, GQA, MQA)),
+    ],
+)
+def test_causal(tokens: int, past: int, blocks: str, layout: tuple[int, int], monkeypatch):
+    if blocks == "many":
+        monkeypatch.setattr(attention, "_SCORE_BYTES", 0)  # the smallest block, 16 queries
+        monkeypatch.setattr(attention, "_PREFILL_KEYS", 24)
+    rng, batch, slots = np.random.default_rng(0), 3, past + tokens
+    heads, kv_heads = layout
+    q = normal(rng, batch, tokens, heads, HEAD_DIM)
+    k, v = normal(rng, 2, batch, kv_heads, slots, HEAD_DIM)
+    valid = rng.random((batch, slots)) < 0.8
+    valid[:, 0] = True  # every query sees a slot
+    out = causal(q, k, v, valid)
+    assert out.shape == q.shape
+    for b in range(batch):
+        for t in range(tokens):
+            seen = np.flatnonzero(valid[b, : past + t + 1])
+            expected = reference(q[b, t], k[b][:, seen], v[b][:, seen])
+            np.testing.assert_allclose(out[b, t], expected, atol=1e-5)
+
+
+def test_causal_without_a_mask_sees_every_slot_up_to_its_own():
+    rng = np.random.default_rng(1)
+    q, (k, v) = normal(rng, 2, 5, 4, HEAD_DIM), normal(rng, 2, 2, 2, 5, HEAD_DIM)
+    everything = np.ones((2, 5), bool)
+    np.testing.assert_allclose(causal(q, k, v, None), causal(q, k, v, everything), atol=1e-6)
+
+
+@pytest.mark.parametrize("bytes_per_query", [1, 14 * 4 * 512, 10**7, 10**12])
+@pytest.mark.parametrize("tokens", [1, 300, 8192])
+def test_the_scores_of_a_block_of_queries_keep_to_their_limit(bytes_per_query: int, tokens: int):
+    block = attention._query_block(bytes_per_query, tokens)
+    assert 1 <= block <= tokens
+    assert block <= 16 or block * bytes_per_query <= attention._SCORE_BYTES
+    assert block in (16, tokens) or 2 * block * bytes_per_query > attention._SCORE_BYTES
+
+
+# --- One decode step over the two parts ---------------------------------------------------------------------
+
+Attend = Callable[[Any, KVCache, int], jax.Array]
+
+
+def of_tpus(q: Any, cache: KVCache, layer: int) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_sums_of_pieces", attention._sums_by_masks)
+        return attend_two_part(q, cache, layer)
+
+
+# What the forms are for, their compilers show: test_performance, benchmarks/gpu_program.py.
+FORMS = [jax.jit(form, static_argnums=2) for form in (attend_two_part, of_tpus, gpu_attention)]
+IN_EACH_FORM = pytest.mark.parametrize("attend", FORMS, ids=["blocks", "of TPUs", "of GPUs"])
+
+
+def zeros(config: KVCacheConfig) -> Any:
+    """``create_kv_cache_buffers`` in numpy: nothing is compiled to fill them."""
+    abstract = jax.eval_shape(lambda: create_kv_cache_buffers(config))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+
+
+def filled_cache(
+    rng: np.random.Generator, config: KVCacheConfig, lengths: np.ndarray, index: int, garbage: float
+) -> KVCache:
+    """Random keys and values where valid (the token being read included), ``garbage`` everywhere else."""
+    cache = zeros(config)
+
+    def fill(buffers, valid: np.ndarray):
+        return tuple(
+            np.where(valid[:, None, :, None], normal(rng, *buffer.shape), np.float32(garbage))
+            for buffer in buffers
+        )
+
+    prompt = np.arange(config.max_prefill_length) < lengths[:, None]
+    decode = np.broadcast_to(
+        np.arange(config.max_decode_length) <= index, (config.batch_size, config.max_decode_length)
+    )
+    return KVCache(
+        dataclasses.replace(
+            cache.prefill,
+            k=fill(cache.prefill.k, prompt),
+            v=fill(cache.prefill.v, prompt),
+            length=lengths.astype(np.int32),
+        ),
+        dataclasses.replace(
+            cache.ar, k=fill(cache.ar.k, decode), v=fill(cache.ar.v, decode), index=np.int32(index)
+        ),
+    )
+
+
+def expected_two_part(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
+    out = []
+    for b, query in enumerate(q):
+        prompt, steps = b // cache.samples_per_prompt, int(cache.ar.index) + 1
+        n = int(cache.prefill.length[prompt])
+        k, v = (
+            np.concatenate([first[prompt, :, :n], second[b, :, :steps]], axis=1)
+            for first, second in (
+                (cache.prefill.k[layer], cache.ar.k[layer]),
+                (cache.prefill.v[layer], cache.ar.v[layer]),
+            )
+        )
+        out.append(reference(query, k, v))
+    return np.stack(out)
+
+
+def stacked(part: Any) -> Any:
+    return dataclasses.replace(part, k=np.stack(part.k), v=np.stack(part.v))
+
+
+def check(
+    attend: Attend, config: KVCacheConfig, heads: int, lengths: list[int], index: int
+) -> tuple[np.ndarray, KVCache]:
+    rng = np.random.default_rng(0)
+    cache = filled_cache(rng, config, np.array(lengths), index, GARBAGE)
+    q = normal(rng, config.batch_size, heads, HEAD_DIM)
+    out = attend(q, cache, 1)
+    assert out.shape == q.shape
+    np.testing.assert_allclose(out, expected_two_part(q, cache, 1), atol=1e-5)
+    return q, cache
+
+
+def sizes(prefill: int, decode: int, prompts: int = 3, samples: int = 1, kv_heads: int = 2) -> KVCacheConfig:
+    return KVCacheConfig(2, kv_heads, HEAD_DIM, prefill, decode, prompts, samples)
+
+
+@IN_EACH_FORM
+@pytest.mark.parametrize("index", [0, 126, 127, 128, 129, 255, 256, 299])
+def test_the_decode_part_up_to_the_index_at_the_borders_of_blocks(index: int, attend: Attend):
+    check(attend, sizes(300, 300), 4, [1, 17, 40], index)
+
+
+@IN_EACH_FORM
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 300])
+def test_ragged_prompts_at_the_borders_of_blocks(length: int, attend: Attend):
+    check(attend, sizes(300, 300), 4, [length, 1, 300], 7)
+
+
+@IN_EACH_FORM
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
+def test_samples_of_a_prompt_read_its_one_row(heads: int, kv_heads: int, attend: Attend):
+    check(attend, sizes(150, 140, prompts=2, samples=3, kv_heads=kv_heads), heads, [150, 33], 130)
+
+
+@IN_EACH_FORM
+def test_a_stack_of_layers_gives_what_a_tuple_gives(attend: Attend):
+    q, cache = check(attend, sizes(300, 300), 4, [150, 33, 1], 130)
+    stack = KVCache(stacked(cache.prefill), stacked(cache.ar))
+    np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
+
+
+# --- The ring of decode steps -------------------------------------------------------------------------------
+
+PIECE = STEP_PIECE
+
+
+def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
+    """Prompts of one token, and each row's own keys and values of the steps since its start.
+
+    What a row holds at its own n-th step is always the same. Slots of nobody's hold ``filler``.
+    """
+    cache = zeros(config)
+    prefill = dataclasses.replace(cache.prefill, length=np.ones_like(cache.prefill.length))
+    own = normal(np.random.default_rng(seed), 2, config.batch_size, config.num_kv_heads, 4096, HEAD_DIM)
+    parts = np.full((2, *cache.ar.k[0].shape), filler, np.float32)
+    for b, start in enumerate(starts):
+        steps = np.arange(max(start, index - config.max_decode_length + 1), index + 1)
+        parts[:, b, :, steps % config.max_decode_length] = np.moveaxis(own[:, b, :, steps - start], 2, 1)
+    k, v = ((part,) * config.num_layers for part in parts)
+    ar = dataclasses.replace(cache.ar, k=k, v=v, index=np.int32(index), start=np.array(starts, np.int32))
+    return KVCache(prefill, ar)
+
+
+def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np.ndarray:
+    out, index = [], int(cache.ar.index)
+    for b, (query, start) in enumerate(zip(q, starts, strict=True)):
+        slots = np.arange(start, index + 1) % cache.ar.capacity
+        k, v = (
+            np.concatenate([of_prompt[0][b, :, :1], of_steps[0][b][:, slots]], axis=1)
+            for of_prompt, of_steps in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+        )
+        out.append(reference(query, k, v))
+    return np.stack(out)
+
+
+@IN_EACH_FORM
+@pytest.mark.parametrize("capacity", [5, 100, 128, 300, 320])
+@pytest.mark.parametrize("laps", [0, 1, 2.5])
+def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float, attend: Attend):
+    """At any step and capacity, whether or not they are multiples of anything."""
+    index = int(capacity * laps) + capacity * 2 // 3
+    ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
+    starts = [max(index - age, 0) for age in ages]
+    config = dataclasses.replace(sizes(1, capacity, prompts=5), begin_every=PIECE)
+    cache = ring_of(config, starts, index, seed=4, filler=GARBAGE)
+    q = normal(np.random.default_rng(5), 5, 4, HEAD_DIM)
+    out = attend(q, cache, 0)
+    np.testing.assert_allclose(out, expected_on_the_ring(q, cache, starts), atol=1e-5)
+
+
+@IN_EACH_FORM
+@settings(max_examples=25, deadline=None)
+@given(
+    age=st.integers(0, 319),
+    starts=st.lists(st.integers(0, 60).map(lambda n: n * PIECE), min_size=2, max_size=2),
+    mates=st.lists(st.integers(0, 319), min_size=8, max_size=8),
+    filler=st.sampled_from([0.0, GARBAGE]),
+)
+def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
+    attend: Attend, age: int, starts: list[int], mates: list[int], filler: float
+):
+    config = dataclasses.replace(sizes(1, 320, prompts=5), begin_every=PIECE)
+    q = normal(np.random.default_rng(6), 5, 4, HEAD_DIM)
+    outs = []
+    for start, of_mates in zip(starts, (mates[:4], mates[4:]), strict=True):
+        index = start + age
+        all_starts = [start, *(max(0, index - mate) // PIECE * PIECE for mate in of_mates)]
+        all_starts = [max(s, index - 319) for s in all_starts]
+        cache = ring_of(config, all_starts, index, seed=7, filler=filler)
+        outs.append(attend(q, cache, 0))
+    np.testing.assert_array_equal(*(np.asarray(out)[0] for out in outs))
+
+
+@IN_EACH_FORM
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=2, max_size=2),
+    index=st.integers(0, 139),
+    garbage=st.sampled_from([-GARBAGE, 0.0, 7.0, GARBAGE]),
+)
+def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
+    attend: Attend, lengths: list[int], index: int, garbage: float
+):
+    config = sizes(150, 140, prompts=2, samples=3)
+    q = normal(np.random.default_rng(1), config.batch_size, 14, HEAD_DIM)
+    outs = [
+        attend(q, filled_cache(np.random.default_rng(2), config, np.array(lengths), index, filler), 1)
+        for filler in (garbage, 1.0)
+    ]
+    np.testing.assert_array_equal(outs[0], outs[1])
+
+
+def test_what_padding_holds_changes_nothing_in_a_prompt():
+    rng = np.random.default_rng(3)
+    q, (k, v) = normal(rng, 2, 20, 4, HEAD_DIM), normal(rng, 2, 2, 2, 20, HEAD_DIM)
+    valid = np.arange(20) < np.array([[5], [20]])
+    dirty_k, dirty_v = (np.where(valid[:, None, :, None], a, np.float32(GARBAGE)) for a in (k, v))
+    clean, dirty = causal(q, k, v, valid), causal(q, dirty_k, dirty_v, valid)
+    np.testing.assert_array_equal(clean[0, :5], dirty[0, :5])
+    np.testing.assert_array_equal(clean[1], dirty[1])

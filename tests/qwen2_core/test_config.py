@@ -1,0 +1,156 @@
+"""Reading config.json: both spellings of Transformers, and everything that is refused, by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from lively import SHALLOW
+
+from qwen2_core.config import CheckpointError, QwenConfig
+
+# Qwen2.5-0.5B-Instruct, as Transformers 4 and 5 write it.
+FOUR: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+FIVE = {key: value for key, value in FOUR.items() if key not in ("rope_theta", "torch_dtype")} | {
+    "dtype": "bfloat16",
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "layer_types": ["full_attention"] * 24,
+    "sliding_window": None,
+}
+SPELLINGS = pytest.mark.parametrize("hf", [FOUR, FIVE], ids=["transformers 4", "transformers 5"])
+
+
+@SPELLINGS
+def test_both_spellings_are_the_defaults_which_are_qwen_0_5b(hf: dict[str, Any]):
+    expected = QwenConfig(dtype="bfloat16", sliding_window=hf["sliding_window"])
+    assert QwenConfig.from_hf(hf) == expected
+    assert expected.head_dim == 64
+    assert expected.q_heads_per_kv_head == 7
+    assert QwenConfig().dtype == np.float32
+
+
+@SPELLINGS
+def test_a_directory_a_path_and_an_object_read_alike(hf: dict[str, Any], tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    expected = QwenConfig.from_hf(hf)
+    assert QwenConfig.from_hf(tmp_path) == expected
+    assert QwenConfig.from_hf(str(tmp_path)) == expected
+    assert QwenConfig.from_hf(SimpleNamespace(to_dict=lambda: hf)) == expected
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_theta": 10000}, {"rope_theta": None, "rope_parameters": {"rope_theta": 10000}}], ids=str
+)
+def test_another_rope_theta_is_read_from_either_place(change: dict[str, Any]):
+    hf = {key: value for key, value in (FOUR | change).items() if value is not None}
+    assert QwenConfig.from_hf(hf).rope_theta == 10000.0
+
+
+def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
+    hf = {key: FOUR[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+    config = QwenConfig.from_hf(hf | {"num_hidden_layers": 2, "num_attention_heads": 14})
+    assert config.num_key_value_heads == 14
+    assert not config.tie_word_embeddings
+    assert config.dtype == np.float32
+
+
+def test_a_config_is_hashable_and_frozen():
+    config = SHALLOW.config()
+    assert hash(config) == hash(SHALLOW.config())
+    assert config.replace(dtype="bfloat16") != config
+    with pytest.raises(AttributeError):
+        config.hidden_size = 3  # type: ignore[misc]
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@SPELLINGS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": YARN}, "rope_scaling of type 'yarn' is not implemented"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+        ({"rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_parameters of type 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window .* is not implemented"),
+        (
+            {"layer_types": ["full_attention"] * 12 + ["sliding_attention"] * 12},
+            r"sliding_attention layers\) is not implemented",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
+        ({"head_dim": 128}, "head_dim 128 is not hidden_size / num_attention_heads"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not implemented"),
+        ({"model_type": "llama"}, "'llama' model; only model_type 'qwen2'"),
+        ({"model_type": "qwen3"}, "'qwen3' model; only model_type 'qwen2'"),
+        ({"dtype": "float64", "torch_dtype": "float64"}, "dtype float64 is not one of"),
+        ({"num_attention_heads": 13}, "hidden_size 896 is not a multiple of num_attention_heads 13"),
+        ({"num_key_value_heads": 4}, "num_attention_heads 14 is not a multiple of num_key_value_heads 4"),
+        ({"num_attention_heads": 128, "num_key_value_heads": 2}, "head_dim 7 is odd"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, not 0"),
+        ({"vocab_size": "151936"}, "vocab_size must be a positive integer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_is_not_implemented_is_refused_by_name(hf: dict[str, Any], change: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message):
+        QwenConfig.from_hf(hf | change)
+
+
+def test_a_rope_of_the_default_type_is_no_scaling():
+    assert QwenConfig.from_hf(FOUR | {"rope_scaling": None}) == QwenConfig.from_hf(FOUR)
+    assert QwenConfig.from_hf(FOUR | {"rope_scaling": {"rope_type": "default"}}) == QwenConfig.from_hf(FOUR)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(CheckpointError, match="lacks hidden_size, num_hidden_layers; is it a Qwen2"):
+        QwenConfig.from_hf(
+            {key: value for key, value in FOUR.items() if key not in ("hidden_size", "num_hidden_layers")}
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"hidden_size": ', "is not valid JSON"),
+        ("[1, 2]", "holds no JSON object"),
+        ("\xff", "is not valid JSON"),
+    ],
+)
+def test_a_config_that_is_no_json_object(text: str, message: str, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=message):
+        QwenConfig.from_hf(tmp_path)
+
+
+def test_nothing_there(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"There is no model directory .*/nowhere"):
+        QwenConfig.from_hf(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        QwenConfig.from_hf(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(CheckpointError, match="is a file; give the model's directory"):
+        QwenConfig.from_hf(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match=r"hub model nobody/nothing could not be had"):
+        QwenConfig.from_hf("nobody/nothing")  # offline: not in the local cache

@@ -1,0 +1,219 @@
+"""Our own attention: the valid keys alone, in a sequence's order, in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvcache_utils import ARCache, KVCache, PrefillCache
+from qwen2_core.kernels.attention import attend_causal, attend_two_part
+
+
+@pytest.fixture
+def attend(cpu_kernels: str) -> Any:
+    return jax.jit(lambda *a: attend_two_part(*a), static_argnums=2)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape).astype(jnp.bfloat16)
+
+
+def cache_of(
+    lengths: list[int],
+    starts: list[int],
+    index: int,
+    *,
+    prompt_slots: int = 40,
+    ring: int = 32,
+    kv_heads: int = 2,
+    dim: int = 64,
+) -> KVCache:
+    """Two layers of random keys and values; what is not valid is NaN."""
+    prompt = [normal(len(lengths), kv_heads, prompt_slots, dim) + np.float32(i) for i in range(4)]
+    step = [normal(len(starts), kv_heads, ring, dim) + np.float32(i) for i in range(4)]
+    for values in prompt:
+        for row, length in enumerate(lengths):
+            values[row, :, length:] = np.nan
+    for values in step:
+        for row, start in enumerate(starts):
+            valid = {t % ring for t in range(max(start, index - ring + 1), index + 1)}
+            values[row, :, [slot for slot in range(ring) if slot not in valid]] = np.nan
+    prompt, step = ([jnp.asarray(v, jnp.bfloat16) for v in part] for part in (prompt, step))
+    return KVCache(
+        PrefillCache(tuple(prompt[:2]), tuple(prompt[2:]), jnp.array(lengths, jnp.int32)),
+        ARCache(tuple(step[:2]), tuple(step[2:]), jnp.int32(index), jnp.array(starts, jnp.int32)),
+    )
+
+
+def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
+    """In float64, row by row and head by head."""
+    index, ring = int(cache.ar.index), cache.ar.capacity
+    out = np.zeros(q.shape)
+    for row, head in np.ndindex(q.shape[:2]):
+        prompt = row // cache.samples_per_prompt
+        kv_head = head * cache.ar.k[layer].shape[1] // q.shape[1]
+        oldest = max(int(cache.ar.start[row]), index - ring + 1)
+        slots = [t % ring for t in range(oldest, index + 1)]
+        k, v = (
+            np.concatenate(
+                [
+                    np.asarray(part[0][layer][prompt, kv_head, : int(cache.prefill.length[prompt])]),
+                    np.asarray(part[1][layer][row, kv_head])[slots],
+                ]
+            ).astype(np.float64)
+            for part in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+        )
+        scores = k @ q[row, head].astype(np.float64) / np.sqrt(q.shape[2])
+        weights = np.exp(scores - scores.max())
+        out[row, head] = weights @ v / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("heads", [2, 14, 26])
+@pytest.mark.parametrize(
+    ("lengths", "starts", "index"),
+    [
+        ([40], [0], 0),  # a first step
+        ([37], [0], 31),  # odd lengths, a full ring
+        ([1], [5, 20, 0], 20),  # samples of one prompt, one in its first step
+        ([40, 3], [40, 64, 37, 66], 68),  # around the ring, from even and odd slots
+        ([7], [0], 50),  # more steps than the ring holds: the last 32
+    ],
+)
+def test_it_is_the_softmax_over_what_is_valid(attend: Any, lengths, starts, index: int, heads: int):
+    cache, q, layer = cache_of(lengths, starts, index), normal(len(starts), heads, 64), 1
+    got = np.asarray(attend(q, cache, layer), np.float64)
+    np.testing.assert_allclose(got, exact(q, cache, layer), atol=0.02, rtol=2**-7)
+
+
+def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fill_a_vector(attend: Any):
+    for dim in (7, 6, 50):
+        cache = cache_of([9], [0], 4, dim=dim)
+        cache = jax.tree.map(lambda a: jnp.nan_to_num(a) if a.dtype == jnp.bfloat16 else a, cache)
+        q = normal(1, 4, dim)
+        got = np.asarray(attend(q, cache, 0), np.float64)
+        np.testing.assert_allclose(got, exact(q, cache, 0), atol=0.02, rtol=2**-7)
+        used = "qwen2_cpu_attention" in attend.lower(q, cache, 0).as_text()
+        assert used == (dim % 2 == 0)
+
+
+def test_a_stacked_cache_gives_what_a_layer_s_own_gives(attend: Any):
+    cache, q = cache_of([5, 40], [2, 0], 9), normal(2, 14, 64)
+    prefill, ar = cache.prefill, cache.ar
+    stacked = KVCache(
+        dataclasses.replace(prefill, k=jnp.array(prefill.k), v=jnp.array(prefill.v)),
+        dataclasses.replace(ar, k=jnp.array(ar.k), v=jnp.array(ar.v)),
+    )
+    traced = jax.jit(lambda *a: attend_two_part(*a))
+    for layer in (0, 1):
+        got = traced(q, stacked, jnp.int32(layer))
+        np.testing.assert_array_equal(got, attend(q, cache, layer))
+
+
+@pytest.mark.parametrize("steps", [21, 100, 111])
+def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours(attend: Any, steps: int):
+    ring, (prompt, own) = (
+        128,
+        [[normal(*shape) for _ in range(2)] for shape in ((1, 2, 40, 128), (2, steps, 128))],
+    )
+    q = normal(3, 120, 128)  # of many outputs one is off: rounding hides most differences
+
+    def of(row: int, start: int) -> np.ndarray:
+        """The sequence in ``row`` since ``start``, beside others of NaN."""
+        buffers = [np.full((3, 2, ring, 128), np.nan, jnp.bfloat16) for _ in range(2)]
+        for buffer, values in zip(buffers, own, strict=True):
+            buffer[row][:, (start + np.arange(steps)) % ring] = values
+        k, v = ((jnp.asarray(np.repeat(part, 3, 0)),) for part in prompt)
+        prefill = PrefillCache(k, v, jnp.array([33, 33, 33], jnp.int32))
+        starts = jnp.array([start if b == row else 0 for b in range(3)], jnp.int32)
+        k, v = ((jnp.asarray(buffer),) for buffer in buffers)
+        ar = ARCache(k, v, jnp.int32(start + steps - 1), starts)
+        queries = np.stack([q[0] if b == row else q[b] for b in range(3)])
+        return np.asarray(attend(queries, KVCache(prefill, ar), 0))[row]
+
+    expected = of(0, 0)
+    assert np.isfinite(expected.astype(np.float32)).all()
+    for row, start in ((1, 0), (2, 16), (0, 48), (1, 96), (2, 112)):
+        np.testing.assert_array_equal(of(row, start), expected)
+
+
+def test_a_key_that_is_not_a_number_shows(attend: Any):
+    cache, q = cache_of([40], [0], 3), normal(1, 14, 64)
+    k = cache.prefill.k[0].at[0, 0, 11, 5].set(jnp.nan)
+    poisoned = KVCache(PrefillCache((k, k), cache.prefill.v, cache.prefill.length), cache.ar)
+    got = np.asarray(attend(q, poisoned, 0), np.float32)
+    assert np.isnan(got[:, :7]).all()
+    assert np.isfinite(got[:, 7:]).all()
+
+
+def exactly_causal(q: np.ndarray, k: np.ndarray, v: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """In float64, all scores at once."""
+    tokens, slots = q.shape[1], k.shape[2]
+    k, v = (np.repeat(part.astype(np.float64), q.shape[2] // k.shape[1], axis=1) for part in (k, v))
+    scores = np.einsum("bthd,bhsd->bhts", q.astype(np.float64), k) / np.sqrt(q.shape[3])
+    seen = np.tri(tokens, slots, slots - tokens, bool) & valid[:, None, None]
+    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
+    return np.einsum("bhts,bhsd->bthd", weights, v)
+
+
+def some_valid(rows: int, slots: int) -> np.ndarray:
+    """All valid, padding on the right, padding on the left, holes; none."""
+    valid = np.ones((5, slots), bool)
+    valid[1, slots * 2 // 3 :] = False
+    valid[2, : slots // 3] = False
+    valid[3] = np.random.default_rng(slots).random(slots) < 0.5
+    valid[4] = False
+    return valid[:rows]
+
+
+@pytest.fixture
+def prompt(cpu_kernels: str) -> Any:
+    return jax.jit(lambda *a: attend_causal(*a))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(14, 2), (3, 3), (26, 2)])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (33, 33), (64, 64), (1, 70), (5, 70), (300, 301)])
+def test_of_a_prompt_it_is_the_softmax_over_the_valid_slots_up_to_each_one_s_own(
+    prompt: Any, tokens: int, slots: int, heads: int, kv_heads: int
+):
+    q, (k, v) = normal(5, tokens, heads, 64), (normal(5, kv_heads, slots, 64) + i for i in range(2))
+    valid = some_valid(5, slots)
+    k, v = (np.asarray(part, jnp.bfloat16) for part in (k, v))
+    got = np.asarray(prompt(q, k, v, valid), np.float64)
+    np.testing.assert_allclose(got, exactly_causal(q, k, v, valid), atol=0.02, rtol=2**-7)
+    np.testing.assert_array_equal(prompt(q, k, v, None)[0], got[0].astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("width", "length"), [(90, 41), (350, 202), (700, 601)])
+def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any, width: int, length: int):
+    """Neither in the sequence, nor as padding, nor in the rows beside it; only what is invalid is NaN."""
+    q, k, v = normal(2, width, 14, 64), normal(2, 2, width, 64), normal(2, 2, width, 64)
+    valid = np.ones((2, width), bool)
+    expected = np.asarray(prompt(q, k, v, valid))
+    valid[0, length:] = False
+    for part in (k, v):
+        part[0, :, length:] = np.nan
+        part[1, :, 70:] = 3
+    got = np.asarray(prompt(q, k, v, valid))
+    np.testing.assert_array_equal(got[0, :length], expected[0, :length])
+    np.testing.assert_array_equal(got[1, :70], expected[1, :70])
+    assert np.isfinite(got.astype(np.float32)).all()
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()
+    narrow = [a[:, :length] if a is q else a[:, :, :length] for a in (q, k, v)]
+    np.testing.assert_array_equal(prompt(*narrow, None)[0], got[0, :length])
+
+
+def test_of_a_prompt_it_can_be_differentiated(prompt: Any):
+    q, k, v = normal(1, 20, 4, 8), normal(1, 2, 20, 8), normal(1, 2, 20, 8)
+
+    def tangent(*arrays: np.ndarray) -> Any:
+        return jax.jit(lambda *a: jax.jvp(lambda *b: prompt(*b, None), a, a)[1])(*arrays)
+
+    expected = tangent(*(a.astype(np.float32) for a in (q, k, v)))
+    np.testing.assert_allclose(tangent(q, k, v).astype(np.float32), expected, atol=0.05)

@@ -1,0 +1,365 @@
+"""Continuous generation: each sequence as if it were alone, whichever slot it lands in, beside whomever."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lively import Lively, assert_lively, pad_right, row_errors
+
+from generate_jitted import Sampling, generate_single_task_jitted
+from kvcache_utils import KVCache
+from qwen2_core.kernels.cpu.matmul import why_not
+from qwen2_core.sharding import Layout
+from qwen2_engine import decode_window as window_loop
+from qwen2_engine import programs as slot_programs
+from qwen2_engine.continuous_batching import FinishedItem, Occupancy, WorkItem, generate_continuous
+from qwen2_engine.decode_window import SlotShape, SlotState
+from qwen2_engine.programs import compile_slots
+from qwen2_jax import QwenModel
+from qwen2_jax_with_hooks import create_model_with_hooks
+
+TINY = Lively(layers=3, extract=(0, 2), tied=False, seed=5)
+SAMPLES, PROMPTS, LONGEST, SLOTS = 3, 70, 70, 8
+EOS = (3, 50, 97)  # one token in 53
+SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
+RING = 80  # slots for LONGEST tokens in whole windows
+
+
+@functools.cache
+def built(scan_layers: bool = True) -> tuple[Any, Any]:
+    return TINY.build(scan_layers=scan_layers)
+
+
+@functools.cache
+def workload() -> tuple[WorkItem, ...]:
+    """210 sequences: prompts of 1 to 160 tokens in four buckets, three samples of each, mixed limits.
+
+    The first twelve have all buckets and the longest limit among them, so that any part which begins with
+    them, or with every fifth, is done by the same programs.
+    """
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([[160, 1, 65, 128], rng.integers(1, 161, PROMPTS - 4)])
+    prompts = TINY.prompts(tuple(int(n) for n in lengths))
+    return tuple(
+        WorkItem(
+            prompt,
+            sequence_id=number,
+            max_tokens=LONGEST if number % 5 == 0 else int(rng.integers(1, LONGEST + 1)),
+            capture_prompt=sample == 0 and index % 7 == 0,
+            name=number,
+        )
+        for index, prompt in enumerate(prompts)
+        for sample in range(SAMPLES)
+        for number in [index * SAMPLES + sample]
+    )
+
+
+@functools.cache
+def alone() -> Any:
+    """What ``generate_single_task_jitted`` gives for the workload; batch mates are nothing to it."""
+    items = workload()
+    ids, lengths = pad_right([item.prompt for item in items[::SAMPLES]], width=160)
+    out = generate_single_task_jitted(
+        *built(),
+        ids,
+        LONGEST,
+        prompt_lengths=lengths,
+        samples_per_prompt=SAMPLES,
+        eos_token_ids=EOS,
+        sampling=SAMPLING,
+        seed=9,
+        sequence_ids=[item.sequence_id for item in items],
+        extract_prompt=True,
+    )
+    return jax.tree.map(np.asarray, out)
+
+
+def generate(items: Iterable[WorkItem], model: Any = None, **kwargs: Any) -> dict[int, FinishedItem]:
+    """By the items' names, each of which must come once."""
+    defaults: dict[str, Any] = {"slots": SLOTS, "eos_token_ids": EOS, "sampling": SAMPLING, "seed": 9}
+    results: dict[int, FinishedItem] = {}
+    module, params = model or built()
+    for finished in generate_continuous(module, params, items, **(defaults | kwargs)):
+        assert finished.item.name not in results
+        results[finished.item.name] = finished
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished() -> tuple[dict[int, FinishedItem], list[Occupancy]]:
+    windows: list[Occupancy] = []
+    return generate(workload(), on_window=windows.append), windows
+
+
+def assert_as_alone(results: dict[int, FinishedItem], items: Sequence[WorkItem]) -> None:
+    expected = alone()
+    assert sorted(results) == sorted(item.name for item in items)
+    for item in items:
+        row, result = item.sequence_id, results[item.name]
+        n = min(int(expected.lengths[row]), item.max_tokens)
+        np.testing.assert_array_equal(result.token_ids, expected.token_ids[row, :n])
+        np.testing.assert_allclose(result.logprobs, expected.logprobs[row, :n], atol=1e-3)
+        assert result.finish_reason == ("stop" if expected.token_ids[row, n - 1] in EOS else "length")
+        rows = expected.activations[:, :n, row]
+        if item.capture_prompt:
+            prompt_rows = expected.prompt_activations[:, : len(item.prompt), row // SAMPLES]
+            rows = np.concatenate([prompt_rows, rows], axis=1)
+        assert result.rows is not None
+        assert row_errors(result.rows, rows).max() < 1e-4
+
+
+def assert_same_bytes(some: dict[int, FinishedItem], of_all: dict[int, FinishedItem]) -> None:
+    for name, result in some.items():
+        for field in ("token_ids", "logprobs", "rows"):
+            np.testing.assert_array_equal(getattr(result, field), getattr(of_all[name], field))
+        assert result.finish_reason == of_all[name].finish_reason
+
+
+# --- Each sequence as if it were alone ----------------------------------------------------------------------
+
+
+def test_210_sequences_are_those_of_generate_single_task_jitted(finished):
+    results, windows = finished
+    assert_lively([alone().token_ids[row] for row in np.flatnonzero(alone().lengths == LONGEST)])
+    assert len({result.finish_reason for result in results.values()}) == 2
+    assert_as_alone(results, workload())
+    assert sum(window.steps for window in windows) > 5 * RING  # the ring was gone around, again and again
+
+
+def test_every_step_of_every_slot_is_counted_and_few_are_idle(finished):
+    results, windows = finished
+    assert sum(window.live_steps for window in windows) == sum(len(r.token_ids) for r in results.values())
+    assert {window.slots for window in windows} == {SLOTS}
+    # Half a window of 16 lost for each sequence of about 30 tokens; slots that wait for others to end would
+    # be idle for more than half of the time.
+    busy = sum(window.live_steps for window in windows) / sum(w.steps * w.slots for w in windows)
+    assert busy > 0.7
+
+
+def test_samples_of_one_prompt_are_prefilled_once_in_whichever_order_they_arrive(finished):
+    assert sum(window.prompts for window in finished[1]) == PROMPTS
+    windows: list[Occupancy] = []
+    items = np.random.default_rng(1).permutation(np.array(workload()[:24]))
+    generate(items, on_window=windows.append)
+    assert sum(window.prompts for window in windows) == 8
+
+
+def test_without_hooks_the_tokens_are_the_same(finished):
+    model, params = built()
+    items = workload()[:SAMPLES]
+    kwargs: dict[str, Any] = {"eos_token_ids": EOS, "sampling": SAMPLING, "seed": 9}
+    for result in generate_continuous(QwenModel(model.config), params, items, **kwargs):
+        assert result.rows is None
+        np.testing.assert_array_equal(result.token_ids, finished[0][result.item.name].token_ids)
+
+
+def test_unrolled_layers_give_the_same():
+    items = workload()[: 2 * SAMPLES]
+    results = {
+        r.item.name: r
+        for r in generate_continuous(
+            *built(scan_layers=False), items, slots=2, eos_token_ids=EOS, sampling=SAMPLING, seed=9
+        )
+    }
+    assert_as_alone(results, items)
+
+
+# --- To the last bit, whatever happens on the way -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_arrival_changes_not_a_bit(finished, seed: int):
+    items = np.random.default_rng(seed).permutation(np.array(workload()))
+    results = generate(items)
+    assert list(results) != list(finished[0])
+    assert len(results) == len(workload())
+    assert_same_bytes(results, finished[0])
+
+
+@pytest.mark.skipif(bool(why_not()), reason=f"XLA's bfloat16 knows a row's neighbours: {why_not()}")
+def test_nor_in_bfloat16_by_our_own_kernels():
+    model = TINY.build(dtype="bfloat16", scan_layers=False)
+    items = workload()[:60]
+    in_order, reversed_ = generate(items, model), generate(items[::-1], model)
+    assert list(reversed_) != list(in_order)
+    assert_same_bytes(reversed_, in_order)
+
+
+def test_a_run_that_is_stopped_and_continued_gives_the_same_bits(finished):
+    windows: list[Occupancy] = []
+    first = generate(workload(), on_window=windows.append, should_stop=lambda: len(windows) >= 9)
+    assert len(windows) == 9  # the one that was running is the last
+    assert 0 < len(first) < len(workload()) / 2
+    rest = generate([item for item in workload() if item.name not in first])
+    assert len(first) + len(rest) == len(workload())
+    assert_same_bytes(first | rest, finished[0])
+
+
+def test_longer_windows_change_not_a_bit(finished):
+    items = workload()[:20]
+    assert_same_bytes(generate(items, window=32), finished[0])
+
+
+def test_one_slot_gives_the_same_as_many():
+    items = workload()[::5]
+    assert_as_alone(generate(items, slots=1), items)
+
+
+def test_a_smaller_budget_takes_fewer_slots_for_long_prompts_and_gives_the_same(finished, capfd):
+    items = [item for item in workload()[::5] if not 64 < len(item.prompt) <= 128]
+    assert_as_alone(generate(items, slots=2, memory_budget=2_100_000), items)
+    stages = [line for line in capfd.readouterr().out.splitlines() if "expected" in line]
+    assert [line.partition(" of up to")[0] for line in stages] == [
+        "2 slots for prompts",
+        "1 slots for prompts",
+    ]
+
+
+def test_a_sequence_that_is_not_finite_does_not_spoil_the_next_one_in_its_slot():
+    model, params = built()
+    prompts = TINY.prompts((129, 130), seed=1)
+
+    def run(params: Any, *prompts: np.ndarray) -> list[FinishedItem]:
+        items = [WorkItem(prompt, 0, max_tokens=LONGEST, capture_prompt=True) for prompt in prompts]
+        return list(generate_continuous(model, params, items, slots=1))
+
+    expected = [run(params, prompt)[0] for prompt in prompts]
+    used = np.concatenate([*prompts, *(result.token_ids for result in expected)])
+    poison = np.setdiff1d(np.arange(TINY.vocab), used)[0]
+    embedding = np.array(params["embed_tokens"]["embedding"])
+    embedding[poison] = np.nan
+    params = params | {"embed_tokens": {"embedding": jnp.asarray(embedding)}}
+    bad, *good = run(params, np.append(prompts[0], poison), *prompts)
+    assert bad.rows is not None
+    assert np.isnan(bad.rows).any()
+    for result, alone in zip(good, expected, strict=True):
+        np.testing.assert_array_equal(result.rows, alone.rows)
+
+
+# --- Faults that the comparisons above would find -----------------------------------------------------------
+
+
+def shift_start(state: SlotState, slot: Any, by: int) -> SlotState:
+    ar = state.cache.ar
+    ar = dataclasses.replace(ar, start=ar.start.at[slot].add(by))
+    return dataclasses.replace(state, cache=KVCache(state.cache.prefill, ar))
+
+
+def shift_length(state: SlotState, slot: Any, by: int) -> SlotState:
+    prefill = state.cache.prefill
+    prefill = dataclasses.replace(prefill, length=prefill.length.at[slot].add(by))
+    return dataclasses.replace(state, cache=KVCache(prefill, state.cache.ar))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda state, slot: shift_start(state, slot, -1),
+        lambda state, slot: shift_start(state, slot, +1),
+        lambda state, slot: shift_length(state, slot, -1),
+        lambda state, slot: shift_length(state, slot, +1),
+        lambda state, slot: dataclasses.replace(state, sequence_ids=state.sequence_ids.at[slot].add(1)),
+    ],
+    ids=["starts early", "starts late", "prompt too short", "prompt too long", "another's random key"],
+)
+def test_a_planted_fault_is_found(fault: Callable, monkeypatch: pytest.MonkeyPatch):
+    def faulty(state: SlotState, prompt: Any, slot: Any, *args: Any) -> SlotState:
+        return fault(window_loop.insert(state, prompt, slot, *args), slot)
+
+    monkeypatch.setattr(slot_programs, "insert", faulty)
+    slot_programs._compile_insert.cache_clear()
+    items = workload()[::5]
+    try:
+        results = generate(items)
+    finally:
+        slot_programs._compile_insert.cache_clear()
+    with pytest.raises(AssertionError):
+        assert_as_alone(results, items)
+
+
+# --- Memory and programs ------------------------------------------------------------------------------------
+
+
+def test_memory_on_the_device_does_not_grow_with_the_number_of_sequences():
+    sizes: list[int] = []
+
+    def measure(_: Occupancy) -> None:
+        sizes.append(sum(array.nbytes for array in jax.live_arrays()))
+
+    generate(workload(), on_window=measure)
+    assert len(sizes) > 40
+    rows = TINY.hidden * len(TINY.extract) * 4
+    assert max(sizes) - min(sizes) < 2 * 160 * rows  # prompts that have been read differ in width
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sequence_is_inserted_in_place(dtype: str, scan_layers: bool):
+    config = TINY.config(dtype=dtype, scan_layers=scan_layers)
+    shape = SlotShape(SLOTS, 160, LONGEST)
+    model: Any = create_model_with_hooks(config, TINY.extract)
+    memory: Any = slot_programs._compile_insert(model, shape, Layout()).memory_analysis()
+    assert memory.alias_size_in_bytes > shape.cache_config(model).nbytes
+    assert memory.temp_size_in_bytes < 10_000
+
+
+@pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
+def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int):
+    shape = SlotShape(slots, 160, LONGEST)
+    programs = compile_slots(*built(scan_layers), shape, (64, 160), capture_prompt=True)
+    cache_bytes = shape.cache_config(built()[0]).nbytes
+    for program in (programs.window, programs.insert):
+        memory: Any = program.memory_analysis()
+        assert memory.alias_size_in_bytes > cache_bytes
+        assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+def test_a_second_run_compiles_nothing():
+    generate(workload()[:30])
+    counts = [f.cache_info().misses for f in COMPILERS]
+    generate(workload()[::-1][:60], sampling=Sampling(0.3), seed=4, eos_token_ids=(1, 2))
+    assert [f.cache_info().misses for f in COMPILERS] == counts
+
+
+COMPILERS = (
+    slot_programs._compile_create,
+    slot_programs._compile_insert,
+    slot_programs._compile_window,
+    slot_programs._compile_prefill,
+)
+
+
+# --- What is refused, at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "kwargs", "message"),
+    [
+        ({"prompt": np.zeros(0, np.int32)}, {}, "Prompt 0 is empty"),
+        ({"prompt": np.array([1, 160])}, {}, "Token id 160 .* is outside the vocabulary of 160"),
+        ({"max_tokens": 0}, {}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": 32768}, {}, "exceed the model's context"),
+        ({}, {"seed": -1}, "seed must be between"),
+        ({}, {"eos_token_ids": (160,)}, "EOS token id 160 is outside"),
+        ({}, {"window": 24}, "window must be a multiple of 16, not 24"),
+        ({}, {"slots": 0}, "slots must be at least 1, not 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_any_work(
+    changes: dict[str, Any], kwargs: dict[str, Any], message: str
+):
+    items = [workload()[0], dataclasses.replace(workload()[1], **changes)]
+    with pytest.raises(ValueError, match=message):
+        generate_continuous(built()[0], None, items, **kwargs)
+
+
+def test_no_items_are_no_work():
+    assert list(generate_continuous(built()[0], None, [])) == []

@@ -1,0 +1,73 @@
+"""Deterministic made-up sequences for the tests of the activation store."""
+
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activation_store import FinishedSequence, SequenceId, StoreSettings, hook_name
+from activation_store.format import DTYPES
+
+EOS = 5
+SETTINGS = StoreSettings(
+    model_fingerprint="ab" * 32,
+    hook_names=tuple(hook_name(layer) for layer in (10, 11, 12)),
+    hidden_size=16,
+    dtype="bfloat16",
+    capture_prompt=True,
+    max_output_tokens=12,
+    sampling={"temperature": 0.0, "top_k": 0, "top_p": 1.0},
+    seed=7,
+    eos_token_ids=(EOS,),
+    tokenizer_sha256="cd" * 32,
+    prompt={"grid_encoder": "minimal", "prompt_version": "1"},
+)
+
+
+def settings(**changes: Any) -> StoreSettings:
+    return dataclasses.replace(SETTINGS, **changes)
+
+
+def sequence(
+    task: str, sample: int = 0, *, of: StoreSettings = SETTINGS, prompt: int = 4, generated: int = 6
+) -> FinishedSequence:
+    """A sequence whose every value follows from its task, sample and the settings."""
+    rng = np.random.default_rng(zlib.crc32(f"{task} {sample}".encode()))
+    prompt_rng = np.random.default_rng(zlib.crc32(task.encode()))
+    tokens = rng.integers(10, 500, generated).astype(np.int32)
+    if generated < of.max_output_tokens:
+        tokens[-1] = EOS
+    rows = None
+    if of.hook_names:
+        n_rows = generated + (prompt if of.capture_prompt and sample == 0 else 0)
+        rows = rng.standard_normal((len(of.hook_names), n_rows, of.hidden_size)).astype(DTYPES[of.dtype])
+    return FinishedSequence(
+        SequenceId(task, 0, sample, "identity", prompt_rng.integers(10, 500, prompt).astype(np.int32)),
+        tokens,
+        -rng.random(generated).astype(np.float32),
+        "stop" if generated < of.max_output_tokens else "length",
+        rows,
+    )
+
+
+def batch(*tasks: str, samples: int = 2, of: StoreSettings = SETTINGS) -> list[FinishedSequence]:
+    return [
+        sequence(
+            task, sample, of=of, prompt=3 + len(task), generated=4 + (zlib.crc32(task.encode()) + sample) % 9
+        )
+        for task in tasks
+        for sample in range(samples)
+    ]
+
+
+def read_index(directory: Path, host: int = 0) -> list[dict[str, Any]]:
+    lines = (directory / f"host-{host:05d}" / "index.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_index(directory: Path, lines: list[dict[str, Any]], host: int = 0) -> None:
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    (directory / f"host-{host:05d}" / "index.jsonl").write_text(text)
