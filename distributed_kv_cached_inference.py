@@ -61,7 +61,8 @@ from arc_runner.preflight import (
 from arc_runner.report import Report, failure_entries, report_path, write_answers
 from arc_runner.task_loop import make_calls
 from arc_runner.workload import Keyed, Prompt, build_prompts, plan_calls
-from qwen2_core.weights import check_checkpoint, checkpoint_fingerprint, resolve_file
+from qwen2_core.checkpoint_files import checkpoint_fingerprint, resolve_file
+from qwen2_core.weights import check_checkpoint
 from qwen2_jax import CheckpointError, QwenConfig
 
 EXIT_DONE, EXIT_TASKS_FAILED, EXIT_USAGE = 0, 1, 2

@@ -31,7 +31,8 @@ from kvcache_utils import (
     update_kv_cache_ar,
     write_prefill_cache,
 )
-from qwen2_core.config import CheckpointError, QwenConfig
+from qwen2_core.checkpoint_files import CheckpointError
+from qwen2_core.config import QwenConfig
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import embed, linear, logits_f32
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from activation_store.format import SequenceRecord, hook_name
 from activation_store.reader import ActivationStore
-from qwen2_core.weights import checkpoint_fingerprint, load_qwen2
+from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 _BUCKET = 128  # lengths are padded to a multiple, so that a few programs serve all sequences

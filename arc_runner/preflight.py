@@ -14,9 +14,8 @@ from arc_puzzles.tasks import encode_prompt
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.options import RunOptions, UsageError
 from arc_runner.report import report_path
-from qwen2_core.config import is_hub_id
+from qwen2_core.checkpoint_files import is_hub_id, resolve_file
 from qwen2_core.sharding import Layout, make_layout
-from qwen2_core.weights import resolve_file
 from qwen2_jax import CheckpointError, QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 

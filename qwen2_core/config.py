@@ -1,4 +1,4 @@
-"""What a Qwen2 model is: a frozen description, read from a Hugging Face ``config.json``.
+"""Describes a Qwen2 model: its shape and numerics, read from a Hugging Face ``config.json``.
 
 What this project does not implement (sliding windows, scaled RoPE, other architectures) is refused
 by name here, before any weight is read.
@@ -7,32 +7,42 @@ by name here, before any weight is read.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-_CAPTURE_DTYPES = ("float32", "bfloat16", "float16")
+from qwen2_core.checkpoint_files import CheckpointError, read_json_object, resolve_file
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what to do."""
+_DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
-    """Shape and numerics of a Qwen2/Qwen2.5 decoder. The defaults are Qwen2.5-0.5B.
+    """Describes the shape and numerics of a Qwen2/Qwen2.5 decoder. The defaults are Qwen2.5-0.5B.
 
-    ``dtype`` is the type of weights, residual stream and KV cache; norms, RoPE angles, softmax and
-    logits are computed in float32 whatever it is. ``use_fixed_cache`` says what a forward pass that
-    is given no cache starts: a growing cache (False, the old behaviour) or none at all (True: fixed
-    caches are created by the caller). ``scan_layers`` runs the layers as one ``lax.scan`` over
-    stacked weights (``qwen2_weights.stack_layers``) and not unrolled; the results are the same.
+    ``dtype`` is the type of weights, residual stream and KV cache. Norms, RoPE angles, softmax and
+    logits are always computed in float32.
+
+    ``use_fixed_cache`` says what a forward pass does that is given no cache: start a growing one
+    (False), or keep none (True: the caller creates fixed caches).
+
+    ``scan_layers`` runs the layers as one ``lax.scan`` over stacked weights
+    (``qwen2_core.weights.stack_layers``) instead of unrolled. The results are the same.
+
+    The names and their meaning are those of Hugging Face's ``Qwen2Config``.
 
     Raises:
         CheckpointError: for sizes that do not fit each other and for features not implemented.
@@ -56,8 +66,8 @@ class QwenConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        if self.dtype.name not in _CAPTURE_DTYPES:
-            raise CheckpointError(f"dtype {self.dtype.name} is not one of {', '.join(_CAPTURE_DTYPES)}.")
+        if self.dtype.name not in _DTYPES:
+            raise CheckpointError(f"dtype {self.dtype.name} is not one of {', '.join(_DTYPES)}.")
         for name in _SIZES:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -89,24 +99,27 @@ class QwenConfig:
 
     @property
     def head_dim(self) -> int:
+        """Returns the size of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def q_heads_per_kv_head(self) -> int:
+        """Returns how many query heads share one head of keys and values (grouped-query attention)."""
         return self.num_attention_heads // self.num_key_value_heads
 
     def replace(self, **changes: Any) -> QwenConfig:
+        """Returns a copy with some fields changed; checked like a new one."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
     def from_hf(cls, source: str | Path | Mapping[str, Any] | Any) -> QwenConfig:
-        """Reads a Hugging Face config: a local directory, a hub id, a dict or a config object.
+        """Reads a Hugging Face config: of a local directory or hub id, a dict, or a config object.
 
         Understands the spellings of transformers 4 (``rope_theta``, ``torch_dtype``) and 5
-        (``rope_parameters``, ``dtype``). The checkpoint's own dtype is kept.
+        (``rope_parameters``, ``dtype``). Keeps the checkpoint's own dtype.
 
         Raises:
-            CheckpointError: no such model, not a Qwen2 model, or a feature not implemented.
+            CheckpointError: no such model, not a Qwen2 model, or a feature that is not implemented.
         """
         hf = _as_dict(source)
         try:
@@ -132,23 +145,9 @@ class QwenConfig:
             if name in kwargs:
                 kwargs[name] = float(kwargs[name])
         dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
-        if dtype not in _CAPTURE_DTYPES:
-            raise CheckpointError(
-                f"The checkpoint's dtype {dtype} is not one of {', '.join(_CAPTURE_DTYPES)}."
-            )
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"The checkpoint's dtype {dtype} is not one of {', '.join(_DTYPES)}.")
         return cls(dtype=jnp.dtype(dtype), **kwargs)
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
@@ -186,43 +185,4 @@ def _as_dict(source: Any) -> Mapping[str, Any]:
         return source
     if not isinstance(source, str | Path):
         return source.to_dict()
-    path = resolve_file(source, "config.json")
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(hf, dict):
-        raise CheckpointError(f"{path} holds no JSON object; is it a Hugging Face config.json?")
-    return hf
-
-
-def is_hub_id(source: str | Path) -> bool:
-    """Whether a checkpoint's name can only mean the hub: nothing here has it and it looks like no path."""
-    name = str(source)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    return not is_path and not Path(source).exists()
-
-
-def resolve_file(source: str | Path, name: str, *, revision: str | None = None) -> Path:
-    """The local path of one file of a checkpoint: in a directory, or fetched from the hub.
-
-    Raises:
-        CheckpointError: no such directory, model or file.
-    """
-    directory = Path(source).expanduser()
-    if directory.is_dir():
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} has no {name}; give a directory in Hugging Face layout.")
-        return directory / name
-    if directory.exists():
-        raise CheckpointError(f"{directory} is a file; give the model's directory or a hub id.")
-    if not is_hub_id(source):
-        raise CheckpointError(f"There is no model directory {directory}.")
-    try:
-        return Path(hf_hub_download(str(source), name, revision=revision))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"There is no model directory {directory}, and {name} of the hub model {source} "
-            f"could not be had ({type(error).__name__}: {reason})."
-        ) from error
+    return read_json_object(resolve_file(source, "config.json"))

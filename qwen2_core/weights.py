@@ -1,17 +1,16 @@
-"""Weights: Hugging Face names and layouts to the parameter tree, straight from safetensors, no torch.
+"""Makes the parameter tree of a Hugging Face checkpoint, straight from safetensors, without torch.
 
-The tree is the old code base's: ``embed_tokens/embedding``, ``layers_{i}/self_attn/q_proj/{kernel,bias}``,
-``layers_{i}/mlp/down_proj/kernel``, ``layers_{i}/input_layernorm/weight``, ``norm/weight`` and, untied,
-``lm_head/kernel``. Kernels are ``[in, out]`` (Flax), the transpose of Hugging Face's. With
-``config.scan_layers`` the layers are one stack ``layers/...`` with a leading axis.
+The tree is that of a Flax linen model: ``embed_tokens/embedding``,
+``layers_{i}/self_attn/q_proj/{kernel,bias}``, ``layers_{i}/mlp/down_proj/kernel``,
+``layers_{i}/input_layernorm/weight``, ``norm/weight`` and, if the head is untied, ``lm_head/kernel``.
+Kernels are ``[in, out]``, the transpose of Hugging Face's. With ``config.scan_layers`` the layers are one
+stack ``layers/...`` with a leading axis.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,34 +20,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from qwen2_core.config import CheckpointError, QwenConfig, resolve_file
+from qwen2_core.checkpoint_files import CheckpointError, StoredTensors, open_tensors, resolve_file
+from qwen2_core.config import QwenConfig
 from qwen2_core.sharding import Layout, make_layout
 
 Params = dict[str, Any]
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
-_LISTED = 20  # names shown of each kind in an error: a wrong checkpoint differs in hundreds
+_LISTED = 20  # tensors that an error names of each kind; a wrong checkpoint differs in hundreds
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """Where one Hugging Face tensor goes: its path in the tree and its shape as stored."""
+    """Says where one Hugging Face tensor goes: its path in the tree, and its shape as stored."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
 
     @property
     def transposed(self) -> bool:
+        """Returns whether the tree holds the transpose."""
         return self.path[-1] == "kernel"
 
     @property
     def tree_shape(self) -> tuple[int, ...]:
+        """Returns the shape in the tree."""
         return self.shape[::-1] if self.transposed else self.shape
 
 
 def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
-    """Every tensor of a checkpoint of this shape by its Hugging Face name."""
+    """Returns every tensor that a checkpoint of this config has, by its Hugging Face name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     specs = {
@@ -81,7 +82,9 @@ def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
 
 
 def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -> Params:
-    """The parameter tree of a Hugging Face model, or of its state dict of torch or numpy arrays.
+    """Returns the parameter tree of a Hugging Face model, or of its state dict of torch or numpy arrays.
+
+    The weights are copied, in ``config.dtype``, onto the default device.
 
     Raises:
         CheckpointError: listing every missing, unexpected and mis-shaped tensor.
@@ -91,7 +94,7 @@ def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -
         state = state.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     _check_tensors(shapes, config, "The state dict")
-    return _build_tree(config, lambda name: _to_numpy(state[name]), config.dtype, Layout())
+    return _build_tree(config, lambda name: _to_numpy(state[name]), Layout())
 
 
 def load_qwen2(
@@ -102,24 +105,25 @@ def load_qwen2(
     scan_layers: bool | None = None,
     mesh_shape: tuple[int, int] = (1, 1),
 ) -> tuple[QwenConfig, Params]:
-    """Reads a Qwen2 checkpoint, tensor by tensor, onto the default device or over several.
+    """Reads a Qwen2 checkpoint, tensor by tensor, onto the default device or several devices.
 
     Args:
         path_or_hub_id: a directory in Hugging Face layout (``config.json`` and one or several
             ``.safetensors``), or a hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
-        dtype: the type of the weights and of the computation; the checkpoint's own by default.
+        dtype: of the weights and of the computation; the checkpoint's own by default.
         revision: branch, tag or commit of a hub model.
-        scan_layers: stack the layers' weights for a scanned loop; by default on TPUs. On CPU unrolled layers
-            run faster, and on GPUs a scanned loop copies each layer's weights before it multiplies by them.
-        mesh_shape: (data, model) devices (``device_mesh``); what generates with the weights runs there.
+        scan_layers: stack the layers' weights, to be run as one ``lax.scan``; by default on TPUs only. On CPU
+            unrolled layers run faster, and on GPUs a scan copies each layer's weights before it uses them.
+        mesh_shape: (data, model) devices, see :mod:`qwen2_core.sharding`. Generation runs where the weights
+            are.
 
     Returns:
-        (config, params); ``QwenModel(config).apply({"params": params}, ...)``.
+        (config, params), for ``QwenModel(config).apply({"params": params}, ...)``.
 
     Raises:
-        CheckpointError: nothing there, another architecture, a truncated file, or tensors missing,
+        CheckpointError: no checkpoint there, another architecture, a truncated file, or tensors missing,
             unexpected or mis-shaped (all of them listed).
-        ValueError: the mesh cannot be.
+        ValueError: there are not so many devices, or the model cannot be split over them.
     """
     if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
         raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
@@ -130,130 +134,75 @@ def load_qwen2(
     if dtype is not None:
         config = config.replace(dtype=dtype)
     layout = make_layout(config, mesh_shape)
-    with _open_tensors(path_or_hub_id, config, revision) as read:
-        return config, _build_tree(config, read, config.dtype, layout)
+    with open_tensors(path_or_hub_id, revision=revision) as stored:
+        _check_stored(stored, config)
+        return config, _build_tree(config, stored.read, layout)
 
 
 def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:
-    """What ``load_qwen2`` would refuse, from the weight files' headers alone: milliseconds, no weights read.
+    """Raises what ``load_qwen2`` would. Reads only the headers of the weight files, which takes milliseconds.
 
     Raises:
         CheckpointError: no weights, a truncated file, or tensors missing, unexpected or mis-shaped.
     """
-    with _open_tensors(path_or_hub_id, config, revision):
-        pass
-
-
-@contextlib.contextmanager
-def _open_tensors(
-    path_or_hub_id: str | Path, config: QwenConfig, revision: str | None
-) -> Iterator[Callable[[str], np.ndarray]]:
-    """The checked weight files, held open: a function that reads the tensor of a name."""
-    files = weight_files(path_or_hub_id, revision=revision)
-    with contextlib.ExitStack() as stack:
-        readers: dict[str, Any] = {}
-        for file in files:
-            reader = stack.enter_context(_open(file))
-            for name in reader.keys():  # noqa: SIM118 - safe_open has keys() but is no mapping
-                if name in readers:
-                    raise CheckpointError(f"Tensor {name} is in two files of {files[0].parent}.")
-                readers[name] = reader
-        shapes = {name: tuple(reader.get_slice(name).get_shape()) for name, reader in readers.items()}
-        _check_tensors(shapes, config, f"The checkpoint in {files[0].parent}")
-        yield lambda name: readers[name].get_tensor(name)
-
-
-def weight_files(path_or_hub_id: str | Path, *, revision: str | None = None) -> list[Path]:
-    """The checkpoint's safetensors files: ``model.safetensors``, or those its index names.
-
-    Raises:
-        CheckpointError: no weights, or an index that names a file that is not there.
-    """
-    directory = Path(path_or_hub_id).expanduser()
-    if directory.is_dir() and not any(directory.glob("model*.safetensors*")):
-        torch_only = ", ".join(sorted(p.name for p in directory.glob("*.bin"))[:3])
-        hint = f" (only {torch_only}: convert it to safetensors first)" if torch_only else ""
-        raise CheckpointError(f"{directory} has a config.json but no model.safetensors{hint}.")
-    try:
-        index = resolve_file(path_or_hub_id, "model.safetensors.index.json", revision=revision)
-    except CheckpointError:
-        return [resolve_file(path_or_hub_id, "model.safetensors", revision=revision)]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(Path(name)) for name in weight_map.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no safetensors index ({error!r}).") from error
-    if not names:
-        raise CheckpointError(f"{index} names no files.")
-    return [resolve_file(path_or_hub_id, name, revision=revision) for name in names]
-
-
-def checkpoint_fingerprint(path_or_hub_id: str | Path, *, revision: str | None = None) -> str:
-    """sha256 (hex) over config.json and every byte of the weights: equal only for equal models."""
-    digest = hashlib.sha256()
-    for file in (
-        resolve_file(path_or_hub_id, "config.json", revision=revision),
-        *weight_files(path_or_hub_id, revision=revision),
-    ):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+    with open_tensors(path_or_hub_id, revision=revision) as stored:
+        _check_stored(stored, config)
 
 
 def stack_layers(params: Params) -> Params:
-    """The tree with ``layers_0 .. layers_{L-1}`` stacked into ``layers``, as ``scan_layers`` reads them."""
+    """Returns the tree with ``layers_0 .. layers_{L-1}`` stacked into ``layers``, for ``scan_layers``."""
     count = sum(name.startswith("layers_") for name in params)
     layers = [params[f"layers_{i}"] for i in range(count)]
     rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
     return {**rest, "layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
 
 
-def _build_tree(
-    config: QwenConfig, read: Callable[[str], np.ndarray], dtype: np.dtype, layout: Layout
-) -> Params:
-    """Fills the tree tensor by tensor: beside the tree itself, one tensor (or one stack) is in memory."""
-
-    def load(name: str, spec: TensorSpec, into: np.ndarray) -> None:
-        tensor = read(name)
-        if tensor.dtype == dtype:  # numpy knows how to copy integers quickly, and not bfloat16
-            as_integers = np.dtype(f"u{dtype.itemsize}")
-            tensor, into = tensor.view(as_integers), into.view(as_integers)
-        into[...] = tensor.T if spec.transposed else tensor
-
+def _build_tree(config: QwenConfig, read: Callable[[str], np.ndarray], layout: Layout) -> Params:
+    """Fills the tree, one tensor or stack at a time, so that only one is held beside the tree itself."""
     specs = tensor_specs(config)
-    leaves: dict[tuple[str, ...], Any] = {}
+    tree: Params = {}
+
+    def place(path: tuple[str, ...], array: np.ndarray) -> None:
+        *parents, name = path
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        # Waits, so that the next array is not made before this one is on the device.
+        node[name] = jax.block_until_ready(layout.place_weight(path, array))
+
     if config.scan_layers:
         for path, names in _stacks(specs, config.num_hidden_layers):
             # Filled in place: np.stack would hold every layer twice.
-            stack = _empty((len(names), *specs[names[0]].tree_shape), dtype)
-            for slot, name in zip(stack, names, strict=True):
-                load(name, specs[name], slot)
-            whole = ("layers", *path)
-            # Before the next one is made.
-            leaves[whole] = jax.block_until_ready(layout.place_weight(whole, stack))
+            stack = _empty((len(names), *specs[names[0]].tree_shape), config.dtype)
+            for layer, name in zip(stack, names, strict=True):
+                _copy(read(name), specs[name], layer)
+            place(("layers", *path), stack)
     for name, spec in specs.items():
         if not (config.scan_layers and spec.path[0].startswith("layers_")):
-            tensor = _empty(spec.tree_shape, dtype)
-            load(name, spec, tensor)
-            leaves[spec.path] = jax.block_until_ready(layout.place_weight(spec.path, tensor))
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
+            array = _empty(spec.tree_shape, config.dtype)
+            _copy(read(name), spec, array)
+            place(spec.path, array)
     return tree
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Uninitialised memory that JAX on CPU takes over as it is, in huge pages where Linux has them.
+def _copy(tensor: np.ndarray, spec: TensorSpec, into: np.ndarray) -> None:
+    """Copies a tensor as stored into an array of the tree, transposed and cast where needed."""
+    if tensor.dtype == into.dtype:
+        as_integers = np.dtype(f"u{into.dtype.itemsize}")  # which numpy copies quickly; bfloat16 it does not
+        tensor, into = tensor.view(as_integers), into.view(as_integers)
+    into[...] = tensor.T if spec.transposed else tensor
 
-    It copies what does not begin with a cache line. With huge pages a decode step at batch 1 is 8 % faster.
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns uninitialised memory that JAX on CPU takes over without a copy; large arrays in huge pages.
+
+    JAX copies what does not begin at a cache line. With huge pages, which Linux has, a decode step at batch 1
+    is 8 % faster.
     """
     size = math.prod(shape) * dtype.itemsize
     if size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         pages, alignment = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE), _HUGE_PAGE
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # Linux without huge pages
             pages.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(pages, np.uint8)
     else:
@@ -263,15 +212,21 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _stacks(specs: Mapping[str, TensorSpec], count: int) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """Yields each path within a layer, and the names of the ``count`` layers' tensors that belong there."""
     by_path = {spec.path: name for name, spec in specs.items()}
     for path in list(by_path):
         if path[0] == "layers_0":
             yield path[1:], [by_path[(f"layers_{i}", *path[1:])] for i in range(count)]
 
 
+def _check_stored(stored: StoredTensors, config: QwenConfig) -> None:
+    _check_tensors(stored.shapes(), config, f"The checkpoint in {stored.directory}")
+
+
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: QwenConfig, where: str) -> None:
+    """Raises a CheckpointError that lists every missing, unexpected and mis-shaped tensor."""
     specs = tensor_specs(config)
-    # A tied checkpoint may store the head once more; it is the embedding by definition.
+    # A tied checkpoint may store the head as well; it is the embedding by definition.
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     problems = [
         ("missing", [name for name in specs if name not in shapes]),
@@ -294,19 +249,6 @@ def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: QwenConfig, wh
         raise CheckpointError(
             f"{where} does not fit its config ({config.num_hidden_layers} layers): {'; '.join(found)}."
         )
-
-
-def _open(file: Path) -> Any:
-    try:
-        file.open("rb").close()  # of a file that may not be read, safetensors says that it is not there
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} is not a whole safetensors file ({error}); fetch or copy it again."
-        ) from error
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

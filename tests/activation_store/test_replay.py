@@ -24,8 +24,9 @@ from activation_store import (
 from activation_store.replay import Forward, plain_forward, replay_sequences, replay_store
 from arc_runner.data import EXAMPLE_MODEL
 from generate_jitted import generate_single_task_jitted
+from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.sampling import Sampling
-from qwen2_core.weights import checkpoint_fingerprint, load_qwen2
+from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 TINY = str(EXAMPLE_MODEL)

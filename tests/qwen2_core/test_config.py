@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from lively import SHALLOW
 
-from qwen2_core.config import CheckpointError, QwenConfig
+from qwen2_core.checkpoint_files import CheckpointError
+from qwen2_core.config import QwenConfig
 
 # Qwen2.5-0.5B-Instruct, as Transformers 4 and 5 write it.
 FOUR: dict[str, Any] = {

@@ -18,8 +18,8 @@ import pytest
 import safetensors.numpy
 from lively import SHALLOW, Lively, rewrite_json, rewrite_safetensors
 
-from qwen2_core.config import CheckpointError
-from qwen2_core.weights import checkpoint_fingerprint, convert_hf_to_jax_weights, load_qwen2, stack_layers
+from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
+from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 ROOT = Path(__file__).parents[2]
