@@ -19,7 +19,7 @@ from activation_store import FinishedSequence
 from arc_runner.options import RunOptions, UsageError
 from arc_runner.workload import Call, sampling_id
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
-from qwen2_core.kernels.cpu.matmul import why_not
+from qwen2_core.kernels.cpu.library import unavailable_reason
 from qwen2_core.requests import eos_slots
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenModel, load_qwen2
@@ -59,11 +59,8 @@ class Generator:
         """Reads the weights onto the device; returns when they are there."""
         mesh_shape = options.mesh_shape or (1, 1)
         config, params = load_qwen2(options.model_path, dtype=options.dtype, mesh_shape=mesh_shape)
-        if jax.default_backend() == "cpu" and config.dtype == np.dtype("bfloat16") and why_not():
-            print(
-                f"bfloat16 is multiplied by XLA, up to 2.6 times slower than by our own kernel: {why_not()}",
-                flush=True,
-            )
+        if config.dtype == np.dtype("bfloat16") and (reason := unavailable_reason()):
+            print(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}", flush=True)
         model = QwenModel(config)
         if options.extract_activations:
             model = create_model_with_hooks(config, options.layers_to_extract)

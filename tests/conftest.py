@@ -37,15 +37,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(params=["vectors", "tiles"])
 def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways in which our kernels for CPU multiply; what is traced before keeps its own."""
-    from qwen2_core.kernels.cpu import attention as cpu_attention
-    from qwen2_core.kernels.cpu import matmul as cpu_product
+    """Runs the test with the CPU kernels multiplying by vectors and by tiles. Trace inside the test."""
+    from qwen2_core.kernels.cpu import attention, library, matmul
 
-    if why := cpu_product.why_not():
-        pytest.skip(f"no kernel of our own here: {why}")
-    if request.param == "tiles" and not cpu_product.has_tiles():
+    if not library.is_available():
+        pytest.skip(f"no CPU kernels: {library.unavailable_reason() or 'this is an accelerator'}")
+    if request.param == "tiles" and not library.has_tiles():
         pytest.skip("this CPU has no AMX")
-    for module in (cpu_product, cpu_attention):
+    for module in (matmul, attention):
         monkeypatch.setattr(module, "has_tiles", lambda: request.param == "tiles")
     return request.param
 

@@ -1,13 +1,22 @@
-"""Attention over the KV caches: grouped heads without repeating keys or values, softmax in float32.
+"""Computes attention over KV caches: grouped heads without repeated keys or values, softmax in float32.
 
-One idea serves all: a running softmax over blocks of keys (Milakov & Gimelshein 2018; Dao et al. 2022),
-only as far as keys are visible. ``attend_causal`` applies it to whole prompts and to the growing cache, block
-of queries by block of queries, so that memory does not grow with the square of the length and keys in the
-future cost nothing. ``attend_two_part`` applies it to a decode step over the fixed cache, first the prompt's
-part and then the sequence's own, which are never concatenated; it costs what is valid and not what is
-allocated, and its temporaries do not grow with the cache. (Read whole, XLA on CPU copies each layer's cache
-every step at batch 1.) In bfloat16 on CPU, where the machine can run it, ``cpu_attention`` does both instead
-and reads each sequence's keys where they lie; on GPUs ``gpu_attention`` does the decode step without a loop.
+Everything here is a *running softmax over blocks of keys* (online softmax: Milakov & Gimelshein 2018; as in
+FlashAttention: Dao et al. 2022). One block of keys is read at a time. Three numbers per query are kept: the
+largest score so far, the sum of ``exp(score - largest)``, and the same sum weighted by the values. When a new
+block has a larger score, what was summed before is scaled down to it. After the last block, the weighted sum
+divided by the sum is the softmax over all keys, though their scores were never in memory together. So blocks
+that no query sees can be left out, and temporaries do not grow with the number of keys.
+
+``attend_causal`` does whole prompts and the growing cache, block of queries by block of queries. Memory does
+not grow with the square of the length, and keys in the future cost nothing.
+
+``attend_two_part`` does a decode step over the fixed cache: first the prompt's part, then the sequence's own.
+The two are never concatenated. It costs what is valid, not what is allocated. (If the cache is read whole,
+XLA on CPU copies each layer's cache at every step at batch 1.)
+
+Two platforms have forms of their own. In bfloat16 on CPU, where the machine can run them, the kernels of
+:mod:`qwen2_core.kernels.cpu.attention` do both, and read each sequence's keys where they lie. On GPUs
+:mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
 """
 
 from __future__ import annotations
@@ -18,46 +27,63 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int32
 
 from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from qwen2_core.kernels.cpu.attention import cpu_attention, cpu_attention_causal
 from qwen2_core.kernels.gpu_attention import gpu_attention
-from qwen2_core.kernels.matmul import einsum_f32, is_for_our_own
+from qwen2_core.kernels.matmul import einsum_f32, uses_cpu_kernel
 
-DECODE_KEYS = 128  # keys a decode step reads at once
-_PREFILL_KEYS = 512  # keys a block of queries reads at once
-_SCORE_BYTES = 32 * 2**20  # scores of a block of queries and a block of keys
-_MASKED = float(jnp.finfo(jnp.float32).min)
-_TINY = float(jnp.finfo(jnp.float32).tiny)
+DECODE_KEYS = 128  # keys that a decode step reads at once
+_PREFILL_KEYS = 512  # keys that a block of queries reads at once
+_SCORE_BYTES = 32 * 2**20  # of the scores of a block of queries and a block of keys
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of no scores; finite, so that differences are too
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # what a sum of weights is at least, to be divided by
 
 
 class PartialSoftmax(NamedTuple):
-    """Attention over some of the keys: what a further block of them can be merged into."""
+    """Attention over some of the keys, into which further blocks of keys are merged.
 
-    peak: Array  # [rows, queries, kv_heads, G] largest score so far
-    total: Array  # [rows, queries, kv_heads, G] sum of exp(score - peak)
-    weighted: Array  # [rows, queries, kv_heads, G, head_dim] sum of exp(score - peak) * v
+    ``group`` are the query heads that share one head of keys and values.
+    """
+
+    peak: Float32[Array, "rows queries kv_heads group"]  # the largest score so far
+    total: Float32[Array, "rows queries kv_heads group"]  # the sum of exp(score - peak)
+    weighted: Float32[Array, "rows queries kv_heads group head_dim"]  # the sum of exp(score - peak) * v
 
     @property
-    def attended(self) -> Array:
-        """The attention output; zero for a query that sees no key (padding on the left)."""
+    def attended(self) -> Float32[Array, "rows queries kv_heads group head_dim"]:
+        """Returns the attention output; zero for a query that sees no key (padding on the left)."""
         return self.weighted / jnp.maximum(self.total, _TINY)[..., None]
 
 
-def attend_causal(q: Array, k: Array, v: Array, key_valid: Array | None) -> Array:
-    """Causal attention of the last ``tokens`` slots over all ``slots``.
+class _KeyBlocks(NamedTuple):
+    """Keys and values at ``capacity`` positions, to be read in blocks of ``size``."""
 
-    Query i sits in slot ``slots - tokens + i`` and sees the valid slots up to its own.
+    read: Callable[[Array], tuple[Array, Array]]  # first position -> k, v [rows, kv_heads, size, head_dim]
+    visible: Callable[[Array], Array]  # positions [size] -> bool [rows or 1, queries or 1, size]
+    size: int
+    capacity: int
+
+
+def attend_causal(
+    q: Float[Array, "batch tokens heads head_dim"],
+    k: Float[Array, "batch kv_heads positions head_dim"],
+    v: Float[Array, "batch kv_heads positions head_dim"],
+    key_valid: Bool[Array, "batch positions"] | None,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Attends causally from the last ``tokens`` positions to all ``positions``, those of a cache included.
+
+    Query i is at position ``positions - tokens + i``, and sees the valid positions up to its own. Query heads
+    that are neighbours share a head of keys and values.
 
     Args:
-        q: [B, tokens, heads, head_dim].
-        k, v: [B, kv_heads, slots, head_dim].
-        key_valid: [B, slots] bool, or None where every slot is valid.
+        key_valid: whether each position holds a token; None where all do.
 
     Returns:
-        [B, tokens, heads, head_dim] in q's dtype.
+        The attention output in q's dtype; zero for a query that sees no key.
     """
-    if not is_for_our_own(q, k):
+    if not uses_cpu_kernel(q, k):
         return _causal_by_blocks(q, k, v, key_valid)
     if key_valid is None:
         key_valid = jnp.ones((k.shape[0], k.shape[2]), bool)
@@ -80,8 +106,8 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, A
 
 def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> Array:
     batch, tokens, heads, head_dim = q.shape
-    kv_heads, slots = k.shape[1:3]
-    keys = min(_PREFILL_KEYS, slots)
+    kv_heads, positions = k.shape[1:3]
+    keys = min(_PREFILL_KEYS, positions)
     block = _query_block(batch * heads * keys * 4, tokens)
     starts = jnp.arange(0, tokens, block, dtype=jnp.int32)
     padded = jnp.pad(q, ((0, 0), (0, len(starts) * block - tokens), (0, 0), (0, 0)))
@@ -91,19 +117,20 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
         return lax.dynamic_slice_in_dim(k, start, keys, 2), lax.dynamic_slice_in_dim(v, start, keys, 2)
 
     def attend_block(start: int | Array) -> Array:
-        own_slot = slots - tokens + start + jnp.arange(block, dtype=jnp.int32)
+        own_positions = positions - tokens + start + jnp.arange(block, dtype=jnp.int32)
 
-        def visible(key_slots: Array) -> Array:
-            causal = key_slots <= own_slot[:, None]
+        def visible(key_positions: Array) -> Array:
+            causal = key_positions <= own_positions[:, None]
             if key_valid is None:
                 return causal[None]
-            return causal & jnp.take(key_valid, key_slots, axis=1)[:, None]
+            return causal & jnp.take(key_valid, key_positions, axis=1)[:, None]
 
         queries = lax.dynamic_slice_in_dim(padded, start, block, axis=1)
-        # Where it is known now how many blocks of keys there are, GPUs need not wait for it.
-        one = len(starts) == 1 or keys == slots
-        seen = slots if one else jnp.minimum(slots - tokens + start + block, slots)
-        partial = _accumulate(_nothing(queries), queries, read, visible, keys, slots, seen)
+        # Where the number of blocks of keys is known while tracing, GPUs need not wait for it.
+        all_are_seen = len(starts) == 1 or keys == positions
+        seen = positions if all_are_seen else jnp.minimum(positions - tokens + start + block, positions)
+        blocks = _KeyBlocks(read, visible, keys, positions)
+        partial = _accumulate(_nothing(queries), queries, blocks, seen)
         return partial.attended.astype(q.dtype)
 
     out = attend_block(0)[None] if len(starts) == 1 else lax.map(attend_block, starts)
@@ -111,18 +138,24 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
     return out[:, :tokens]
 
 
-def attend_two_part(q: Array, cache: KVCache, layer: int | Array) -> Array:
-    """Attention of one token per sequence over its prompt's slots and its own decode slots.
+def attend_two_part(
+    q: Float[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+) -> Float[Array, "batch heads head_dim"]:
+    """Attends from one token per sequence to its prompt and to its own decode steps.
+
+    Samples of one prompt share the prompt's keys and values ("bifurcated attention", Athiwaratkun et al.
+    2024).
 
     Args:
-        q: [B, heads, head_dim]; sequence b continues prompt ``b // (B // P)``.
+        q: sequence b continues prompt ``b // (batch // prompts)``.
         cache: the token's own key and value are already written at ``ar.index``.
+        layer: may be traced if the cache is stacked.
 
     Returns:
-        [B, heads, head_dim] in q's dtype.
+        The attention output in q's dtype.
     """
     forms = {"cuda": gpu_attention, "rocm": gpu_attention, "default": _two_part_by_blocks}
-    if is_for_our_own(q, jax.tree.leaves(cache.ar.k)[0]):
+    if uses_cpu_kernel(q, jax.tree.leaves(cache.ar.k)[0]):
         forms["cpu"] = cpu_attention
     static = isinstance(layer, int)
 
@@ -148,25 +181,25 @@ def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
 def _accumulate_prompt(
     partial: PartialSoftmax, q: Array, part: PrefillCache, layer: int | Array
 ) -> PartialSoftmax:
-    """Merges the prompts' part of the cache, as far as the longest prompt."""
+    """Merges the prompts' part of the cache, up to the longest prompt's end."""
     keys = min(DECODE_KEYS, part.capacity)
 
     def read(start: Array) -> tuple[Array, Array]:
         return get_attention_kv(part, layer, start, keys)
 
-    def visible(key_slots: Array) -> Array:
-        return (key_slots < part.length[:, None])[:, None]
+    def visible(positions: Array) -> Array:
+        return (positions < part.length[:, None])[:, None]
 
-    return _accumulate(partial, q, read, visible, keys, part.capacity, jnp.max(part.length))
+    return _accumulate(partial, q, _KeyBlocks(read, visible, keys, part.capacity), jnp.max(part.length))
 
 
 def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array) -> PartialSoftmax:
-    """Merges the decode steps' part, around its ring from the oldest sequence's first step to this one.
+    """Merges the decode steps' part, around its ring: from the oldest sequence's first step to this one.
 
-    Where rows begin at different times, blocks are summed in pieces of ``begin_every`` steps, merged in their
-    order; one that holds nothing of a row's sequence changes not a bit of that row. So neither the place in
-    the ring nor the rows beside it show in what a sequence computes, if the ring's capacity is a multiple of
-    a piece.
+    Where rows begin at different steps, those are multiples of ``begin_every``. Then each block is summed in
+    pieces of so many steps, which are merged in their order. A piece that holds nothing of a row's sequence
+    changes not a bit of that row. So neither the place in the ring nor the other rows change a bit of a
+    sequence, if the ring's capacity is a multiple of ``begin_every``.
     """
     capacity = part.capacity
     keys = min(DECODE_KEYS, capacity)
@@ -181,8 +214,8 @@ def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: i
         # The last block of the ring may have to start early to stay inside.
         start = jnp.minimum(block % blocks * keys, capacity - keys)
         k, v = get_attention_kv(part, layer, start, keys)
-        slots = start + jnp.arange(keys, dtype=jnp.int32)
-        steps = part.index - (part.index - slots) % capacity  # at which each slot was last written
+        positions = start + jnp.arange(keys, dtype=jnp.int32)
+        steps = part.index - (part.index - positions) % capacity  # at which each position was last written
         visible = (block_of(steps) == block) & (steps >= part.start[:, None])
         return _merge(partial, q, k, v, visible[:, None], pieces)
 
@@ -190,39 +223,28 @@ def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: i
     return lax.fori_loop(block_of(oldest), block_of(part.index) + 1, merge, partial)
 
 
-def _accumulate(
-    partial: PartialSoftmax,
-    q: Array,
-    read: Callable[[Array], tuple[Array, Array]],
-    visible: Callable[[Array], Array],
-    keys: int,
-    capacity: int,
-    seen: int | Array,
-) -> PartialSoftmax:
-    """Merges slots 0 to ``seen`` in blocks of ``keys``.
+def _accumulate(partial: PartialSoftmax, q: Array, blocks: _KeyBlocks, seen: int | Array) -> PartialSoftmax:
+    """Merges positions 0 to ``seen``, which may be fewer than the blocks' capacity.
 
     Args:
-        q: [rows, queries, kv_heads, G, head_dim].
-        read: first slot -> k, v [rows, kv_heads, keys, head_dim].
-        visible: slots [keys] -> bool [rows or 1, queries or 1, keys].
-        capacity: slots that there are; ``seen`` may be fewer.
+        q: [rows, queries, kv_heads, group, head_dim].
     """
 
     def merge(i: Array, partial: PartialSoftmax) -> PartialSoftmax:
         # The last block may have to start early to stay inside; what it repeats is masked.
-        first = i * keys
-        start = jnp.minimum(first, capacity - keys)
-        k, v = read(start)
-        slots = start + jnp.arange(keys, dtype=jnp.int32)
-        return _merge(partial, q, k, v, visible(slots) & (slots >= first))
+        first = i * blocks.size
+        start = jnp.minimum(first, blocks.capacity - blocks.size)
+        k, v = blocks.read(start)
+        positions = start + jnp.arange(blocks.size, dtype=jnp.int32)
+        return _merge(partial, q, k, v, blocks.visible(positions) & (positions >= first))
 
-    return lax.fori_loop(0, (seen + keys - 1) // keys, merge, partial)
+    return lax.fori_loop(0, (seen + blocks.size - 1) // blocks.size, merge, partial)
 
 
 def _merge(
     partial: PartialSoftmax, q: Array, k: Array, v: Array, visible: Array, pieces: int = 1
 ) -> PartialSoftmax:
-    """``partial`` and one block of keys, in equal ``pieces`` that are summed alone and merged in their order.
+    """Merges one block of keys, in equal ``pieces`` that are summed by themselves and merged in their order.
 
     The result is that of as many smaller blocks, bit for bit, at nearly the speed of one.
 
@@ -246,14 +268,14 @@ def _merge(
 
 
 def _sums_of_pieces(weights: Array, v: Array) -> Array:
-    """The sums of a block's values, of each of its pieces alone.
+    """Returns the weighted sums of a block's values, for each of its pieces by itself.
 
     Args:
-        weights: [rows, queries, kv_heads, G, pieces, keys].
-        v: [rows, kv_heads, pieces x keys, head_dim].
+        weights: [rows, queries, kv_heads, group, pieces, keys].
+        v: [rows, kv_heads, pieces * keys, head_dim].
 
     Returns:
-        [pieces, rows, queries, kv_heads, G, head_dim] float32.
+        [pieces, rows, queries, kv_heads, group, head_dim] float32.
     """
     return lax.platform_dependent(weights, v, tpu=_sums_by_masks, default=_sums_by_cuts)
 
@@ -264,23 +286,24 @@ def _sums_by_cuts(weights: Array, v: Array) -> Array:
 
 
 def _sums_by_masks(weights: Array, v: Array) -> Array:
-    # A TPU has the slots in its lanes. To cut them, it would lay out all values anew, in twice the memory;
-    # the zeros cost it nothing, in rows of its matrix unit that stayed empty.
+    # A TPU has the positions in its lanes. To cut them, it would lay out all values anew, in twice the
+    # memory. The zeros cost nothing: they are in rows of the matrix unit that would otherwise stay empty.
     own = jnp.eye(weights.shape[4], dtype=weights.dtype)[:, :, None]
     spread = (weights[..., None, :, :] * own).reshape(*weights.shape[:-1], -1)
     return einsum_f32("rqkgpl,rkld->prqkgd", spread, v)
 
 
 def _nothing(q: Array) -> PartialSoftmax:
+    """Returns the partial softmax over no keys."""
     return PartialSoftmax(
-        jnp.full(q.shape[:-1], _MASKED, jnp.float32),
+        jnp.full(q.shape[:-1], _LOWEST, jnp.float32),
         jnp.zeros(q.shape[:-1], jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
 
 
 def _query_block(bytes_per_query: int, tokens: int) -> int:
-    """Queries a block: a power of two whose scores take at most ``_SCORE_BYTES``, at least 16."""
+    """Returns how many queries a block has: a power of two whose scores fit ``_SCORE_BYTES``, 16 or more."""
     block = 16
     while 2 * block * bytes_per_query <= _SCORE_BYTES:
         block *= 2

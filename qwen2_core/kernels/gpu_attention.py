@@ -1,26 +1,30 @@
-"""A decode step's attention on GPUs: one softmax over all slots of both parts of the cache, valid or not.
+"""Computes a decode step's attention on GPUs: one softmax over all positions of both parts of the cache.
 
-A loop over the blocks that are valid, as elsewhere, has a length that the host does not know; on GPUs it
-waits for the device at each turn, some hundred times a token. Reading all of a task's cache costs less.
+Elsewhere a loop reads the valid blocks of keys only. The host does not know how many those are, and on GPUs
+such a loop waits for the device at each turn, some hundred times a token. Reading all of a task's cache,
+valid or not, costs less.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Int32
 
 from kvcache_utils import KVCache, get_attention_kv
 from qwen2_core.kernels.matmul import einsum_f32
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)
-_TINY = float(jnp.finfo(jnp.float32).tiny)
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of no scores; finite, so that differences are too
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # what a sum of weights is at least, to be divided by
 
 
-def gpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
-    """``attention.attend_two_part`` without a loop; its arguments and result.
+def gpu_attention(
+    q: Float[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+) -> Float[Array, "batch heads head_dim"]:
+    """Does what ``attention.attend_two_part`` does, without a loop.
 
-    Where rows begin at different times, each is summed in the order of its own steps, from a copy of its
-    values: neither the place in the ring nor the rows beside it show in what a sequence computes.
+    Where rows begin at different steps, each row's scores and values are first copied into the order of its
+    own steps. So neither its place in the ring nor the other rows change a bit of a sequence.
     """
     batch, _, head_dim = q.shape
     (prompt_k, prompt_v), (k, v) = (get_attention_kv(part, layer) for part in (cache.prefill, cache.ar))
@@ -30,24 +34,24 @@ def gpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
         a = a.reshape(prompts, -1, *a.shape[1:]).swapaxes(1, 2)
         return a.reshape(prompts, kv_heads, -1, a.shape[-1])
 
-    def by_row(a: Array) -> Array:
+    def by_row(a: Array) -> Array:  # the way back
         a = a.reshape(prompts, kv_heads, batch // prompts, -1, a.shape[-1]).swapaxes(1, 2)
         return a.reshape(batch, kv_heads, -1, a.shape[-1])
 
     q_rows = q.reshape(batch, kv_heads, -1, head_dim)
-    # The barrier, as of two products with the same q XLA makes one, for which it copies all keys together.
+    # Without the barrier XLA makes one product of the two with q, and for it copies all keys into one array.
     prompt_scores = einsum_f32("rkgd,rkld->rkgl", by_prompt(lax.optimization_barrier(q_rows)), prompt_k)
     prompt_scores = by_row(_masked(prompt_scores, head_dim, cache.prefill.valid))
     scores = einsum_f32("rkgd,rkld->rkgl", q_rows, k)
     steps = jnp.arange(cache.ar.capacity, dtype=jnp.int32)
     if cache.ar.begin_every is None:
-        written = cache.ar.index - (cache.ar.index - steps) % cache.ar.capacity
+        written = cache.ar.index - (cache.ar.index - steps) % cache.ar.capacity  # the step at each position
         scores = _masked(scores, head_dim, written >= cache.ar.start[:, None])
     else:
-        slots = (cache.ar.start[:, None] + steps) % cache.ar.capacity  # of each row's own steps
-        scores = jnp.take_along_axis(scores, slots[:, None, None], axis=-1)
+        own = (cache.ar.start[:, None] + steps) % cache.ar.capacity  # the position of each row's own steps
+        scores = jnp.take_along_axis(scores, own[:, None, None], axis=-1)
         scores = _masked(scores, head_dim, steps <= cache.ar.tokens_read[:, None])
-        v = jnp.take_along_axis(v, slots[:, None, :, None], axis=2)
+        v = jnp.take_along_axis(v, own[:, None, :, None], axis=2)
     peak = jnp.maximum(jnp.maximum(prompt_scores.max(-1), scores.max(-1)), _LOWEST)[..., None]
     prompt_weights, weights = jnp.exp(prompt_scores - peak), jnp.exp(scores - peak)
     total = prompt_weights.sum(-1) + weights.sum(-1)
@@ -57,4 +61,5 @@ def gpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
 
 
 def _masked(scores: Array, head_dim: int, visible: Array) -> Array:
+    """Scales the scores [rows, kv_heads, G, n]; those not ``visible [rows, n]`` become minus infinity."""
     return jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)

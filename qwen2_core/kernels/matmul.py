@@ -1,18 +1,18 @@
-"""Every product of the model, in one place: what the hardware is asked to multiply, and how.
+"""Computes every matrix product of the model, in the form that suits the hardware.
 
-All products accumulate in float32. Float32 operands are multiplied as float32 everywhere: TPUs and
-GPUs would by default round them to bfloat16 or TF32, a hundred times coarser than the captured
-activations claim to be. GPU and TPU get plain dots. On CPU, bfloat16 needs care:
+All products accumulate in float32. Float32 operands are multiplied as float32 everywhere: by default TPUs and
+GPUs would round them to bfloat16 or TF32, which is a hundred times coarser than the precision that captured
+activations claim. GPUs and TPUs get plain dots. On CPU, bfloat16 needs care:
 
-- XLA's dot of several rows packs the weights anew at each call and reads them at a third of what memory
-  gives; ``cpu_product`` does not, where the machine can run it;
-- its dot of a single row (decoding at batch 1) falls back to scalar code, 30 times under the memory
-  bandwidth. Without ``cpu_product`` it is written as elementwise products of slices of the weights, which XLA
-  turns into vector code that reads nearly as fast as the memory gives;
-- batched bfloat16 dots with a float32 result are not implemented: without ``cpu_product`` attention
-  converts its operands, which are blocks of activations, never weights;
-- in a loop, the conversion of a bfloat16 weight to float32 is hoisted and the copy kept: the whole
-  embedding, 545 MB at 0.5B, for a lookup of one row. ``compiler_options`` switches that off.
+- XLA's dot of several rows packs the weights anew at each call, and reads them at a third of the memory
+  bandwidth. ``cpu_matmul``, where the machine can run it, does not.
+- XLA's dot of a single row (decoding at batch 1) is scalar code, at a thirtieth of the memory bandwidth.
+  Without ``cpu_matmul`` it is written as elementwise products of slices of the weights. XLA makes vector code
+  of these, which reads nearly as fast as the memory allows.
+- XLA has no batched bfloat16 dot with a float32 result. Without ``cpu_matmul`` attention converts its
+  operands, which are blocks of activations and never weights.
+- XLA hoists the conversion of a bfloat16 weight to float32 out of a loop and keeps the copy: of the whole
+  embedding, 545 MB at 0.5B, to look up one row. ``compiler_options`` switches that off.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Float32, Int
 
-from qwen2_core.kernels.cpu.matmul import cpu_product, why_not
+from qwen2_core.kernels.cpu.library import is_available
+from qwen2_core.kernels.cpu.matmul import cpu_matmul
 
-_MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA fuses no longer sums
-_PARTIAL_BYTES = 2**22  # of partial sums at once, to stay in the cache
+_MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA does not fuse longer sums
+_PARTIAL_BYTES = 2**22  # of partial sums at once, which stay in the processor's cache
 
 
-def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
-    """``einsum`` of activations with float32 accumulation and result.
+def einsum_f32(subscripts: str, a: Float[Array, "*a"], b: Float[Array, "*b"]) -> Float32[Array, "*out"]:
+    """Returns ``jnp.einsum(subscripts, a, b)`` of activations, accumulated in float32.
 
-    Sums over one axis, the last of ``a`` and one of the last two of ``b``; all axes of ``b`` before these are
-    axes of ``a`` too, in the same order.
+    The sum is over one axis: the last of ``a`` and one of the last two of ``b``. All other leading axes of
+    ``b`` are axes of ``a`` too, in the same order.
     """
     axes, out_axes = subscripts.split("->")
     a_axes, b_axes = axes.split(",")
@@ -48,39 +50,47 @@ def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
     def widened(a: Array, b: Array) -> Array:
         return plain(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    def our_own(a: Array, b: Array) -> Array:
+    def cpu_kernel(a: Array, b: Array) -> Array:
         a = jnp.einsum(f"{a_axes}->{matrices}{rows}{summed}", a)
         row_sizes = a.shape[len(matrices) : -1]
         a = a.reshape(*a.shape[: len(matrices)], -1, a.shape[-1])
-        out = cpu_product(a, b, transposed=b_axes[-1] == summed)
+        out = cpu_matmul(a, b, transposed=b_axes[-1] == summed)
         out = out.reshape(*out.shape[: len(matrices)], *row_sizes, out.shape[-1])
         return jnp.einsum(f"{matrices}{rows}{b_axes[-2:].replace(summed, '')}->{out_axes}", out)
 
-    cpu = our_own if is_for_our_own(a, b) else widened
+    cpu = cpu_kernel if uses_cpu_kernel(a, b) else widened
     return lax.platform_dependent(a, b, cpu=cpu, default=plain)
 
 
-def linear(x: Array, kernel: Array, bias: Array | None = None) -> Array:
-    """``x @ kernel + bias`` in x's dtype: x [..., in], kernel [in, out], bias [out]."""
+def linear(
+    x: Float[Array, "*rows inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    bias: Float[Array, " outputs"] | None = None,
+) -> Float[Array, "*rows outputs"]:
+    """Returns ``x @ kernel + bias`` in x's dtype. The bias is added in float32."""
     if bias is None:
         return _product(x, kernel, 0, x.dtype)
     out = _product(x, kernel, 0, jnp.float32) + bias.astype(jnp.float32)
     return out.astype(x.dtype)
 
 
-def logits_f32(x: Array, kernel: Array, *, tied: bool) -> Array:
-    """Float32 logits of x [..., hidden]; kernel [hidden, vocab] or, tied, the embedding [vocab, hidden]."""
+def logits_f32(
+    x: Float[Array, "*rows hidden"], kernel: Float[Array, "_ _"], *, tied: bool
+) -> Float32[Array, "*rows vocab"]:
+    """Returns the logits of x; kernel is the head [hidden, vocab] or, tied, the embedding [vocab, hidden]."""
     return _product(x, kernel, 1 if tied else 0, jnp.float32)
 
 
-def embed(token_ids: Array, table: Array) -> Array:
-    """Rows of ``table [vocab, hidden]``; an id outside it gives NaN, never a neighbour's row."""
+def embed(
+    token_ids: Int[Array, "*rows"], table: Float[Array, "vocab hidden"]
+) -> Float[Array, "*rows hidden"]:
+    """Looks up rows of the table. An id outside the vocabulary gives NaN, never another token's row."""
     # jnp.take would count negative ids from the end.
     return table.at[token_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _product(x: Array, weights: Array, contract: int, dtype: Any) -> Array:
-    """x [..., in] times a weight matrix along its axis ``contract``, summed in float32; dtype [..., out]."""
+    """Multiplies x [..., in] by a matrix along the matrix's axis ``contract``: dtype [..., out]."""
 
     def plain(x: Array, weights: Array) -> Array:
         dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
@@ -88,35 +98,39 @@ def _product(x: Array, weights: Array, contract: int, dtype: Any) -> Array:
         out = lax.dot_general(x, weights, dimensions, precision, preferred_element_type=jnp.float32)
         return out.astype(dtype)
 
-    def our_own(x: Array, weights: Array) -> Array:
-        rows = cpu_product(x.reshape(-1, x.shape[-1]), weights, contract == 1, dtype)
+    def cpu_kernel(x: Array, weights: Array) -> Array:
+        rows = cpu_matmul(x.reshape(-1, x.shape[-1]), weights, contract == 1, dtype)
         return rows.reshape(*x.shape[:-1], -1)
 
     def by_slices(x: Array, weights: Array) -> Array:
         return _row_by_slices(x, weights, contract).astype(dtype)
 
     cpu = plain
-    if is_for_our_own(x, weights):
-        cpu = our_own
+    if uses_cpu_kernel(x, weights):
+        cpu = cpu_kernel
     elif math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
         cpu = by_slices
     return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
 
 
-def is_for_our_own(x: Array, weights: Array) -> bool:
-    """Whether our kernels for CPU take these; not what a mesh may split: XLA would gather it for the call."""
+def uses_cpu_kernel(x: Float[Array, "*x"], weights: Float[Array, "*weights"]) -> bool:
+    """Returns whether the compiled kernels for CPU multiply (or attend with) these.
+
+    They take bfloat16 of an even number of inputs. They do not take what a mesh may split: XLA cannot split
+    the call, and would gather the arrays for it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
         return False
-    return x.dtype == weights.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and not why_not()
+    return x.dtype == weights.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and is_available()
 
 
 def _row_by_slices(x: Array, weights: Array, contract: int) -> Array:
-    """One row x [1, ..., in] times a matrix of 16-bit weights along its axis ``contract``; float32.
+    """Multiplies a row x [1, ..., in] by a matrix of 16-bit weights along its axis ``contract``, in float32.
 
-    The contracted axis is cut into slices, which are multiplied by their part of the row and added to each
-    other elementwise; the remaining sum is a float32 dot with ones, which is fast. Partial sums are a
-    fraction of the weights, and those of many outputs (a vocabulary) are made some thousand at a time.
+    Cuts the contracted axis into slices, multiplies each by its part of the row, and adds these products
+    elementwise. What is left to sum is a float32 dot with ones, which is fast. The partial sums are a
+    fraction of the weights' size; those of many outputs (a vocabulary) are made some thousand at a time.
     """
     size, outputs = weights.shape[contract], weights.shape[1 - contract]
     slices = max(n for n in range(1, _MOST_SLICES[contract] + 1) if size % n == 0)
@@ -129,7 +143,7 @@ def _row_by_slices(x: Array, weights: Array, contract: int) -> Array:
         def product(n: int) -> Array:
             first = (n * width, start) if contract == 0 else (start, n * width)
             shape = (width, chunk) if contract == 0 else (chunk, width)
-            # One slice of two dimensions: a slice of a slice would not be fused.
+            # One slice in two dimensions: XLA would not fuse a slice of a slice.
             return lax.dynamic_slice(weights, first, shape).astype(jnp.float32) * parts[n]
 
         partial = functools.reduce(jnp.add, map(product, range(slices)))
@@ -145,7 +159,7 @@ def _row_by_slices(x: Array, weights: Array, contract: int) -> Array:
 
 
 def compiler_options() -> dict[str, Any]:
-    """What XLA must be told when a program with these products in a loop is compiled for this platform."""
+    """Returns the options that a program with these products in a loop must be compiled with."""
     if jax.default_backend() == "cpu":
         return {
             "xla_disable_hlo_passes": "while-loop-invariant-code-motion",

@@ -88,7 +88,7 @@ def test_a_url_is_no_directory(tmp_path: Path, no_weights: None):
 def test_slower_products_are_said_with_the_reason(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(run_generation, "why_not", lambda: "the reason")
+    monkeypatch.setattr(run_generation, "unavailable_reason", lambda: "the reason")
     Generator.load(parse_options(arguments(four(tmp_path), dtype=dtype)), ())
     said = capsys.readouterr().out
     assert ("bfloat16 is multiplied by XLA" in said and "the reason" in said) == (dtype == "bfloat16")

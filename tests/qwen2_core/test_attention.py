@@ -1,4 +1,4 @@
-"""Attention against the same sums written down in plain float64 numpy."""
+"""Attention against the same sums, written in plain float64 numpy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
-from qwen2_core.kernels import attention as attention
+from qwen2_core.kernels import attention
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.gpu_attention import gpu_attention
 from qwen2_engine.decode_window import STEP_PIECE
 
 HEAD_DIM = 8
-GARBAGE = 1e4  # in slots that hold no token: finite, and large enough to ruin every sum it enters
+GARBAGE = 1e4  # where no token is: finite, and large enough to ruin every sum that it enters
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -60,16 +60,18 @@ MHA, GQA, MQA = (4, 4), (6, 2), (5, 1)
         *((100, 9, "many", layout) for layout in (MHA, GQA, MQA)),
     ],
 )
-def test_causal(tokens: int, past: int, blocks: str, layout: tuple[int, int], monkeypatch):
+def test_each_token_attends_to_the_valid_positions_up_to_its_own(
+    tokens: int, past: int, blocks: str, layout: tuple[int, int], monkeypatch
+):
     if blocks == "many":
         monkeypatch.setattr(attention, "_SCORE_BYTES", 0)  # the smallest block, 16 queries
         monkeypatch.setattr(attention, "_PREFILL_KEYS", 24)
-    rng, batch, slots = np.random.default_rng(0), 3, past + tokens
+    rng, batch, positions = np.random.default_rng(0), 3, past + tokens
     heads, kv_heads = layout
     q = normal(rng, batch, tokens, heads, HEAD_DIM)
-    k, v = normal(rng, 2, batch, kv_heads, slots, HEAD_DIM)
-    valid = rng.random((batch, slots)) < 0.8
-    valid[:, 0] = True  # every query sees a slot
+    k, v = normal(rng, 2, batch, kv_heads, positions, HEAD_DIM)
+    valid = rng.random((batch, positions)) < 0.8
+    valid[:, 0] = True  # every query sees a position
     out = causal(q, k, v, valid)
     assert out.shape == q.shape
     for b in range(batch):
@@ -79,7 +81,7 @@ def test_causal(tokens: int, past: int, blocks: str, layout: tuple[int, int], mo
             np.testing.assert_allclose(out[b, t], expected, atol=1e-5)
 
 
-def test_causal_without_a_mask_sees_every_slot_up_to_its_own():
+def test_without_a_mask_each_token_attends_to_every_position_up_to_its_own():
     rng = np.random.default_rng(1)
     q, (k, v) = normal(rng, 2, 5, 4, HEAD_DIM), normal(rng, 2, 2, 2, 5, HEAD_DIM)
     everything = np.ones((2, 5), bool)
@@ -88,7 +90,7 @@ def test_causal_without_a_mask_sees_every_slot_up_to_its_own():
 
 @pytest.mark.parametrize("bytes_per_query", [1, 14 * 4 * 512, 10**7, 10**12])
 @pytest.mark.parametrize("tokens", [1, 300, 8192])
-def test_the_scores_of_a_block_of_queries_keep_to_their_limit(bytes_per_query: int, tokens: int):
+def test_a_block_of_queries_is_the_largest_whose_scores_fit_the_limit(bytes_per_query: int, tokens: int):
     block = attention._query_block(bytes_per_query, tokens)
     assert 1 <= block <= tokens
     assert block <= 16 or block * bytes_per_query <= attention._SCORE_BYTES
@@ -184,24 +186,28 @@ def sizes(prefill: int, decode: int, prompts: int = 3, samples: int = 1, kv_head
 
 @IN_EACH_FORM
 @pytest.mark.parametrize("index", [0, 126, 127, 128, 129, 255, 256, 299])
-def test_the_decode_part_up_to_the_index_at_the_borders_of_blocks(index: int, attend: Attend):
+def test_a_decode_step_attends_to_the_steps_up_to_the_index_also_at_the_borders_of_blocks(
+    index: int, attend: Attend
+):
     check(attend, sizes(300, 300), 4, [1, 17, 40], index)
 
 
 @IN_EACH_FORM
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 256, 300])
-def test_ragged_prompts_at_the_borders_of_blocks(length: int, attend: Attend):
+def test_a_decode_step_attends_to_each_prompt_up_to_its_length_also_at_the_borders_of_blocks(
+    length: int, attend: Attend
+):
     check(attend, sizes(300, 300), 4, [length, 1, 300], 7)
 
 
 @IN_EACH_FORM
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (5, 1)], ids=["MHA", "GQA", "MQA"])
-def test_samples_of_a_prompt_read_its_one_row(heads: int, kv_heads: int, attend: Attend):
+def test_all_samples_of_a_prompt_attend_to_its_one_row(heads: int, kv_heads: int, attend: Attend):
     check(attend, sizes(150, 140, prompts=2, samples=3, kv_heads=kv_heads), heads, [150, 33], 130)
 
 
 @IN_EACH_FORM
-def test_a_stack_of_layers_gives_what_a_tuple_gives(attend: Attend):
+def test_a_stacked_cache_gives_what_separate_layers_give(attend: Attend):
     q, cache = check(attend, sizes(300, 300), 4, [150, 33, 1], 130)
     stack = KVCache(stacked(cache.prefill), stacked(cache.ar))
     np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
@@ -215,7 +221,7 @@ PIECE = STEP_PIECE
 def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
     """Prompts of one token, and each row's own keys and values of the steps since its start.
 
-    What a row holds at its own n-th step is always the same. Slots of nobody's hold ``filler``.
+    What a row holds at its own n-th step is always the same. Positions that no row owns hold ``filler``.
     """
     cache = zeros(config)
     prefill = dataclasses.replace(cache.prefill, length=np.ones_like(cache.prefill.length))
@@ -232,9 +238,9 @@ def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, fil
 def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np.ndarray:
     out, index = [], int(cache.ar.index)
     for b, (query, start) in enumerate(zip(q, starts, strict=True)):
-        slots = np.arange(start, index + 1) % cache.ar.capacity
+        positions = np.arange(start, index + 1) % cache.ar.capacity
         k, v = (
-            np.concatenate([of_prompt[0][b, :, :1], of_steps[0][b][:, slots]], axis=1)
+            np.concatenate([of_prompt[0][b, :, :1], of_steps[0][b][:, positions]], axis=1)
             for of_prompt, of_steps in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
         )
         out.append(reference(query, k, v))
@@ -244,7 +250,9 @@ def expected_on_the_ring(q: np.ndarray, cache: KVCache, starts: list[int]) -> np
 @IN_EACH_FORM
 @pytest.mark.parametrize("capacity", [5, 100, 128, 300, 320])
 @pytest.mark.parametrize("laps", [0, 1, 2.5])
-def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, laps: float, attend: Attend):
+def test_rows_that_began_at_different_steps_attend_each_to_its_own(
+    capacity: int, laps: float, attend: Attend
+):
     """At any step and capacity, whether or not they are multiples of anything."""
     index = int(capacity * laps) + capacity * 2 // 3
     ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
@@ -264,7 +272,7 @@ def test_rows_that_began_at_different_steps_read_each_its_own(capacity: int, lap
     mates=st.lists(st.integers(0, 319), min_size=8, max_size=8),
     filler=st.sampled_from([0.0, GARBAGE]),
 )
-def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
+def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(
     attend: Attend, age: int, starts: list[int], mates: list[int], filler: float
 ):
     config = dataclasses.replace(sizes(1, 320, prompts=5), begin_every=PIECE)
@@ -286,7 +294,7 @@ def test_neither_the_place_in_the_ring_nor_other_rows_change_a_bit(
     index=st.integers(0, 139),
     garbage=st.sampled_from([-GARBAGE, 0.0, 7.0, GARBAGE]),
 )
-def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
+def test_what_invalid_positions_hold_changes_not_a_bit(
     attend: Attend, lengths: list[int], index: int, garbage: float
 ):
     config = sizes(150, 140, prompts=2, samples=3)
@@ -298,7 +306,7 @@ def test_what_invalid_slots_hold_changes_nothing_not_even_the_last_bit(
     np.testing.assert_array_equal(outs[0], outs[1])
 
 
-def test_what_padding_holds_changes_nothing_in_a_prompt():
+def test_what_padding_holds_changes_not_a_bit_of_a_prompt():
     rng = np.random.default_rng(3)
     q, (k, v) = normal(rng, 2, 20, 4, HEAD_DIM), normal(rng, 2, 2, 2, 20, HEAD_DIM)
     valid = np.arange(20) < np.array([[5], [20]])

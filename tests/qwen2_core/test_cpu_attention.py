@@ -1,4 +1,4 @@
-"""Our own attention: the valid keys alone, in a sequence's order, in float32."""
+"""The CPU kernels for attention: only valid keys, in the sequence's own order, summed in float32."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def cache_of(
     starts: list[int],
     index: int,
     *,
-    prompt_slots: int = 40,
+    prompt_capacity: int = 40,
     ring: int = 32,
     kv_heads: int = 2,
     dim: int = 64,
 ) -> KVCache:
     """Two layers of random keys and values; what is not valid is NaN."""
-    prompt = [normal(len(lengths), kv_heads, prompt_slots, dim) + np.float32(i) for i in range(4)]
+    prompt = [normal(len(lengths), kv_heads, prompt_capacity, dim) + np.float32(i) for i in range(4)]
     step = [normal(len(starts), kv_heads, ring, dim) + np.float32(i) for i in range(4)]
     for values in prompt:
         for row, length in enumerate(lengths):
@@ -42,7 +42,7 @@ def cache_of(
     for values in step:
         for row, start in enumerate(starts):
             valid = {t % ring for t in range(max(start, index - ring + 1), index + 1)}
-            values[row, :, [slot for slot in range(ring) if slot not in valid]] = np.nan
+            values[row, :, [position for position in range(ring) if position not in valid]] = np.nan
     prompt, step = ([jnp.asarray(v, jnp.bfloat16) for v in part] for part in (prompt, step))
     return KVCache(
         PrefillCache(tuple(prompt[:2]), tuple(prompt[2:]), jnp.array(lengths, jnp.int32)),
@@ -58,12 +58,12 @@ def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
         prompt = row // cache.samples_per_prompt
         kv_head = head * cache.ar.k[layer].shape[1] // q.shape[1]
         oldest = max(int(cache.ar.start[row]), index - ring + 1)
-        slots = [t % ring for t in range(oldest, index + 1)]
+        positions = [t % ring for t in range(oldest, index + 1)]
         k, v = (
             np.concatenate(
                 [
                     np.asarray(part[0][layer][prompt, kv_head, : int(cache.prefill.length[prompt])]),
-                    np.asarray(part[1][layer][row, kv_head])[slots],
+                    np.asarray(part[1][layer][row, kv_head])[positions],
                 ]
             ).astype(np.float64)
             for part in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
@@ -81,17 +81,19 @@ def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
         ([40], [0], 0),  # a first step
         ([37], [0], 31),  # odd lengths, a full ring
         ([1], [5, 20, 0], 20),  # samples of one prompt, one in its first step
-        ([40, 3], [40, 64, 37, 66], 68),  # around the ring, from even and odd slots
+        ([40, 3], [40, 64, 37, 66], 68),  # around the ring, from even and odd positions
         ([7], [0], 50),  # more steps than the ring holds: the last 32
     ],
 )
-def test_it_is_the_softmax_over_what_is_valid(attend: Any, lengths, starts, index: int, heads: int):
+def test_a_decode_step_is_the_softmax_over_the_valid_positions(
+    attend: Any, lengths, starts, index: int, heads: int
+):
     cache, q, layer = cache_of(lengths, starts, index), normal(len(starts), heads, 64), 1
     got = np.asarray(attend(q, cache, layer), np.float64)
     np.testing.assert_allclose(got, exact(q, cache, layer), atol=0.02, rtol=2**-7)
 
 
-def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fill_a_vector(attend: Any):
+def test_an_odd_head_dim_is_left_to_xla_and_an_even_one_need_not_fill_a_vector(attend: Any):
     for dim in (7, 6, 50):
         cache = cache_of([9], [0], 4, dim=dim)
         cache = jax.tree.map(lambda a: jnp.nan_to_num(a) if a.dtype == jnp.bfloat16 else a, cache)
@@ -102,7 +104,7 @@ def test_an_odd_number_of_dimensions_is_left_to_xla_and_an_even_one_need_not_fil
         assert used == (dim % 2 == 0)
 
 
-def test_a_stacked_cache_gives_what_a_layer_s_own_gives(attend: Any):
+def test_a_stacked_cache_gives_the_bits_of_separate_layers(attend: Any):
     cache, q = cache_of([5, 40], [2, 0], 9), normal(2, 14, 64)
     prefill, ar = cache.prefill, cache.ar
     stacked = KVCache(
@@ -116,7 +118,7 @@ def test_a_stacked_cache_gives_what_a_layer_s_own_gives(attend: Any):
 
 
 @pytest.mark.parametrize("steps", [21, 100, 111])
-def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours(attend: Any, steps: int):
+def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(attend: Any, steps: int):
     ring, (prompt, own) = (
         128,
         [[normal(*shape) for _ in range(2)] for shape in ((1, 2, 40, 128), (2, steps, 128))],
@@ -142,7 +144,7 @@ def test_a_sequence_s_bits_know_neither_its_place_in_the_ring_nor_its_neighbours
         np.testing.assert_array_equal(of(row, start), expected)
 
 
-def test_a_key_that_is_not_a_number_shows(attend: Any):
+def test_a_nan_in_a_valid_key_reaches_the_output(attend: Any):
     cache, q = cache_of([40], [0], 3), normal(1, 14, 64)
     k = cache.prefill.k[0].at[0, 0, 11, 5].set(jnp.nan)
     poisoned = KVCache(PrefillCache((k, k), cache.prefill.v, cache.prefill.length), cache.ar)
@@ -153,21 +155,21 @@ def test_a_key_that_is_not_a_number_shows(attend: Any):
 
 def exactly_causal(q: np.ndarray, k: np.ndarray, v: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """In float64, all scores at once."""
-    tokens, slots = q.shape[1], k.shape[2]
+    tokens, positions = q.shape[1], k.shape[2]
     k, v = (np.repeat(part.astype(np.float64), q.shape[2] // k.shape[1], axis=1) for part in (k, v))
     scores = np.einsum("bthd,bhsd->bhts", q.astype(np.float64), k) / np.sqrt(q.shape[3])
-    seen = np.tri(tokens, slots, slots - tokens, bool) & valid[:, None, None]
+    seen = np.tri(tokens, positions, positions - tokens, bool) & valid[:, None, None]
     weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return np.einsum("bhts,bhsd->bthd", weights, v)
 
 
-def some_valid(rows: int, slots: int) -> np.ndarray:
+def some_valid(rows: int, positions: int) -> np.ndarray:
     """All valid, padding on the right, padding on the left, holes; none."""
-    valid = np.ones((5, slots), bool)
-    valid[1, slots * 2 // 3 :] = False
-    valid[2, : slots // 3] = False
-    valid[3] = np.random.default_rng(slots).random(slots) < 0.5
+    valid = np.ones((5, positions), bool)
+    valid[1, positions * 2 // 3 :] = False
+    valid[2, : positions // 3] = False
+    valid[3] = np.random.default_rng(positions).random(positions) < 0.5
     valid[4] = False
     return valid[:rows]
 
@@ -178,12 +180,12 @@ def prompt(cpu_kernels: str) -> Any:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(14, 2), (3, 3), (26, 2)])
-@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (33, 33), (64, 64), (1, 70), (5, 70), (300, 301)])
-def test_of_a_prompt_it_is_the_softmax_over_the_valid_slots_up_to_each_one_s_own(
-    prompt: Any, tokens: int, slots: int, heads: int, kv_heads: int
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (33, 33), (64, 64), (1, 70), (5, 70), (300, 301)])
+def test_a_prompts_attention_is_the_softmax_over_the_valid_positions_up_to_each_tokens_own(
+    prompt: Any, tokens: int, positions: int, heads: int, kv_heads: int
 ):
-    q, (k, v) = normal(5, tokens, heads, 64), (normal(5, kv_heads, slots, 64) + i for i in range(2))
-    valid = some_valid(5, slots)
+    q, (k, v) = normal(5, tokens, heads, 64), (normal(5, kv_heads, positions, 64) + i for i in range(2))
+    valid = some_valid(5, positions)
     k, v = (np.asarray(part, jnp.bfloat16) for part in (k, v))
     got = np.asarray(prompt(q, k, v, valid), np.float64)
     np.testing.assert_allclose(got, exactly_causal(q, k, v, valid), atol=0.02, rtol=2**-7)
@@ -191,7 +193,7 @@ def test_of_a_prompt_it_is_the_softmax_over_the_valid_slots_up_to_each_one_s_own
 
 
 @pytest.mark.parametrize(("width", "length"), [(90, 41), (350, 202), (700, 601)])
-def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any, width: int, length: int):
+def test_what_follows_a_token_in_its_prompt_changes_not_a_bit(prompt: Any, width: int, length: int):
     """Neither in the sequence, nor as padding, nor in the rows beside it; only what is invalid is NaN."""
     q, k, v = normal(2, width, 14, 64), normal(2, 2, width, 64), normal(2, 2, width, 64)
     valid = np.ones((2, width), bool)
@@ -209,7 +211,7 @@ def test_of_a_prompt_what_follows_changes_not_a_bit(prompt: Any, width: int, len
     np.testing.assert_array_equal(prompt(*narrow, None)[0], got[0, :length])
 
 
-def test_of_a_prompt_it_can_be_differentiated(prompt: Any):
+def test_attention_over_a_prompt_can_be_differentiated(prompt: Any):
     q, k, v = normal(1, 20, 4, 8), normal(1, 2, 20, 8), normal(1, 2, 20, 8)
 
     def tangent(*arrays: np.ndarray) -> Any:

@@ -1,8 +1,13 @@
-"""Our own product of bfloat16 matrices: sums of exact products, and rows that do not know each other."""
+"""The CPU kernel for bfloat16 matrices: sums of exact products, and rows that do not change each other."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,14 +16,14 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from qwen2_core.kernels.cpu import matmul as module
-from qwen2_core.kernels.cpu.matmul import cpu_product, why_not
+from qwen2_core.kernels.cpu import library
+from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
+from qwen2_core.kernels.cpu.matmul import cpu_matmul
 from qwen2_core.kernels.matmul import linear, logits_f32
 
 RNG = np.random.default_rng(0)
-needs_kernel = pytest.mark.skipif(
-    jax.default_backend() != "cpu" or bool(why_not()), reason=f"no kernel of our own here: {why_not()}"
-)
+cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about CPUs")
+needs_kernel = pytest.mark.skipif(not is_available(), reason=f"no CPU kernels: {unavailable_reason()}")
 
 
 def normal(*shape: int) -> np.ndarray:
@@ -32,7 +37,7 @@ def exact(x: np.ndarray, weights: np.ndarray, transposed: bool = False) -> np.nd
 
 @pytest.fixture
 def product(cpu_kernels: str) -> Any:
-    return jax.jit(lambda *a: cpu_product(*a), static_argnums=(2, 3))
+    return jax.jit(lambda *a: cpu_matmul(*a), static_argnums=(2, 3))
 
 
 # A single row, few and many, in blocks of 12 or 32; panels of one pair of inputs, of 256 and of 1024, whole
@@ -82,7 +87,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_others(product: Any, cpu_ke
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_weights_of_an_earlier_product_do_not_reach_a_later_one(product: Any, transposed: bool):
+def test_the_weights_of_an_earlier_product_do_not_leak_into_a_later_one(product: Any, transposed: bool):
     """Panels are reused; those of fewer inputs end in what was there before."""
     x = normal(5, 64)
     shapes = [(32, n) if transposed else (n, 32) for n in (64, 34)]
@@ -93,9 +98,7 @@ def test_weights_of_an_earlier_product_do_not_reach_a_later_one(product: Any, tr
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("leading", [(2, 3), (40, 2), (0,)])
-def test_leading_axes_are_those_of_separate_products(
-    product: Any, leading: tuple[int, ...], transposed: bool
-):
+def test_leading_axes_count_separate_products(product: Any, leading: tuple[int, ...], transposed: bool):
     x, weights = normal(*leading, 7, 64), normal(*leading, *((33, 64) if transposed else (64, 33)))
     got = product(x, weights, transposed)
     assert got.shape == (*leading, 7, 33)
@@ -105,32 +108,32 @@ def test_leading_axes_are_those_of_separate_products(
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-def test_products_side_by_side_are_whole_when_they_return_and_do_not_wait_for_each_other():
+def test_products_that_run_at_the_same_time_are_complete_and_do_not_block_each_other():
     weights, xs = [normal(256, 4864) for _ in range(3)], normal(150, 5, 256)
     expected = [exact(xs, w) for w in weights]
-    together = jax.jit(lambda x, weights: [cpu_product(x, w, False) for w in weights])
+    together = jax.jit(lambda x, weights: [cpu_matmul(x, w, False) for w in weights])
     for i, x in enumerate(xs):  # each its own, so that what an earlier call left does not do
         for got, of_all in zip(together(x, weights), expected, strict=True):
             np.testing.assert_allclose(got, of_all[i], atol=1e-3)
 
 
-def test_it_can_be_differentiated_and_mapped_as_a_dot_can(product: Any):
+def test_it_has_the_derivative_and_the_vmap_of_a_dot(product: Any):
     x, weights, upstream = normal(3, 4, 64), normal(3, 64, 32), normal(3, 4, 32).astype(np.float32)
 
     def loss(times: Any, x: Any, weights: Any) -> Any:
         return (times(x, weights) * upstream).sum()
 
-    def ours(x: Any, weights: Any) -> Any:
-        return cpu_product(x, weights, False)
+    def kernel(x: Any, weights: Any) -> Any:
+        return cpu_matmul(x, weights, False)
 
-    got = jax.jit(jax.grad(lambda x, w: loss(ours, x, w), (0, 1)))(x, weights)
+    got = jax.jit(jax.grad(lambda x, w: loss(kernel, x, w), (0, 1)))(x, weights)
     wide = [a.astype(np.float32) for a in (x, weights)]
     expected = jax.jit(jax.grad(lambda x, w: loss(jnp.matmul, x, w), (0, 1)))(*wide)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a.astype(np.float32), b, rtol=2**-7, atol=1e-2)
-    _, tangent = jax.jit(lambda *a: jax.jvp(ours, a, a))(x, weights)
+    _, tangent = jax.jit(lambda *a: jax.jvp(kernel, a, a))(x, weights)
     np.testing.assert_allclose(tangent, 2 * exact(x, weights), atol=1e-3)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(ours))(x, weights), product(x, weights, False))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(kernel))(x, weights), product(x, weights, False))
 
 
 def lowered(function: Any, *arguments: Any, **static: Any) -> str:
@@ -139,52 +142,86 @@ def lowered(function: Any, *arguments: Any, **static: Any) -> str:
 
 @needs_kernel
 @pytest.mark.parametrize("rows", [1, 2])
-def test_the_model_s_bfloat16_products_use_it(rows: int):
+def test_the_models_bfloat16_products_use_the_kernel(rows: int):
     kernel, embedding = normal(64, 32), normal(32, 64)
-    assert "qwen2_cpu_product" in lowered(linear, normal(1, rows, 64), kernel)
-    assert "qwen2_cpu_product" in lowered(logits_f32, normal(rows, 1, 64), embedding, tied=True)
+    assert "qwen2_cpu_matmul" in lowered(linear, normal(1, rows, 64), kernel)
+    assert "qwen2_cpu_matmul" in lowered(logits_f32, normal(rows, 1, 64), embedding, tied=True)
 
 
 @needs_kernel
 @pytest.mark.parametrize(("shape", "used"), [((1, 1), True), ((1, 4), False)])
-def test_what_a_mesh_may_split_is_left_to_xla(shape: tuple[int, int], used: bool):
-    """XLA cannot split our call, and would gather the weights for it."""
+def test_arrays_that_a_mesh_may_split_are_left_to_xla(shape: tuple[int, int], used: bool):
+    """XLA cannot split the kernel's call, and would gather the weights for it."""
     mesh = AbstractMesh(shape, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     with jax.sharding.use_abstract_mesh(mesh):
         text = str(jax.make_jaxpr(linear)(normal(2, 64), normal(64, 32)))
     assert ("ffi_call" in text) == used
 
 
-def test_other_products_do_not_use_it():
+def test_float32_and_odd_numbers_of_inputs_do_not_use_the_kernel():
     kernel = normal(64, 32)
     others = {
         "float32": (normal(2, 64).astype(np.float32), kernel.astype(np.float32)),
         "an odd number of inputs": (normal(2, 63), normal(63, 32)),
     }
     for what, arguments in others.items():
-        assert "qwen2_cpu_product" not in lowered(linear, *arguments), what
+        assert "qwen2_cpu_matmul" not in lowered(linear, *arguments), what
 
 
-def test_without_the_compiled_part_xla_multiplies_and_the_reason_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    module.why_not.cache_clear()
-    try:
-        assert "compiler" in why_not()
+class TestWithoutTheKernels:
+    """XLA multiplies, and the reason is one line that says what to do."""
+
+    @pytest.fixture(autouse=True)
+    def loaded_anew(self) -> Iterator[None]:
+        library._load.cache_clear()
+        yield
+        library._load.cache_clear()
+
+    def found(self, monkeypatch: pytest.MonkeyPatch, origin: str | None) -> None:
+        spec = None if origin is None else SimpleNamespace(origin=origin)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+    @cpu_only
+    def test_an_install_without_a_compiler_says_so_and_multiplies_by_xla(self, monkeypatch):
+        self.found(monkeypatch, None)
+        assert "install a C++20 compiler" in unavailable_reason()
+        assert "\n" not in unavailable_reason()
         x, kernel = normal(2, 64), normal(64, 32)
-        assert "qwen2_cpu_product" not in lowered(linear, x, kernel)
+        assert "qwen2_cpu_matmul" not in lowered(linear, x, kernel)
         got = jax.jit(lambda x, kernel: linear(x, kernel))(x, kernel)
         np.testing.assert_allclose(got.astype(np.float32), exact(x, kernel), rtol=2**-8, atol=1e-4)
-    finally:
-        monkeypatch.undo()
-        module.why_not.cache_clear()
 
+    @cpu_only
+    def test_a_library_that_cannot_be_loaded_is_a_reason_and_no_crash(self, monkeypatch, tmp_path: Path):
+        (tmp_path / "_kernels.so").write_text("of another machine")
+        self.found(monkeypatch, str(tmp_path / "_kernels.so"))
+        assert "cannot be loaded" in unavailable_reason()
+        assert "install this package again" in unavailable_reason()
+        assert not is_available()
 
-@needs_kernel
-def test_a_library_compiled_from_older_sources_is_not_called(monkeypatch):
-    monkeypatch.setattr(module, "_INTERFACE", module._INTERFACE + 1)
-    module.why_not.cache_clear()
-    try:
-        assert "install the package again" in why_not()
-    finally:
-        monkeypatch.undo()
-        module.why_not.cache_clear()
+    @cpu_only
+    @pytest.mark.parametrize("interface", [None, library._INTERFACE - 1])
+    def test_a_library_compiled_from_older_sources_is_not_called(self, monkeypatch, interface: int | None):
+        versions = {} if interface is None else {"CpuInterface": lambda: interface}
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(**versions))
+        self.found(monkeypatch, "_kernels.so")
+        assert "other sources" in unavailable_reason()
+        assert "install this package again" in unavailable_reason()
+
+    @cpu_only
+    def test_a_cpu_without_the_instructions_is_told_which_have_them(self, monkeypatch):
+        versions = {"CpuInterface": lambda: library._INTERFACE, "CpuKernelsSupported": lambda: 0}
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(**versions))
+        self.found(monkeypatch, "_kernels.so")
+        assert re.search(
+            r"no AVX-512 BF16 instructions; use one that has: AMD since Zen 4", unavailable_reason()
+        )
+        assert not library.has_tiles()
+
+    def test_on_an_accelerator_nothing_is_said_and_nothing_is_loaded(self, monkeypatch):
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: pytest.fail("the library is loaded"))
+        assert unavailable_reason() == ""
+        assert not is_available()
+        assert not library.has_tiles()
+        assert "qwen2_cpu_matmul" not in str(jax.make_jaxpr(linear)(normal(2, 64), normal(64, 32)))

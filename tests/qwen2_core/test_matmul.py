@@ -1,4 +1,4 @@
-"""Products: float32 results whatever the formulation, and no weight-sized temporaries on CPU."""
+"""Products: float32 results in every form, and on CPU no temporaries of the weights' size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_core.kernels import matmul as products
+from qwen2_core.kernels import matmul
 from qwen2_core.kernels.matmul import compiler_options, embed, linear, logits_f32
 
 RNG = np.random.default_rng(0)
@@ -24,13 +24,13 @@ def exact(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(params=["where it can run", "nowhere"])
-def our_own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ``cpu_product`` and as on a machine without it."""
+def cpu_kernels_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test with the CPU kernels, where the machine has them, and as on a machine without them."""
     if request.param == "nowhere":
-        monkeypatch.setattr(products, "why_not", lambda: "a test does without")
+        monkeypatch.setattr(matmul, "is_available", lambda: False)
 
 
-@pytest.mark.usefixtures("our_own")
+@pytest.mark.usefixtures("cpu_kernels_or_not")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(("size", "outputs"), [(896, 128), (4864, 64), (97, 33), (13, 1)])
 def test_logits_are_float32_sums_of_exact_products(dtype, size: int, outputs: int):
@@ -58,9 +58,11 @@ def test_logits_are_float32_sums_of_exact_products(dtype, size: int, outputs: in
         ("rqkgpl,rkpld->prqkgd", (2, 1, 3, 7, 1, 13), (2, 3, 1, 13, 64)),  # of an odd number of keys
     ],
 )
-def test_an_einsum_of_activations_is_float32(dtype, subscripts: str, a_shape, b_shape):
+def test_an_einsum_of_activations_is_a_float32_sum_of_exact_products(
+    dtype, subscripts: str, a_shape, b_shape
+):
     a, b = normal(*a_shape, dtype=dtype), normal(*b_shape, dtype=dtype)
-    got = jax.jit(lambda a, b: products.einsum_f32(subscripts, a, b))(a, b)
+    got = jax.jit(lambda a, b: matmul.einsum_f32(subscripts, a, b))(a, b)
     assert got.dtype == jnp.float32
     expected = np.einsum(subscripts, a.astype(np.float64), b.astype(np.float64))
     np.testing.assert_allclose(got, expected, atol=3e-5)
@@ -68,12 +70,14 @@ def test_an_einsum_of_activations_is_float32(dtype, subscripts: str, a_shape, b_
 
 @pytest.mark.parametrize("outputs", [1, 7, 24, 25, 1187])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int, tied: bool):
-    monkeypatch.setattr(products, "why_not", lambda: "slices are what this is about")
+def test_a_row_multiplied_in_chunks_of_outputs_equals_the_row_multiplied_at_once(
+    monkeypatch, outputs: int, tied: bool
+):
+    monkeypatch.setattr(matmul, "is_available", lambda: False)
 
     def both(x, weights):
         whole = logits_f32(x, weights, tied=tied)
-        monkeypatch.setattr(products, "_PARTIAL_BYTES", 100)
+        monkeypatch.setattr(matmul, "_PARTIAL_BYTES", 100)
         return whole, logits_f32(x, weights, tied=tied)
 
     weights = normal(outputs, 56) if tied else normal(56, outputs)
@@ -81,7 +85,7 @@ def test_a_row_in_chunks_of_outputs_is_the_row_at_once(monkeypatch, outputs: int
     np.testing.assert_allclose(in_chunks, whole, atol=1e-5)
 
 
-def test_a_linear_layer_adds_its_bias_in_float32_and_gives_its_input_s_type():
+def test_a_linear_layer_adds_its_bias_in_float32_and_returns_its_inputs_dtype():
     x, kernel, bias = normal(1, 1, 896), normal(896, 64), normal(64)
     got = jax.jit(linear)(x, kernel, bias)
     assert got.dtype == jnp.bfloat16
@@ -91,9 +95,9 @@ def test_a_linear_layer_adds_its_bias_in_float32_and_gives_its_input_s_type():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
-@pytest.mark.usefixtures("our_own")
+@pytest.mark.usefixtures("cpu_kernels_or_not")
 @pytest.mark.parametrize("tied", [False, True])
-def test_one_row_takes_a_fraction_of_the_weights_as_temporaries(tied: bool):
+def test_multiplying_one_row_needs_temporaries_of_a_fraction_of_the_weights(tied: bool):
     """XLA's own dot of one row would convert all weights to float32, twice their size."""
     weights = jax.ShapeDtypeStruct((151936, 896) if tied else (896, 4864), jnp.bfloat16)
 
@@ -108,7 +112,7 @@ def test_one_row_takes_a_fraction_of_the_weights_as_temporaries(tied: bool):
     assert temporaries.temp_size_in_bytes < 6e6
 
 
-def test_a_token_outside_the_table_gives_nan():
+def test_a_token_id_outside_the_vocabulary_gives_nan():
     table = normal(5, 8)
     got = np.asarray(jax.jit(embed)(np.array([4, 5, -1]), table))
     np.testing.assert_array_equal(got[0], table[4])

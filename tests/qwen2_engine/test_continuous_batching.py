@@ -15,7 +15,7 @@ from lively import Lively, assert_lively, pad_right, row_errors
 
 from generate_jitted import Sampling, generate_single_task_jitted
 from kvcache_utils import KVCache
-from qwen2_core.kernels.cpu.matmul import why_not
+from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
 from qwen2_core.sharding import Layout
 from qwen2_engine import decode_window as window_loop
 from qwen2_engine import programs as slot_programs
@@ -183,7 +183,9 @@ def test_the_order_of_arrival_changes_not_a_bit(finished, seed: int):
     assert_same_bytes(results, finished[0])
 
 
-@pytest.mark.skipif(bool(why_not()), reason=f"XLA's bfloat16 knows a row's neighbours: {why_not()}")
+@pytest.mark.skipif(
+    not is_available(), reason=f"XLA's bfloat16 knows a row's neighbours: {unavailable_reason()}"
+)
 def test_nor_in_bfloat16_by_our_own_kernels():
     model = TINY.build(dtype="bfloat16", scan_layers=False)
     items = workload()[:60]

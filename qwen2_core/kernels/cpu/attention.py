@@ -1,36 +1,42 @@
-"""Attention on CPUs with AVX-512 BF16: cpu_attention.cc, compiled with ``cpu_product``."""
+"""Computes attention on CPUs with AVX-512 BF16, by the kernels in csrc/attention.cc.
+
+Neither can be differentiated; :mod:`qwen2_core.kernels.attention` gives the causal one a derivative.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import BFloat16, Bool, Int32
 
 from kvcache_utils import KVCache
-from qwen2_core.kernels.cpu.matmul import has_tiles
+from qwen2_core.kernels.cpu.library import ATTENTION, CAUSAL_ATTENTION, has_tiles
 
 
-def cpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
-    """Attention of one token per sequence over its prompt's slots and its own decode slots.
+def cpu_attention(
+    q: BFloat16[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+) -> BFloat16[Array, "batch heads head_dim"]:
+    """Attends from one token per sequence to its prompt and to its own decode steps.
 
-    What is not valid is not read. Keys and values are taken in the sequence's order, so that its bits depend
-    neither on its place in the ring nor on other rows. Not differentiable.
+    Reads valid positions only. Takes keys and values in the sequence's order, so that the result's bits
+    depend neither on the sequence's place in the ring nor on other rows.
 
     Args:
-        q: [B, heads, head_dim] bfloat16, head_dim even; sequence b continues prompt ``b // (B // P)``.
+        q: sequence b continues prompt ``b // (batch // prompts)``; head_dim is even.
         cache: in bfloat16; the token's own key and value are already written at ``ar.index``.
 
     Returns:
-        [B, heads, head_dim] bfloat16; zero for a sequence without any key.
+        Zero for a sequence without any key.
     """
 
     def buffers(part: Array | tuple[Array, ...]) -> Array:
-        """One layer's, or all of a stacked cache's behind each other: a reshape and not a copy."""
+        """Returns one layer's buffer; of a stacked cache all layers', one after the other, without a copy."""
         if isinstance(part, tuple):
             return part[layer]  # pyright: ignore[reportArgumentType, reportCallIssue]
         return part.reshape(-1, *part.shape[2:])
 
-    call = jax.ffi.ffi_call("qwen2_cpu_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     prefill, ar = cache.prefill, cache.ar
     return call(
         q,
@@ -46,9 +52,14 @@ def cpu_attention(q: Array, cache: KVCache, layer: int | Array) -> Array:
     )
 
 
-def cpu_attention_causal(q: Array, k: Array, v: Array, key_valid: Array) -> Array:
-    """``attention.attend_causal`` in bfloat16, head_dim even. Not differentiable."""
+def cpu_attention_causal(
+    q: BFloat16[Array, "batch tokens heads head_dim"],
+    k: BFloat16[Array, "batch kv_heads positions head_dim"],
+    v: BFloat16[Array, "batch kv_heads positions head_dim"],
+    key_valid: Bool[Array, "batch positions"],
+) -> BFloat16[Array, "batch tokens heads head_dim"]:
+    """Does what ``attention.attend_causal`` does, in bfloat16; head_dim is even."""
     call = jax.ffi.ffi_call(
-        "qwen2_cpu_attention_causal", jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
+        CAUSAL_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
     )
     return call(q, k, v, key_valid, tiles=has_tiles())
