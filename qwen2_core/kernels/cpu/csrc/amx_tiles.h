@@ -1,5 +1,5 @@
-// Sums of products of bfloat16 with TDPBF16PS (AMX, Intel Xeons since Sapphire Rapids): 16 rows by 32 inputs times
-// 32 inputs by 16 outputs in one instruction, from tiles that are configured for a number of rows.
+// Sums bfloat16 products with TDPBF16PS (AMX, Intel Xeons since Sapphire Rapids). One instruction multiplies 16 rows by
+// 32 inputs with 32 inputs by 16 outputs. Tiles must first be configured for the number of rows.
 
 #pragma once
 
@@ -18,9 +18,9 @@
 namespace {
 
 constexpr int64_t kTileRows = 16, kTileInputs = 32, kTileOutputs = 16;
-constexpr int64_t kMostTileRows = 2 * kTileRows;  // at once, times two tiles of outputs: four tiles of sums
+constexpr int64_t kMostTileRows = 2 * kTileRows;  // at once; by two tiles of outputs that makes four tiles of sums
 
-// Whether the processor has tiles and Linux lets this process use their registers, which it must be asked for.
+// Whether the processor has tiles, and Linux permits this process to use their registers; asks for the permission.
 inline bool MayUseTiles() {
   static const bool may = [] {
     unsigned a, b, c, d = 0;
@@ -32,15 +32,15 @@ inline bool MayUseTiles() {
   return may;
 }
 
-// The calling thread's tiles, for as long as it lives.
+// The calling thread's tiles; released when this object is destroyed.
 class Tiles {
  public:
   AMX_BF16 ~Tiles() {
     if (rows_) _tile_release();
   }
 
-  // Adds x [rows, depth] times a panel [depth / 2, outputs, 2] of `outputs` <= 32 to, or puts it into, out.
-  // The panel is padded with zeros to 32 outputs and a multiple of 32 inputs.
+  // Multiplies x [rows, depth] by a panel [depth / 2, outputs, 2] with `outputs` <= 32. Adds the product to `out` or,
+  // if not `add`, stores it there. The panel is padded with zeros to 32 outputs and a multiple of 32 inputs.
   AMX_BF16 void Multiply(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t depth, const void* panel,
                          float* out, int64_t out_stride, int64_t outputs, bool add) {
     if (rows != rows_) Configure(rows);
@@ -59,8 +59,8 @@ class Tiles {
   }
 
  private:
-  // Tiles 0 to 3 are sums [first rows, second rows] x [first outputs, second outputs]; 4 and 5 rows of x; 6 and
-  // 7 weights.
+  // Tiles 0 to 3 are sums, [first rows, second rows] x [first outputs, second outputs]. Tiles 4 and 5 are rows of x, 6
+  // and 7 weights.
   AMX_BF16 void Configure(int64_t rows) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -82,7 +82,7 @@ class Tiles {
     const int64_t row_bytes = 4 * sums_stride;
     const auto* weights = static_cast<const char*>(panel);
     float* second = sums + kTileRows * sums_stride;
-    // Compilers do not know what the tiles' instructions read and write.
+    // The compiler does not know what memory the tile instructions read and write.
     std::atomic_signal_fence(std::memory_order_seq_cst);
     if (add) {
       _tile_loadd(0, sums, row_bytes);
@@ -101,7 +101,7 @@ class Tiles {
     }
     const int64_t whole = depth / kTileInputs * kTileInputs;
     for (int64_t i = 0; i < whole; i += kTileInputs) Step<kSecond>(x + i, x_stride, weights + i * 64);
-    if (whole < depth) {  // the inputs after the last of x are another's, or nobody's
+    if (whole < depth) {  // what follows the last input of x is not ours to read
       alignas(64) uint16_t last[kMostTileRows * kTileInputs] = {};
       for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * x_stride + whole, depth - whole, last + r * kTileInputs);
       std::atomic_signal_fence(std::memory_order_seq_cst);

@@ -1,11 +1,11 @@
-// Attention on CPUs with AVX-512 BF16 or AMX, as XLA custom calls (attention.py).
+// Computes attention on CPUs with AVX-512 BF16 or AMX, as XLA custom calls (cpu/attention.py).
 //
-// CpuAttention, a decode step: each sequence's keys and values are read where they lie, as far as they are valid:
-// its prompt's slots, then its own steps around the ring. Scores, softmax and sums are made in that order and know
-// nothing of the place in the ring or of other rows. XLA copies each block of keys and values out of the cache
-// first, and runs a dozen small operations on it.
+// CpuAttention does a decode step. It reads each sequence's valid keys and values where they lie in the KV cache: its
+// prompt's positions, then its own steps around the ring. Scores, softmax and sums are computed in that order, so they
+// depend neither on the place in the ring nor on other rows. XLA would first copy each block of keys and values out of
+// the KV cache, and run a dozen small operations on it.
 //
-// CpuCausalAttention, whole prompts: block after block of queries, whose scores stay in the cache.
+// CpuCausalAttention does whole prompts: block after block of queries, whose scores stay in the processor's cache.
 
 #include <cmath>
 #include <limits>
@@ -16,7 +16,7 @@
 namespace ffi = xla::ffi;
 
 using Heads = ffi::Buffer<ffi::BF16, 3>;
-using Cache = ffi::Buffer<ffi::BF16, 4>;  // and whole prompts
+using Cache = ffi::Buffer<ffi::BF16, 4>;  // also the queries, keys and values of whole prompts
 using Mask = ffi::Buffer<ffi::PRED, 2>;
 using Indices = ffi::Buffer<ffi::S32, 1>;
 using Index = ffi::Buffer<ffi::S32, 0>;
@@ -25,23 +25,24 @@ using Index = ffi::Buffer<ffi::S32, 0>;
 
 namespace {
 
-constexpr int64_t kAlone = 1 << 17;  // multiplications not worth a second thread
+constexpr int64_t kAlone = 1 << 17;  // fewer multiplications are not worth a second thread
 
 struct Attention {
   const uint16_t *q, *prompt_k, *prompt_v, *step_k, *step_v;
   const int32_t *length, *start;
   uint16_t* out;
-  int64_t prompts, samples, kv_heads, group, dim, prompt_slots, ring, layer, index;
+  int64_t prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index;
   bool tiles;
 };
 
-// Consecutive slots of one sequence and head.
+// Consecutive positions of one sequence and head.
 struct Segment {
   const uint16_t *k, *v;
-  int64_t slots;
+  int64_t keys;
 };
 
-// exp(x) for x <= 0, to two units in the last place; NaN stays NaN. Cody and Waite's reduction, then the series.
+// exp(x) for x <= 0, to two units in the last place; NaN stays NaN. Range reduction by Cody and Waite, then the
+// Taylor series.
 AVX512_BF16 inline __m512 Exp(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -54,7 +55,7 @@ AVX512_BF16 inline __m512 Exp(__m512 x) {
   return _mm512_scalef_ps(sum, n);
 }
 
-// exp(scale * (score - the largest)) of `keys` scores, rounded to bfloat16; returns their sum before rounding.
+// Stores exp(scale * (score - the largest)) of `keys` scores, rounded to bfloat16. Returns their sum before rounding.
 AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16_t* weights) {
   __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), sums = _mm512_setzero_ps();
   for (int64_t i = 0; i < keys; i += 16) {
@@ -72,7 +73,7 @@ AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16
   return _mm512_reduce_add_ps(sums);
 }
 
-// Scores of `rows` queries: q [rows, dim] times keys [keys, dim], whose place is still to be said.
+// The product that computes scores: q [rows, dim] times keys [keys, dim], whose address `w` the caller sets.
 Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float>& scores, int64_t keys, bool tiles) {
   scores.resize(rows * keys);
   return {.x = q,
@@ -87,7 +88,7 @@ Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float
           .tiles = tiles};
 }
 
-// Sums of weights [rows, keys] times values [keys, dim], to be added to by AddValues.
+// The product that sums weights [rows, keys] times values [keys, dim]. The sums begin at zero; AddValues adds to them.
 Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<float>& sums, int64_t dim, bool tiles) {
   sums.assign(rows * dim, 0);
   return {.x = weights,
@@ -103,14 +104,14 @@ Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<
           .add = true};
 }
 
-// Adds weights, those of `slots` consecutive keys, times their values to the sums of p.
-void AddValues(Product p, const uint16_t* values, int64_t slots) {
+// Adds the weights of `keys` consecutive keys, times their values, to the sums of p.
+void AddValues(Product p, const uint16_t* values, int64_t keys) {
   const bool pairs = p.rows == 1 || !p.tiles;  // whether values are read in pairs
   p.w = values;
-  p.inputs = pairs ? slots / 2 * 2 : slots;
+  p.inputs = pairs ? keys / 2 * 2 : keys;
   MultiplyOutputs(p, 0, p.outputs);
-  if (p.inputs == slots) return;
-  // The last one's neighbour must not be read.
+  if (p.inputs == keys) return;
+  // What follows the last key must not be read.
   thread_local std::vector<uint16_t> last;
   last.assign(2 * (p.rows + p.outputs), 0);
   uint16_t* pair = last.data() + 2 * p.rows;
@@ -122,7 +123,7 @@ void AddValues(Product p, const uint16_t* values, int64_t slots) {
   MultiplyOutputs(p, 0, p.outputs);
 }
 
-// Means of values, in bfloat16; zero where there was nothing to attend to.
+// Divides sums of weighted values by the sum of the weights; bfloat16. Zero where there was nothing to attend to.
 AVX512_BF16 void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
   const __m512 by = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), total));
   for (int64_t i = 0; i < dim; i += 16) {
@@ -134,21 +135,21 @@ AVX512_BF16 void Divide(const float* sums, float total, int64_t dim, uint16_t* o
 
 float ScaleOf(int64_t dim) { return 1 / std::sqrt(static_cast<float>(dim)); }
 
-// All queries of one sequence that share one head's keys.
+// Computes all queries of one sequence that share one head's keys.
 void Attend(const Attention& a, int64_t row, int64_t head) {
   const int64_t prompt = row / a.samples, rows = a.group, dim = a.dim;
-  const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_slots * dim;
+  const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_capacity * dim;
   const int64_t at_steps = ((a.layer * a.prompts * a.samples + row) * a.kv_heads + head) * a.ring * dim;
   const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, 0});
   const int64_t steps = std::max<int64_t>(a.index - oldest + 1, 0), from = oldest % a.ring;
   const int64_t before_end = std::min(steps, a.ring - from);
   const Segment segments[] = {
-      {a.prompt_k + at_prompt, a.prompt_v + at_prompt, std::clamp<int64_t>(a.length[prompt], 0, a.prompt_slots)},
+      {a.prompt_k + at_prompt, a.prompt_v + at_prompt, std::clamp<int64_t>(a.length[prompt], 0, a.prompt_capacity)},
       {a.step_k + at_steps + from * dim, a.step_v + at_steps + from * dim, before_end},
       {a.step_k + at_steps, a.step_v + at_steps, steps - before_end},
   };
   int64_t keys = 0;
-  for (const Segment& segment : segments) keys += segment.slots;
+  for (const Segment& segment : segments) keys += segment.keys;
 
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> weights;
@@ -157,9 +158,9 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.tiles);
   for (const Segment& segment : segments) {
     p.w = segment.k;
-    p.outputs = segment.slots;
+    p.outputs = segment.keys;
     MultiplyOutputs(p, 0, p.outputs);
-    p.out += segment.slots;
+    p.out += segment.keys;
   }
 
   totals.resize(rows);
@@ -168,11 +169,11 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   }
 
   p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
-  AddValues(p, segments[0].v, segments[0].slots);
-  p.x += segments[0].slots;
-  // The steps' values as one, wherever the ring ends: tiles sum blocks of them.
+  AddValues(p, segments[0].v, segments[0].keys);
+  p.x += segments[0].keys;
+  // The steps' values in one piece, wherever the ring ends, because tiles sum blocks of 32.
   const uint16_t* values = segments[1].v;
-  if (segments[2].slots) {
+  if (segments[2].keys) {
     thread_local std::vector<uint16_t> unrolled;
     unrolled.resize(steps * dim);
     std::copy_n(segments[1].v, before_end * dim, unrolled.data());
@@ -183,24 +184,24 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
 }
 
-// The last `tokens` of `slots`; each sees the valid slots up to its own.
+// Attention of the last `tokens` of `positions`; each sees the valid positions up to its own.
 struct Causal {
   const uint16_t *q, *k, *v;
   const bool* valid;
   uint16_t* out;
-  int64_t tokens, slots, kv_heads, group, dim;
+  int64_t tokens, positions, kv_heads, group, dim;
   bool tiles;
 
-  // Queries at once: more read the keys less often, fewer keep the scores in the cache.
-  int64_t block() const { return std::clamp<int64_t>((1 << 17) / (group * slots), 1, 32); }
+  // Queries at once: with more, keys are read less often; with fewer, scores stay in the processor's cache.
+  int64_t block() const { return std::clamp<int64_t>((1 << 17) / (group * positions), 1, 32); }
 };
 
-// A block of one sequence's queries, those that share one head's keys.
+// Computes a block of one sequence's queries, those that share one head's keys.
 void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t first) {
   const int64_t queries = std::min(a.block(), a.tokens - first), rows = queries * a.group, dim = a.dim;
-  const int64_t own_slot = a.slots - a.tokens + first;  // the first query's
-  const bool* valid = a.valid + sequence * a.slots;
-  int64_t keys = own_slot + queries;
+  const int64_t own_position = a.positions - a.tokens + first;  // of the first query
+  const bool* valid = a.valid + sequence * a.positions;
+  int64_t keys = own_position + queries;
   while (keys > 0 && !valid[keys - 1]) --keys;
   const bool holes = std::find(valid, valid + keys, false) != valid + keys;
   const auto at = [&](int64_t row) {  // in q and out
@@ -215,15 +216,15 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
   totals.assign(rows, 0);
   for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
 
-  const int64_t at_keys = (sequence * a.kv_heads + head) * a.slots * dim;
+  const int64_t at_keys = (sequence * a.kv_heads + head) * a.positions * dim;
   Product p = ScoresOf(gathered.data(), rows, dim, scores, keys, a.tiles);
   p.w = a.k + at_keys;
   MultiplyOutputs(p, 0, keys);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t visible = std::min(keys, own_slot + r / a.group + 1);
+    const int64_t visible = std::min(keys, own_position + r / a.group + 1);
     float* row = scores.data() + r * keys;
     if (holes) {
-      if (std::find(valid, valid + visible, true) == valid + visible) continue;  // nothing to see
+      if (std::find(valid, valid + visible, true) == valid + visible) continue;  // no valid key
       for (int64_t key = 0; key < visible; ++key) {
         if (!valid[key]) row[key] = -std::numeric_limits<float>::infinity();
       }
@@ -250,15 +251,15 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Cache q, Cache k, Cache v, Mask valid
                     .valid = valid.typed_data(),
                     .out = static_cast<uint16_t*>(out->untyped_data()),
                     .tokens = queries[1],
-                    .slots = keys[2],
+                    .positions = keys[2],
                     .kv_heads = keys[1],
                     .group = queries[2] / keys[1],
                     .dim = queries[3],
                     .tiles = tiles && MayUseTiles()};
   const int64_t blocks = (a.tokens + a.block() - 1) / a.block(), heads = queries[0] * a.kv_heads;
-  const bool alone = heads * a.group * a.tokens * a.slots * a.dim < kAlone;
+  const bool alone = heads * a.group * a.tokens * a.positions * a.dim < kAlone;
   Share(pool, alone ? 1 : Threads(pool), heads * blocks, [=](int64_t i) {
-    const int64_t block = blocks - 1 - i / heads;  // the longest first
+    const int64_t block = blocks - 1 - i / heads;  // those with the most keys first
     AttendCausally(a, i % heads / a.kv_heads, i % a.kv_heads, block * a.block());
   });
   return ffi::Error::Success();
@@ -290,7 +291,7 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .kv_heads = kv_heads,
                        .group = queries[1] / kv_heads,
                        .dim = queries[2],
-                       .prompt_slots = prompt[2],
+                       .prompt_capacity = prompt[2],
                        .ring = step[2],
                        .layer = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1),
                        .index = *index.typed_data(),

@@ -1,12 +1,14 @@
-// Sums of products of bfloat16, and threads that share work: what matmul.cc and attention.cc are made of.
+// The parts that matmul.cc and attention.cc share: sums of bfloat16 products, and threads that share work.
 //
-// The weights are read in stripes of kWidth outputs, interleaved (two consecutive inputs beside each other) the way
-// the instructions want them, and kept as panels while they are multiplied with block after block of rows: by tiles
-// (amx_tiles.h) or, where the machine has none, by vectors with VDPBF16PS, the first block as the weights are read.
-// A single row is multiplied as it is read. Sums run over the inputs in order whatever the number of rows, so that
-// a row's result does not depend on its neighbours; only a single row's sums are in another order than several
-// rows' by tiles, or times w [outputs, inputs]. Tiles sum 32 inputs in a way of their own (the even and the odd ones
-// apart), so what is to have the same bits has to begin a product at the same place.
+// Several rows: the weights are read in stripes of kWidth outputs and interleaved as the instructions want them, two
+// consecutive inputs beside each other. Such a panel is kept while block after block of rows is multiplied by it: by
+// tiles (amx_tiles.h) or, where the machine has none, by vectors with VDPBF16PS. By vectors the first block is
+// multiplied while the panel is made. A single row is multiplied without a panel.
+//
+// Sums run over the inputs in order, whatever the number of rows, so a row's result does not depend on the other
+// rows. There are two exceptions: a single row is summed in another order than several rows by tiles, and than
+// several rows times w [outputs, inputs]. Tiles sum each 32 inputs in an order of their own (even and odd ones
+// apart). For equal bits, two products must therefore begin at the same input.
 
 #pragma once
 
@@ -31,9 +33,9 @@
 
 namespace {
 
-constexpr int64_t kWidth = 32;       // outputs of a stripe: two vectors or tiles of float32
-constexpr int64_t kTileDepth = 256;  // inputs at a time by tiles: 16 KiB of x stay in the first-level cache
-constexpr int kMostRows = 12;        // by vectors: 24 sums, 2 permutations, 4 vectors of weights, 1 of x
+constexpr int64_t kWidth = 32;       // outputs of a stripe: two vectors, or two tiles, of float32
+constexpr int64_t kTileDepth = 256;  // inputs that tiles take at a time: 16 KiB of x stay in the first-level cache
+constexpr int kMostRows = 12;        // at once by vectors: registers for 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 
 struct Product {
   const uint16_t* x;  // [rows, inputs], rows x_stride apart
@@ -41,45 +43,46 @@ struct Product {
   float* out;         // [rows, outputs], rows out_stride apart
   int64_t rows, inputs, outputs, x_stride, out_stride;
   bool transposed;
-  bool tiles;                   // multiply several rows by tiles
-  bool add = false;             // to what `out` holds; not for a single row that is transposed
-  uint16_t* rounded = nullptr;  // in place of `out`, the result in bfloat16 [rows, outputs]
-  int64_t out_begin = 0;        // the output that the rows of `out` begin with
+  bool tiles;                   // multiply several rows by tiles, not vectors
+  bool add = false;             // add to what `out` holds; not for a single row times w [outputs, inputs]
+  uint16_t* rounded = nullptr;  // instead of `out`: the result in bfloat16 [rows, outputs]
+  int64_t out_begin = 0;        // the output that `out` begins with
 
   float* sums(int64_t output) const { return out + output - out_begin; }
 };
 
-// How many weights are packed at a time, and with how many rows they are multiplied in one go.
+// How many weights are packed at a time, and how many rows they are multiplied by at once.
 struct Blocking {
   int64_t rows, inputs, outputs;
 
   explicit Blocking(const Product& p) {
-    // With few rows it is the weights that take time, with many the sums. Rows of w [outputs, inputs] are read whole.
+    // With few rows, reading the weights takes the time; with many, summing. Rows of w [outputs, inputs] are read
+    // whole.
     const bool few = p.rows <= (p.tiles ? 512 : 64);
     inputs = few && !p.transposed ? 256 : 1024;
     if (p.tiles) {
       rows = kMostTileRows;
       outputs = (1 << 18) / inputs;  // panels of 512 KiB stay in the second-level cache
     } else {
-      // A panel of 16 KiB stays in the first-level cache and the weights flow; or 512 KiB stay in the second and x
-      // flows.
+      // With few rows, a panel of 16 KiB stays in the first-level cache while the weights stream by. With many, panels
+      // of 512 KiB stay in the second-level cache while x streams by.
       rows = kMostRows;
       outputs = kWidth * (few ? 1 : 8);
     }
   }
 };
 
-// The first n of 32 (or 16) lanes.
+// A mask of the first n of 32 (or 16) lanes.
 inline uint32_t Lanes32(int64_t n) { return n >= 32 ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1; }
 inline uint16_t Lanes16(int64_t n) { return static_cast<uint16_t>(Lanes32(std::min<int64_t>(n, 16))); }
 
-// The length of a panel of `depth` inputs, which ends with zeros, and the distance of panels: not a power of two,
-// which would put the same line of all of them in one place of the cache.
+// The length of a panel of `depth` inputs, padded with zeros, and the distance between panels. The distance is not a
+// power of two, which would map the same line of all panels to one place of the cache.
 constexpr int64_t Padded(int64_t depth) { return (depth + 31) / 32 * 32; }
 constexpr int64_t PanelStride(int64_t depth) { return Padded(depth) + 2; }
 
-// panel[p][n] = (w[first + n, k + 2p], w[first + n, k + 2p + 1]) for w [outputs, inputs]: squares of 16
-// outputs by 16 pairs of inputs are transposed.
+// Packs a panel of w [outputs, inputs]: panel[p][n] = (w[first + n, k + 2p], w[first + n, k + 2p + 1]). Transposes
+// squares of 16 outputs by 16 pairs of inputs.
 AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, int64_t first, __m512i* panel) {
   for (int64_t half = 0; half < 2; ++half) {
     for (int64_t i = 0; i < depth; i += 32) {
@@ -88,7 +91,7 @@ AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, 
 #pragma GCC unroll 16
       for (int64_t n = 0; n < 16; ++n) {
         const int64_t output = first + 16 * half + n;
-        const uint16_t* ahead = p.w + (output + kWidth) * p.inputs + k + i;  // the next stripe's
+        const uint16_t* ahead = p.w + (output + kWidth) * p.inputs + k + i;  // in the next stripe
         _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
         a[n] = output < p.outputs ? _mm512_maskz_loadu_epi16(lanes, p.w + output * p.inputs + k + i)
                                   : _mm512_setzero_si512();
@@ -122,7 +125,7 @@ AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, 
   }
 }
 
-// Takes outputs first .. first + 16 of two vectors of 32, each beside the other's.
+// The permutation that interleaves outputs first .. first + 16 of two vectors of 32.
 AVX512_BF16 inline __m512i PairsOf(int first) {
   alignas(64) static constexpr uint16_t kPairs[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                       37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -130,7 +133,7 @@ AVX512_BF16 inline __m512i PairsOf(int first) {
   return _mm512_add_epi16(_mm512_load_si512(kPairs), _mm512_set1_epi16(static_cast<int16_t>(first)));
 }
 
-// Two inputs of a row of x, for all outputs.
+// Two inputs of a row of x, repeated for all outputs.
 AVX512_BF16 inline __m512bh Broadcast(const uint16_t* x) {
   uint32_t pair;
   __builtin_memcpy(&pair, x, sizeof(pair));
@@ -138,7 +141,7 @@ AVX512_BF16 inline __m512bh Broadcast(const uint16_t* x) {
 }
 
 // Adds the first kRows of x[:, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
-// Takes the weights from the panel or, to pack it, from w [inputs, outputs]:
+// Takes the weights from the panel or, if kPack, packs the panel from w [inputs, outputs]:
 // panel[p][n] = (w[k + 2p, first + n], w[k + 2p + 1, first + n]).
 template <int kRows, bool kPack>
 AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, __m512i* panel) {
@@ -188,8 +191,8 @@ AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t fi
   }
 }
 
-// The panels of outputs begin .. end, for w [inputs, outputs]: as in Multiply, but whole rows of w are read, which
-// processors fetch ahead of themselves. `depth` may be odd; the last input's neighbour is zero.
+// Packs the panels of outputs begin .. end of w [inputs, outputs], as Multiply does, but reads whole rows of w, which
+// processors prefetch by themselves. `depth` may be odd; then zeros take the place of the missing input.
 AVX512_BF16 inline void PackRows(const Product& p, int64_t k, int64_t depth, int64_t begin, int64_t end,
                                  __m512i* panels) {
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
@@ -221,8 +224,9 @@ constexpr std::array<MultiplyRows, kMostRows> Table(std::integer_sequence<int, k
 constexpr auto kMultiply = Table<false>(std::make_integer_sequence<int, kMostRows>());
 constexpr auto kPackAndMultiply = Table<true>(std::make_integer_sequence<int, kMostRows>());
 
-// A single row leaves nothing to keep in registers or in a panel, so that the two below read memory the way it
-// likes best. For w [inputs, outputs], some rows of w at a time from begin to end; sums in the order of Multiply.
+// With a single row nothing is reused, so the next two functions read memory in the fastest order.
+//
+// Multiplies a row by w [inputs, outputs], a few rows of w at a time, from begin to end. Sums in the order of Multiply.
 AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end) {
   constexpr int kPairs = 4;
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
@@ -257,7 +261,7 @@ AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end
   }
 }
 
-// For w [outputs, inputs], one dot product after the other; sums in an order of their own.
+// Multiplies a row by w [outputs, inputs], one dot product after the other. Sums in an order of its own.
 AVX512_BF16 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
   constexpr int kSums = 4;
   for (int64_t output = begin; output < std::min(end, p.outputs); ++output) {
@@ -277,7 +281,7 @@ AVX512_BF16 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sums of rows x outputs, rounded to bfloat16.
+// Rounds sums [rows, outputs] to bfloat16.
 AVX512_BF16 inline void Round(const float* sums, int64_t sums_stride, int64_t rows, int64_t outputs, uint16_t* out,
                               int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -289,7 +293,7 @@ AVX512_BF16 inline void Round(const float* sums, int64_t sums_stride, int64_t ro
   }
 }
 
-// Memory for this thread's use until it asks again for the same purpose.
+// Memory of this thread, valid until the thread asks again for the same use.
 enum class Use { kPanels, kSums };
 template <Use>
 void* Scratch(int64_t bytes) {
@@ -301,7 +305,7 @@ void* Scratch(int64_t bytes) {
   return lines.data();
 }
 
-// Several rows of outputs begin .. end.
+// Computes several rows of outputs begin .. end. If `once`, each block of rows uses the same memory for its sums.
 inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, int64_t begin, int64_t end) {
   const int64_t panel_bytes = PanelStride(most.inputs) * most.outputs / kWidth * 64;
   __m512i* const panels = static_cast<__m512i*>(Scratch<Use::kPanels>(panel_bytes));
@@ -344,10 +348,10 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
   }
 }
 
-// All rows of outputs begin .. end, begin a multiple of kWidth.
+// Computes all rows of outputs begin .. end. `begin` is a multiple of kWidth.
 inline void MultiplyOutputs(Product p, int64_t begin, int64_t end) {
   const Blocking most(p);
-  const bool once = p.rounded && p.inputs <= most.inputs;  // a block's sums are rounded before the next one's begin
+  const bool once = p.rounded && p.inputs <= most.inputs;  // each block is rounded before the next one begins
   if (p.rounded) {
     p.out_stride = (end - begin + kWidth - 1) / kWidth * kWidth;
     p.out_begin = begin;
@@ -360,8 +364,8 @@ inline void MultiplyOutputs(Product p, int64_t begin, int64_t end) {
   if (p.rounded) Round(p.sums(begin), 0, 1, end - begin, p.rounded + begin, 0);
 }
 
-// Work that threads share piece by piece. Whoever is free claims the next piece, so the caller never waits for a
-// thread that has not begun: calls side by side in one pool cannot block each other.
+// Work that threads share piece by piece. A free thread claims the next piece, so the caller never waits for a thread
+// that has not started. Calls that run at the same time in one pool therefore cannot block each other.
 struct Claims {
   std::function<void(int64_t)> work;
   int64_t pieces;
@@ -378,7 +382,7 @@ struct Claims {
 
 inline int64_t Threads(const xla::ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
 
-// work(0) .. work(pieces - 1), by the caller and up to `threads` - 1 more; returns once all are done.
+// Calls work(0) .. work(pieces - 1), on the caller's and up to `threads` - 1 other threads. Returns when all are done.
 inline void Share(xla::ffi::ThreadPool& pool, int64_t threads, int64_t pieces,
                   std::function<void(int64_t)> work) {
   auto claims = std::make_shared<Claims>();

@@ -1,8 +1,8 @@
-// Products of bfloat16 matrices on CPUs with AVX-512 BF16 or AMX, as an XLA custom call (matmul.py).
+// Multiplies bfloat16 matrices on CPUs with AVX-512 BF16 or AMX, as an XLA custom call (cpu/matmul.py).
 //
 // out[i, r, n] = sum over k of x[i, r, k] * w[i, k, n], or w[i, n, k]: a few or many rows times weights that are
-// stored plainly. A decode step reads every weight once for a handful of rows, so this has to keep up with
-// memory, and a prompt has to keep the multipliers busy. XLA's own kernels repack the weights at each call.
+// stored row by row. A decode step reads every weight once for a handful of rows, so the kernel must read as fast as
+// the memory allows. A prompt must keep the multipliers busy. XLA's own kernels repack the weights at each call.
 
 #include "kernels.h"
 
@@ -10,15 +10,15 @@
 
 namespace ffi = xla::ffi;
 
-using Matrices = ffi::Buffer<ffi::BF16, 3>;  // as many matrices of one shape
+using Matrices = ffi::Buffer<ffi::BF16, 3>;  // several matrices of one shape
 using Sums = ffi::AnyBuffer;  // float32, or rounded to bfloat16
 
 #ifdef CPU_KERNELS
 
 namespace {
 
-constexpr int64_t kSumsBytes = 1 << 19;  // of sums that a thread works on: a part of the second-level cache
-constexpr int64_t kAlone = 1 << 20;      // multiplications (of 8 rows at least) not worth a second thread
+constexpr int64_t kSumsBytes = 1 << 19;  // sums that a thread works on: they fit in part of the second-level cache
+constexpr int64_t kAlone = 1 << 20;      // fewer multiplications (of at least 8 rows) are not worth a second thread
 
 ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Sums> out, bool transposed,
                bool tiles) {
@@ -28,7 +28,7 @@ ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Sums> o
   const bool rounded = out->element_type() == ffi::BF16;
   if (inputs % 2 || w_shape[0] != products || w_shape[1 + transposed] != inputs || out_shape[0] != products ||
       out_shape[1] != rows || out_shape[2] != outputs || !(rounded || out->element_type() == ffi::F32)) {
-    return ffi::Error::InvalidArgument("cpu_product: shapes do not fit, or an odd number of inputs");
+    return ffi::Error::InvalidArgument("cpu_matmul: shapes do not fit, or an odd number of inputs");
   }
   if (products * rows * outputs == 0) return ffi::Error::Success();
   const Product first = {.x = reinterpret_cast<const uint16_t*>(x.typed_data()),
@@ -43,12 +43,13 @@ ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Sums> o
                          .tiles = tiles && MayUseTiles(),
                          .rounded = rounded ? static_cast<uint16_t*>(out->untyped_data()) : nullptr};
   const int64_t threads = Threads(pool);
-  const int64_t wanted = rows == 1 || first.tiles ? threads : 2 * threads;  // long rows of w, against idle ends
+  // One piece a thread reads long rows of w; two a thread leave fewer threads idle at the end.
+  const int64_t wanted = rows == 1 || first.tiles ? threads : 2 * threads;
   const int64_t stripes = (outputs + kWidth - 1) / kWidth;
   const int64_t share = products < wanted ? (stripes * products + wanted - 1) / wanted : stripes;
   const int64_t fit = std::max(kSumsBytes / (rows * 4 * kWidth), Blocking(first).outputs / kWidth);
   const auto ceil = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
-  // As many chunks for each thread, where there are more than threads.
+  // Where there are more chunks than threads, each thread gets the same number.
   const int64_t most = ceil(stripes, std::min(share, fit));
   const int64_t chunk = kWidth * ceil(stripes, most > threads ? ceil(most, threads) * threads : most);
   const int64_t chunks = ceil(outputs, chunk);
@@ -83,7 +84,7 @@ bool TilesSupported() { return MayUseTiles(); }
 namespace {
 
 ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, ffi::Result<Sums>, bool, bool) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_product: only for x86 with AVX-512 BF16");
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_matmul: only for x86 with AVX-512 BF16");
 }
 
 bool Supported() { return false; }
@@ -93,7 +94,7 @@ bool TilesSupported() { return false; }
 
 #endif
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuProduct, Run,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Matrices>()
@@ -102,11 +103,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuProduct, Run,
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("tiles"));
 
-// To be counted up with _INTERFACE in matmul.py when what the handlers take or give changes.
-extern "C" int CpuInterface() { return 2; }
+// The version of the handlers. Count it up, here and in cpu/library.py (_INTERFACE), when their names, arguments or
+// results change.
+extern "C" int CpuInterface() { return 3; }
 
-// Whether this machine can run CpuProduct and CpuAttention.
-extern "C" int CpuProductSupported() { return Supported(); }
+// Whether this machine can run the kernels.
+extern "C" int CpuKernelsSupported() { return Supported(); }
 
-// Whether they multiply by tiles where they are told to.
+// Whether they can multiply by tiles.
 extern "C" int CpuTilesSupported() { return TilesSupported(); }
