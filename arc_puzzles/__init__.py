@@ -1,0 +1,64 @@
+"""ARC-AGI puzzles: load tasks, ask a model about them, read its answers, score them.
+
+    >>> loaded = load_tasks("training.json")  # .tasks, and .failures: malformed tasks with their reasons
+    >>> task = loaded.tasks[0]
+    >>> encoder = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
+
+    >>> turned = Augmentation.parse("rot90")
+    >>> messages = build_messages(task.augmented(turned), 0, encoder, "output-from-examples-v0")
+    >>> prompt = encode_prompt(tokenizer, messages)  # int32 [n], laid out by the tokenizer's chat template
+
+    >>> answer = parse_answer(text, encoder)  # None where the model's text holds no grid of this format
+    >>> attempt = None if answer is None else turned.inverse().apply(answer)
+    >>> submission = build_submission([task], {(task.task_id, 0): [attempt]})
+    >>> score([task], submission).tests_solved
+    1
+
+The prompt asks about the puzzle turned clockwise; the answer is turned back before it is scored.
+"""
+
+from arc_puzzles.augmentations import Augmentation, choose_augmentations
+from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt
+from arc_puzzles.grids import (
+    ArcFormatError,
+    Grid,
+    GridCodeBlockEncoder,
+    GridEncoder,
+    GridShapeEncoder,
+    GridWithSeparationEncoder,
+    MinimalGridEncoder,
+    RowNumberEncoder,
+    create_grid_encoder,
+    validate_grid,
+)
+from arc_puzzles.scoring import Score, Submission, build_submission, parse_answer, score
+from arc_puzzles.tasks import ArcTask, LoadedTasks, Pair, TaskFailure, load_tasks
+
+__all__ = [
+    "PROMPT_VERSIONS",
+    "ArcFormatError",
+    "ArcTask",
+    "Augmentation",
+    "Grid",
+    "GridCodeBlockEncoder",
+    "GridEncoder",
+    "GridShapeEncoder",
+    "GridWithSeparationEncoder",
+    "LoadedTasks",
+    "MinimalGridEncoder",
+    "Pair",
+    "PromptVersion",
+    "RowNumberEncoder",
+    "Score",
+    "Submission",
+    "TaskFailure",
+    "build_messages",
+    "build_submission",
+    "choose_augmentations",
+    "create_grid_encoder",
+    "encode_prompt",
+    "load_tasks",
+    "parse_answer",
+    "score",
+    "validate_grid",
+]

@@ -1,4 +1,4 @@
-"""ARC grids: validation, the text formats that a model reads and writes, and the symmetries of a puzzle.
+"""ARC grids: their validation, and the text formats in which a model reads and writes them.
 
 A grid is a tuple of rows, each a tuple of colours 0..9; 1 to 30 rows, 1 to 30 columns.
 
@@ -8,11 +8,8 @@ A grid is a tuple of rows, each a tuple of colours 0..9; 1 to 30 rows, 1 to 30 c
     1 100
     2 010
     ```
-    >>> Augmentation.parse("rot90").apply(((1, 0, 0), (0, 1, 0)))
-    ((0, 1), (1, 0), (0, 0))
 """
 
-import random
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -24,14 +21,14 @@ COLOURS = 10
 
 
 class ArcFormatError(ValueError):
-    """Something is not what ARC data, the text of a grid, or one of our names has to look like."""
+    """Says which part of ARC data, of a grid's text or of a name is malformed, and how."""
 
 
 def validate_grid(value: object, where: str) -> Grid:
-    """`value`, as parsed from JSON, as a grid. `where` names it in errors; rows and columns count from 0.
+    """Turns `value`, as parsed from JSON, into a grid.
 
-    Raises ArcFormatError unless it is a list of 1 to 30 equally long lists of 1 to 30 integers 0..9.
-    A boolean is no integer, nor is 1.0.
+    Raises ArcFormatError unless `value` is a list of 1 to 30 equally long lists of 1 to 30 integers 0..9.
+    A boolean is no integer, nor is 1.0. The error calls the value `where` and counts rows and columns from 0.
     """
     if not isinstance(value, list):
         raise ArcFormatError(f"{where} is {_kind(value)}, not a list of rows")
@@ -53,7 +50,7 @@ def validate_grid(value: object, where: str) -> Grid:
 
 
 def _kind(value: object) -> str:
-    """What a parsed JSON value is, in words."""
+    """Names the kind of a parsed JSON value."""
     words = {"bool": "a boolean", "dict": "an object", "float": "a float", "int": "a number"}
     words |= {"list": "a list", "str": "a text", "NoneType": "null"}
     name = type(value).__name__
@@ -64,39 +61,39 @@ def _kind(value: object) -> str:
 
 
 class GridEncoder(ABC):
-    """A text format for grids. `str(encoder)` is the name from which `create_grid_encoder` makes it again."""
+    """Writes grids as text and reads them back. `create_grid_encoder(str(encoder))` gives an equal one."""
 
     @abstractmethod
     def encode(self, grid: Grid) -> str:
-        """The grid as text, without a newline at the end."""
+        """Returns the grid as text, without a newline at the end."""
 
     @abstractmethod
     def decode(self, text: str) -> Grid:
-        """The grid that `encode` turns into exactly this text; raises ArcFormatError if there is none."""
+        """Returns the grid that `encode` writes as exactly this text; raises ArcFormatError if none is."""
 
     @abstractmethod
     def find(self, text: str) -> str | None:
-        """The last part of `text` that is laid out like a grid; `decode` then says whether it is one."""
+        """Returns the last part of `text` that is laid out like a grid, valid or not; None without one."""
 
     def __str__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 class RowsEncoder(GridEncoder):
-    """A format of one line a row. Subclasses say how a line is written; rows are numbered from 1."""
+    """Writes one line per row. Subclasses define the line; rows are numbered from 1."""
 
     @property
     @abstractmethod
     def row_pattern(self) -> str:
-        """A regular expression for any line of the format."""
+        """Returns the regular expression that every line of the format matches."""
 
     @abstractmethod
     def encode_row(self, row: tuple[int, ...], number: int) -> str:
-        """One line."""
+        """Returns the line of one row."""
 
     @abstractmethod
     def decode_row(self, line: str, number: int) -> list[int]:
-        """The cells of a line that matches `row_pattern`."""
+        """Returns the cells of a line that matches `row_pattern`."""
 
     def encode(self, grid: Grid) -> str:
         return "\n".join(self.encode_row(row, number) for number, row in enumerate(grid, start=1))
@@ -110,7 +107,7 @@ class RowsEncoder(GridEncoder):
         return validate_grid(rows, "the grid")
 
     def find(self, text: str) -> str | None:
-        # The whole run of rows, so that a ragged or oversized grid is not cut to a part that happens to fit.
+        # Take the whole run of rows: a ragged or oversized grid must not be cut to a part that fits.
         run: list[str] = []
         for line in reversed(text.strip().split("\n")):
             if re.fullmatch(self.row_pattern, line):
@@ -122,7 +119,7 @@ class RowsEncoder(GridEncoder):
 
 @dataclass(frozen=True)
 class MinimalGridEncoder(RowsEncoder):
-    """The digits of a row and nothing else: `102`."""
+    """Writes the digits of a row and nothing else: `102`."""
 
     @property
     def row_pattern(self) -> str:
@@ -137,7 +134,7 @@ class MinimalGridEncoder(RowsEncoder):
 
 @dataclass(frozen=True)
 class GridWithSeparationEncoder(RowsEncoder):
-    """The digits of a row with a separator between them: `1|0|2`."""
+    """Writes the digits of a row with a separator between them: `1|0|2`."""
 
     separator: str
 
@@ -166,7 +163,7 @@ class GridWithSeparationEncoder(RowsEncoder):
 
 @dataclass(frozen=True)
 class RowNumberEncoder(RowsEncoder):
-    """Each line of another format with the row's number before it: `2 102`."""
+    """Writes the row's number before each line of another format: `2 102`."""
 
     inner: RowsEncoder
 
@@ -193,7 +190,7 @@ class RowNumberEncoder(RowsEncoder):
 
 @dataclass(frozen=True)
 class GridCodeBlockEncoder(GridEncoder):
-    """A format of rows inside a Markdown code block that opens with a line "```grid"."""
+    """Writes the rows inside a Markdown code block that opens with the line "```grid"."""
 
     inner: RowsEncoder
 
@@ -205,6 +202,7 @@ class GridCodeBlockEncoder(GridEncoder):
         return f"{type(self).__name__}({self.inner})"
 
     def opening(self, grid: Grid) -> str:
+        """Returns the first line of the block."""
         return "```grid"
 
     def encode(self, grid: Grid) -> str:
@@ -236,13 +234,13 @@ class GridCodeBlockEncoder(GridEncoder):
 
 @dataclass(frozen=True)
 class GridShapeEncoder(GridCodeBlockEncoder):
-    """A code block whose first line announces the shape, rows before columns: "```grid shape: 2x3"."""
+    """Writes a code block whose first line gives the shape, rows before columns: "```grid shape: 2x3"."""
 
     def opening(self, grid: Grid) -> str:
         return f"```grid shape: {len(grid)}x{len(grid[0])}"
 
 
-# Each known encoder, with a name that shows what goes between its parentheses.
+# Each known encoder, with an example of its name.
 ENCODERS: dict[str, tuple[type[GridEncoder], str]] = {
     "MinimalGridEncoder": (MinimalGridEncoder, "MinimalGridEncoder()"),
     "GridWithSeparationEncoder": (GridWithSeparationEncoder, "GridWithSeparationEncoder('|')"),
@@ -251,13 +249,13 @@ ENCODERS: dict[str, tuple[type[GridEncoder], str]] = {
     "GridShapeEncoder": (GridShapeEncoder, "GridShapeEncoder(MinimalGridEncoder())"),
 }
 
-MAX_NAME = 200  # far above any encoder that exists; bounds the recursion of the parser
+MAX_NAME = 200  # far longer than the name of any encoder; bounds the parser's recursion
 
 
 def create_grid_encoder(name: str) -> GridEncoder:
-    """The encoder of a nested name, e.g. "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))".
+    """Returns the encoder of a nested name, e.g. "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))".
 
-    The name is parsed, never evaluated. Raises ArcFormatError that points at what is wrong.
+    The name is parsed, never evaluated. Raises ArcFormatError, which quotes the name from the error on.
     """
     if len(name) > MAX_NAME:
         raise ArcFormatError(f"a grid encoder's name has at most {MAX_NAME} characters, this one {len(name)}")
@@ -268,7 +266,7 @@ def create_grid_encoder(name: str) -> GridEncoder:
 
 
 def _parse_encoder(name: str, start: int) -> tuple[GridEncoder, int]:
-    """The encoder whose name begins at `start`, and where its closing parenthesis is behind us."""
+    """Returns the encoder whose name begins at `start`, and the index after its closing parenthesis."""
     head = re.compile(r"\s*(\w+)\s*").match(name, start)
     if not head or head[1] not in ENCODERS:
         raise _name_error(name, start, f"expected one of the known encoders {', '.join(ENCODERS)}")
@@ -296,87 +294,3 @@ def _parse_encoder(name: str, start: int) -> tuple[GridEncoder, int]:
 def _name_error(name: str, position: int, problem: str) -> ArcFormatError:
     rest = name[position:].strip()
     return ArcFormatError(f"grid encoder {name!r}, at {repr(rest) if rest else 'its end'}: {problem}")
-
-
-# --- Symmetries ---------------------------------------------------------------------------------------------
-
-# Name: (mirror left to right first?, then how many quarter turns clockwise).
-GEOMETRIES = {
-    "identity": (False, 0),
-    "rot90": (False, 1),
-    "rot180": (False, 2),
-    "rot270": (False, 3),
-    "flip": (True, 0),
-    "flip+rot90": (True, 1),
-    "flip+rot180": (True, 2),
-    "flip+rot270": (True, 3),
-}
-
-SAME_COLOURS = tuple(range(COLOURS))
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """One of the eight flips and rotations (a key of GEOMETRIES), then colour c becomes `colours[c]`.
-
-    `str()` names it, `parse` reads the name: "identity", "rot90", "flip+rot270", "rot90/c0213456789".
-    Raises ArcFormatError for another geometry and for colours that are no permutation of 0..9.
-    """
-
-    geometry: str = "identity"
-    colours: tuple[int, ...] = SAME_COLOURS
-
-    def __post_init__(self) -> None:
-        if self.geometry not in GEOMETRIES:
-            raise ArcFormatError(f"{self.geometry!r} is not one of the geometries {', '.join(GEOMETRIES)}")
-        if tuple(sorted(self.colours)) != SAME_COLOURS:
-            raise ArcFormatError(f"the colours {self.colours} are not a permutation of 0 to {COLOURS - 1}")
-
-    def apply(self, grid: Grid) -> Grid:
-        mirror, turns = GEOMETRIES[self.geometry]
-        if mirror:
-            grid = tuple(row[::-1] for row in grid)
-        for _ in range(turns):
-            grid = tuple(zip(*grid[::-1], strict=True))
-        return tuple(tuple(self.colours[cell] for cell in row) for row in grid)
-
-    def inverse(self) -> "Augmentation":
-        """The augmentation that undoes this one: `a.inverse().apply(a.apply(grid)) == grid`."""
-        # Everything with a mirror in it is a reflection, and undoes itself.
-        geometry = {"rot90": "rot270", "rot270": "rot90"}.get(self.geometry, self.geometry)
-        return Augmentation(geometry, tuple(self.colours.index(colour) for colour in range(COLOURS)))
-
-    def __str__(self) -> str:
-        if self.colours == SAME_COLOURS:
-            return self.geometry
-        return f"{self.geometry}/c{''.join(map(str, self.colours))}"
-
-    @classmethod
-    def parse(cls, name: str) -> "Augmentation":
-        """The augmentation that `str()` gives this name; raises ArcFormatError if there is none."""
-        geometry, slash, colours = name.partition("/c")
-        if slash and not re.fullmatch("[0-9]{10}", colours):
-            raise ArcFormatError(f"{name!r} is no augmentation; write it like rot90 or rot90/c0213456789")
-        augmentation = cls(geometry, tuple(map(int, colours)) if slash else SAME_COLOURS)
-        if str(augmentation) != name:
-            raise ArcFormatError(f"{name!r} is no augmentation's name; this one is called {augmentation}")
-        return augmentation
-
-
-def augmentations(n: int, seed: int) -> list[Augmentation]:
-    """`n` different augmentations: the eight geometries, identity first, then seeded ones that recolour too.
-
-    Colour 0, the background of most puzzles, keeps its value. The list for a smaller `n` is the beginning of
-    the list for a larger one. Raises ValueError unless 1 <= n <= 100000.
-    """
-    if not 1 <= n <= 100_000:
-        raise ValueError(f"the number of augmentations is {n}; it has to be from 1 to 100000")
-    chosen = dict.fromkeys(map(Augmentation, GEOMETRIES))
-    # Of all that `random` offers, only seeding and random() promise the same values in every Python version.
-    rng = random.Random(seed)
-    geometries = list(GEOMETRIES)
-    while len(chosen) < n:
-        geometry = geometries[int(rng.random() * len(geometries))]
-        colours = (0, *sorted(range(1, COLOURS), key=lambda _: rng.random()))
-        chosen[Augmentation(geometry, colours)] = None
-    return list(chosen)[:n]

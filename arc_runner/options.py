@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from arc_puzzles.tasks import PROMPT_VERSIONS, ArcFormatError, augmentations, create_grid_encoder
+from arc_puzzles import PROMPT_VERSIONS, ArcFormatError, choose_augmentations, create_grid_encoder
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from qwen2_core.sampling import Sampling
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
@@ -162,7 +162,7 @@ def _check(options: RunOptions) -> None:
     try:
         Sampling(options.temperature, options.top_k, options.top_p)
         create_grid_encoder(options.grid_encoder)
-        augmentations(options.augmentations, options.random_seed)
+        choose_augmentations(options.augmentations, options.random_seed)
     except (ValueError, ArcFormatError) as error:
         raise UsageError(str(error)) from error
     if options.prompt_version not in PROMPT_VERSIONS:

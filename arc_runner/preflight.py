@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from arc_puzzles.tasks import encode_prompt
+from arc_puzzles import encode_prompt
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.options import RunOptions, UsageError
 from arc_runner.report import report_path

@@ -21,7 +21,7 @@ from activation_store import (
     at_once,
     write_outcomes,
 )
-from arc_puzzles.tasks import (
+from arc_puzzles import (
     ArcTask,
     Augmentation,
     Grid,
@@ -31,8 +31,8 @@ from arc_puzzles.tasks import (
     create_grid_encoder,
     parse_answer,
     score,
-    write_json_atomic,
 )
+from arc_puzzles.tasks import write_json_atomic
 from arc_runner.options import RunOptions
 
 _LISTED = 20  # failures shown; the report file has them all

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from activation_store import SequenceId
-from arc_puzzles.tasks import (
+from arc_puzzles import (
     ArcTask,
     Augmentation,
     TaskFailure,
-    augmentations,
     build_messages,
+    choose_augmentations,
     create_grid_encoder,
     encode_prompt,
 )
@@ -65,7 +65,7 @@ def build_prompts(
     ``context`` is the most tokens that the model reads, prompt and answer together.
     """
     encoder = create_grid_encoder(options.grid_encoder)
-    variants = augmentations(options.augmentations, options.random_seed)
+    variants = choose_augmentations(options.augmentations, options.random_seed)
     prompts: list[Prompt] = []
     failures: list[TaskFailure] = []
     for task in tasks:

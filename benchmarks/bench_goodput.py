@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from transformers import AutoTokenizer
 
-from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles import build_messages, create_grid_encoder, encode_prompt, load_tasks
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from benchmarks.machine import PeakMemory, describe, usable_cores
 from generate_jitted import GenerateShape, bucket_length, compile_generate, pad_prompts

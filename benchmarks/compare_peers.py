@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles import build_messages, create_grid_encoder, encode_prompt, load_tasks
 from arc_runner.data import EXAMPLE_TASKS
 from benchmarks.machine import describe
 from benchmarks.peers import CONTENDERS, Contender, Job, Measurement, Worker, jax_platform, torch_reaches

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from transformers import AutoTokenizer
 
-from arc_puzzles.tasks import build_messages, create_grid_encoder, encode_prompt, load_tasks
+from arc_puzzles import build_messages, create_grid_encoder, encode_prompt, load_tasks
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -1,16 +1,15 @@
-"""Grids: what is refused and how, the text formats there and back, the symmetries and their inverses."""
+"""Grids: which values are refused, and the text formats, written and read back."""
 
 import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from puzzle_cases import small_grids
 
 from arc_puzzles.grids import (
     ENCODERS,
-    GEOMETRIES,
     ArcFormatError,
-    Augmentation,
     GridCodeBlockEncoder,
     GridEncoder,
     GridShapeEncoder,
@@ -18,7 +17,6 @@ from arc_puzzles.grids import (
     MinimalGridEncoder,
     RowNumberEncoder,
     RowsEncoder,
-    augmentations,
     create_grid_encoder,
     validate_grid,
 )
@@ -28,9 +26,6 @@ GRID = ((1, 0, 0), (0, 1, 0))
 quick = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
 grids = st.tuples(st.integers(1, 30), st.integers(1, 30)).flatmap(
-    lambda shape: st.tuples(*[st.tuples(*[st.integers(0, 9)] * shape[1])] * shape[0])
-)
-small_grids = st.tuples(st.integers(1, 4), st.integers(1, 4)).flatmap(
     lambda shape: st.tuples(*[st.tuples(*[st.integers(0, 9)] * shape[1])] * shape[0])
 )
 plain: list[RowsEncoder] = [
@@ -73,7 +68,7 @@ def test_a_valid_grid_becomes_tuples():
         ([[-1]], "train[0].input row 0 column 0 is not a colour from 0 to 9"),
     ],
 )
-def test_what_is_no_grid_is_refused_with_its_place(value: object, message: str):
+def test_a_value_that_is_no_grid_is_refused_with_the_place_of_the_error(value: object, message: str):
     with pytest.raises(ArcFormatError, match=f"^{re.escape(message)}$"):
         validate_grid(value, "train[0].input")
 
@@ -101,7 +96,7 @@ def test_each_format_by_example(name: str, text: str):
 
 @quick
 @given(encoders, grids)
-def test_decode_gives_back_what_encode_wrote_and_find_finds_it(encoder: GridEncoder, grid):
+def test_decode_returns_the_encoded_grid_and_find_finds_it_in_a_text(encoder: GridEncoder, grid):
     text = encoder.encode(grid)
     assert encoder.decode(text) == grid
     assert encoder.find(f"Let me think.\n\n{text}\n\nThat is it.") == text
@@ -109,7 +104,7 @@ def test_decode_gives_back_what_encode_wrote_and_find_finds_it(encoder: GridEnco
 
 @settings(quick, max_examples=300)
 @given(encoders, encoders, small_grids, st.data())
-def test_decode_accepts_nothing_but_what_encode_writes(encoder: GridEncoder, other: GridEncoder, grid, data):
+def test_decode_accepts_only_texts_that_encode_writes(encoder: GridEncoder, other: GridEncoder, grid, data):
     """Damage a text, or take another format's: it is refused, or it is the exact text of another grid."""
     text = other.encode(grid)
     start = data.draw(st.integers(0, len(text)))
@@ -141,7 +136,7 @@ def test_decode_accepts_nothing_but_what_encode_writes(encoder: GridEncoder, oth
         ("GridShapeEncoder(MinimalGridEncoder())", "```grid shape: 2x1\n12\n```"),
     ],
 )
-def test_decode_refuses(name: str, text: str):
+def test_decode_refuses_a_malformed_text(name: str, text: str):
     with pytest.raises(ArcFormatError):
         create_grid_encoder(name).decode(text)
 
@@ -150,7 +145,7 @@ def test_decode_refuses(name: str, text: str):
 
 
 @pytest.mark.parametrize("encoder", all_encoders, ids=str)
-def test_the_name_of_an_encoder_makes_the_same_encoder(encoder: GridEncoder):
+def test_the_name_of_an_encoder_creates_an_equal_encoder(encoder: GridEncoder):
     assert create_grid_encoder(str(encoder)) == encoder
 
 
@@ -160,7 +155,7 @@ def test_every_known_encoder_has_an_example_that_works():
         assert example.startswith(name)
 
 
-def test_spaces_and_either_quote_are_accepted():
+def test_names_may_have_spaces_and_either_quote():
     written = create_grid_encoder(' RowNumberEncoder( GridWithSeparationEncoder( "|" ) ) ')
     assert str(written) == "RowNumberEncoder(GridWithSeparationEncoder('|'))"
 
@@ -201,98 +196,16 @@ def test_spaces_and_either_quote_are_accepted():
         ("RowNumberEncoder(" * 5000, "a grid encoder's name has at most 200 characters, this one 85000"),
     ],
 )
-def test_a_wrong_name_is_refused_at_the_place_that_is_wrong(name: str, problem: str):
+def test_a_malformed_name_is_refused_with_the_place_of_the_error(name: str, problem: str):
     with pytest.raises(ArcFormatError, match=re.escape(problem)):
         create_grid_encoder(name)
 
 
 @settings(quick, max_examples=200)
 @given(st.text("GridShapeEncoder(Minimal)'| ") | st.text())
-def test_any_name_makes_an_encoder_or_an_arc_format_error(name: str):
+def test_any_name_creates_an_encoder_or_raises_arc_format_error(name: str):
     try:
         encoder = create_grid_encoder(name)
     except ArcFormatError:
         return
     assert isinstance(encoder, GridEncoder)
-
-
-# --- Symmetries ---------------------------------------------------------------------------------------------
-
-L_SHAPE = ((1, 2, 3), (4, 5, 6))
-
-
-@pytest.mark.parametrize(
-    ("name", "result"),
-    [
-        ("identity", ((1, 2, 3), (4, 5, 6))),
-        ("rot90", ((4, 1), (5, 2), (6, 3))),
-        ("rot180", ((6, 5, 4), (3, 2, 1))),
-        ("rot270", ((3, 6), (2, 5), (1, 4))),
-        ("flip", ((3, 2, 1), (6, 5, 4))),
-        ("flip+rot90", ((6, 3), (5, 2), (4, 1))),
-        ("flip+rot180", ((4, 5, 6), (1, 2, 3))),
-        ("flip+rot270", ((1, 4), (2, 5), (3, 6))),
-        ("identity/c0213456789", ((2, 1, 3), (4, 5, 6))),
-        ("rot90/c0213456789", ((4, 2), (5, 1), (6, 3))),
-    ],
-)
-def test_each_augmentation_by_example(name: str, result):
-    augmentation = Augmentation.parse(name)
-    assert augmentation.apply(L_SHAPE) == result
-    assert str(augmentation) == name
-
-
-some_augmentations = st.builds(
-    Augmentation, st.sampled_from(list(GEOMETRIES)), st.permutations(range(10)).map(tuple)
-)
-
-
-@quick
-@given(some_augmentations, small_grids)
-def test_the_inverse_undoes_and_the_name_says_everything(augmentation: Augmentation, grid):
-    assert augmentation.inverse().apply(augmentation.apply(grid)) == grid
-    assert augmentation.apply(augmentation.inverse().apply(grid)) == grid
-    assert augmentation.inverse().inverse() == augmentation
-    assert Augmentation.parse(str(augmentation)) == augmentation
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "rot45", "rot90+flip", "flip+", "rot90/", "rot90/c012", "rot90/c0013456789", "rot90/c0123456789"],
-)
-def test_what_names_no_augmentation_is_refused(name: str):
-    with pytest.raises(ArcFormatError):
-        Augmentation.parse(name)
-
-
-def test_colours_have_to_be_a_permutation():
-    with pytest.raises(ArcFormatError, match="are not a permutation of 0 to 9"):
-        Augmentation(colours=(0,) * 10)
-
-
-def test_augmentations_are_distinct_deterministic_and_begin_with_the_geometries():
-    chosen = augmentations(200, seed=3)
-    assert [str(augmentation) for augmentation in chosen[:8]] == list(GEOMETRIES)
-    assert len({str(augmentation) for augmentation in chosen}) == 200
-    assert {augmentation.geometry for augmentation in chosen[8:]} == set(GEOMETRIES)
-    assert all(augmentation.colours[0] == 0 for augmentation in chosen)
-    assert chosen == augmentations(200, seed=3)
-    assert augmentations(9, seed=3) == chosen[:9]
-    assert augmentations(9, seed=4)[8] != chosen[8]
-    assert augmentations(1, seed=3) == [Augmentation()]
-
-
-def test_the_seeded_augmentations_never_change():
-    """A run that is resumed under a later version has to ask for the same augmentations."""
-    assert list(map(str, augmentations(10, seed=0)[8:])) == [
-        "flip+rot180/c0375284916",
-        "flip+rot270/c0521438967",
-    ]
-
-
-@pytest.mark.parametrize("n", [0, -1, 100_001])
-def test_an_impossible_number_of_augmentations_is_refused(n: int):
-    with pytest.raises(
-        ValueError, match=f"the number of augmentations is {n}; it has to be from 1 to 100000"
-    ):
-        augmentations(n, seed=0)

@@ -23,7 +23,7 @@ from activation_store import (
     StoreWriteError,
     sequence_key,
 )
-from arc_puzzles.tasks import ArcTask, load_tasks
+from arc_puzzles import ArcTask, load_tasks
 from arc_runner import report as run_report
 from arc_runner.options import RunOptions
 from arc_runner.report import Progress, Report, report_path, write_answers

@@ -14,7 +14,7 @@ from runner_cases import TINY, puzzle, write_tasks
 from transformers import AutoTokenizer
 
 from activation_store import SequenceId
-from arc_puzzles.tasks import ArcTask, augmentations, load_tasks
+from arc_puzzles import ArcTask, choose_augmentations, load_tasks
 from arc_runner.options import RunOptions
 from arc_runner.workload import Call, Prompt, build_prompts, plan_calls, sampling_id
 from qwen2_core.requests import bucket_length
@@ -80,7 +80,7 @@ def made_up_prompts(lengths: dict[str, list[int]]) -> list[Prompt]:
     return [
         Prompt(task_id, 0, variant, np.arange(length))
         for task_id, of_task in lengths.items()
-        for variant, length in zip(augmentations(len(of_task), 0), of_task, strict=True)
+        for variant, length in zip(choose_augmentations(len(of_task), 0), of_task, strict=True)
     ]
 
 

@@ -1,0 +1,86 @@
+"""The chat that puts a puzzle to a model, and its token ids.
+
+A prompt is its messages (`build_messages`) laid out by the tokenizer's chat template (`encode_prompt`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from arc_puzzles.grids import GridEncoder
+from arc_puzzles.tasks import ArcTask
+
+
+@dataclass(frozen=True)
+class PromptVersion:
+    """Holds the words around a puzzle: the system message, and what the user says before the examples."""
+
+    system: str
+    introduction: str
+
+
+PROMPT_VERSIONS = {
+    "output-from-examples-v0": PromptVersion(
+        system="You solve puzzles on coloured grids. Answer with the output grid only.",
+        introduction="Find the rule that turns each input into its output, and apply it to the test input.",
+    ),
+    "output-from-examples-v1": PromptVersion(
+        system=(
+            "You solve puzzles on coloured grids. You look for the one rule that explains every example, you "
+            "apply it exactly, and you answer with the output grid only."
+        ),
+        introduction=(
+            "A grid is a rectangle of cells. Every cell is a digit from 0 to 9 that stands for a colour; 0 "
+            "is usually the background. A grid has between 1 and 30 rows and between 1 and 30 columns.\n\n"
+            "Each example below shows an input grid and the output grid that a hidden rule makes of it. The "
+            "rule is the same in all of them. It may move, turn, copy, recolour, count or complete shapes, "
+            "and the output may have another shape than the input.\n\n"
+            "Find the rule, check it against every example, and apply it to the test input. Write the output "
+            "grid in exactly the format of the grids below, and nothing else."
+        ),
+    ),
+}
+
+
+def build_messages(
+    task: ArcTask, test_index: int, encoder: GridEncoder, prompt_version: str
+) -> list[dict[str, str]]:
+    """Returns the chat that asks for the output of one test: a system message and a user message.
+
+    It holds all train pairs and the test input, whatever their size, and never the test's output. Raises
+    ValueError for an unknown prompt version or a test that the task does not have.
+    """
+    if prompt_version not in PROMPT_VERSIONS:
+        raise ValueError(f"unknown prompt version {prompt_version!r}; known are {', '.join(PROMPT_VERSIONS)}")
+    if not 0 <= test_index < len(task.test):
+        raise ValueError(f"task {task.task_id} has {len(task.test)} tests, there is no test {test_index}")
+    version = PROMPT_VERSIONS[prompt_version]
+    parts = [version.introduction]
+    for number, pair in enumerate(task.train, start=1):
+        assert pair.output is not None
+        parts.append(f"### Example {number}")
+        parts.append(f"Input:\n{encoder.encode(pair.input)}")
+        parts.append(f"Output:\n{encoder.encode(pair.output)}")
+    parts.append("### Test")
+    parts.append(f"Input:\n{encoder.encode(task.test[test_index].input)}")
+    return [
+        {"role": "system", "content": version.system},
+        {"role": "user", "content": "\n\n".join(parts)},
+    ]
+
+
+def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> np.ndarray:
+    """Returns the token ids, int32 `[n]`, of the chat and of the opening of the assistant's turn.
+
+    `tokenizer` is one of Hugging Face's; its chat template lays out the messages and opens the turn.
+    Raises ValueError if the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        name = tokenizer.name_or_path
+        raise ValueError(f"the tokenizer {name!r} has no chat template; use the tokenizer of a chat model")
+    # Without return_dict=False, transformers 5 returns a mapping where transformers 4 returned a list.
+    ids = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return np.asarray(ids, np.int32)
