@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from activation_store.format import MANIFEST, SequenceRecord, decode_line, line_key
-from activation_store.local_files import FileStatus, StoreFiles
+from activation_store.store_files import FileStatus, StoreFiles
 
 _WINDOW = 1 << 24  # bytes of an index held at a time
 

@@ -1,121 +1,60 @@
-"""Where a store's bytes live: the few operations it needs, and a local directory that offers them.
-
-A local host folder has one `index.jsonl` that is appended to. Objects cannot be appended to, so a remote host
-folder (activation_remote.py) has one `index/000000.jsonl` per commit. Readers take both kinds from either, so
-a store can be copied from one to the other and read there.
-"""
+"""A store in a local directory, and the one way in which this project puts a whole file in its place."""
 
 import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator
+import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 import filelock
 import numpy as np
 
-from activation_store.format import StoreError, StoreWriteError, host_name, host_number, shard_number
+from activation_store.format import StoreError, host_name, host_number, shard_number
+from activation_store.store_files import INDEX, INDEX_FOLDER, FileStatus, StoredFile, writing
 
-INDEX = "index.jsonl"
-INDEX_FOLDER = "index"
 _LOCK = "writer.lock"
 _TEMP = ".tmp"
 
 
-class FileView(Protocol):
-    """The bytes of one file, read-only."""
+def write_atomic(
+    path: str | os.PathLike[str],
+    chunks: Iterable[bytes | memoryview],
+    *,
+    temporary: str | os.PathLike[str] | None = None,
+) -> StoredFile:
+    """Writes `chunks` end to end so that `path` at any moment holds its old content or all of the new.
 
-    def view(self, start: int, stop: int) -> np.ndarray:
-        """Bytes [start, stop) as uint8; mapped, not copied, where the file is local."""
-        ...
+    The bytes go to a temporary file in the same folder, which is fsynced and renamed to `path`; then the
+    folder is fsynced. When this returns, the file survives a crash. It gets the mode that the umask gives any
+    new file. After an error the temporary file is removed, and calling again is safe.
 
-    def read_into(self, start: int, out: np.ndarray) -> None:
-        """Fill the contiguous array `out` with the bytes from `start` on; OSError when the file ends."""
-        ...
+    Args:
+        path: a file in a folder that exists; a file that is there is replaced.
+        chunks: the bytes, as one-dimensional views where they are views; an error that iterating over them raises passes through.
+        temporary: the temporary file's path, for a caller who keeps others from writing there and clears away
+            what a crash leaves. By default it is hidden and has a name that nobody else uses.
 
-    def prefetch(self, start: int, stop: int) -> None:
-        """Say that these bytes are wanted soon; returns at once."""
-        ...
-
-
-class StoredFile(NamedTuple):
-    """What was written, as measured while writing it."""
-
-    size: int
-    sha256: str
-    mtime_ns: int
-
-
-class FileStatus(NamedTuple):
-    """Enough to notice that a file changed. An object never changes in place: time and inode are 0."""
-
-    size: int
-    mtime_ns: int
-    inode: int
-
-
-class StoreFiles(Protocol):
-    """The operations a store needs. Names are relative to the store and use `/`."""
-
-    location: str  # as the user wrote it, for messages
-    excludes_others: bool  # whether `open_host` makes this the only writer of the host folder
-
-    def hosts(self) -> list[int]: ...
-    def shards(self, host: int) -> dict[str, FileStatus]:
-        """The shards of a host folder by base name; {} without the folder."""
-        ...
-
-    def indexes(self, host: int) -> dict[str, FileStatus]:
-        """The index files of a host in commit order, by name below the store."""
-        ...
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes: ...
-    def open_file(self, name: str) -> FileView: ...
-    def open_host(self, host: int) -> Callable[[], None]:
-        """Take the host folder for one writer, clean up after a crashed one, return how to let go of it."""
-        ...
-
-    def create(self, host: int, name: str, data: bytes) -> None:
-        """All of `data` under a new name; FileExistsError when there is one, whoever else is creating it."""
-        ...
-
-    def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
-        """Durably write a shard; when this returns it is there, whole, after any crash.
-
-        After an error it may be called again.
-        """
-        ...
-
-    def append_index(self, host: int, number: int, lines: bytes) -> None:
-        """Durably add the index lines of commit `number`; after an error it may be called again."""
-        ...
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Durably put `data` in the place of an index, or remove it when `data` is empty."""
-        ...
-
-    def set_aside(self, name: str) -> None:
-        """Take a damaged shard out of the way."""
-        ...
-
-
-@contextlib.contextmanager
-def writing(location: str, name: str) -> Iterator[None]:
-    """Turn an OSError of the body into a StoreWriteError about `name`; FileExistsError passes."""
+    Raises:
+        OSError: the file cannot be written. `path` is then as it was, unless only the last fsync failed.
+    """
+    path = Path(path)
+    hidden = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_TEMP}")
+    temp = hidden if temporary is None else Path(temporary)
     try:
-        yield
-    except FileExistsError:
+        written = _write_synced(temp, chunks)
+        temp.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that is raised is the one that says what is wrong
+            temp.unlink()
         raise
-    except OSError as error:
-        raise StoreWriteError(
-            f"cannot write {name} in {location}: {error.strerror or error}; what was committed before is safe"
-        ) from error
+    _sync_folder(path.parent)
+    return written
 
 
 class LocalFiles:
-    """A directory. Every change is fsynced, file before rename before folder, before it counts."""
+    """A store's files in a directory. Each change counts once file, rename and folder are fsynced."""
 
     excludes_others = True
 
@@ -186,7 +125,7 @@ class LocalFiles:
         return release
 
     def create(self, host: int, name: str, data: bytes) -> None:
-        # The temp file lies in the host's own folder, where the lock protects it; link() refuses to replace.
+        # In the host's own folder the lock protects the temporary file; link() refuses to replace.
         temp = self.root / host_name(host) / f"{name}{_TEMP}"
         with writing(self.location, name):
             _write_synced(temp, [memoryview(data)])
@@ -198,16 +137,8 @@ class LocalFiles:
 
     def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
         path = self.root / name
-        temp = path.with_name(path.name + _TEMP)
         with writing(self.location, name):
-            try:
-                written = _write_synced(temp, chunks)
-            except BaseException:
-                temp.unlink(missing_ok=True)
-                raise
-            temp.replace(path)
-            _sync_folder(path.parent)
-        return written
+            return write_atomic(path, chunks, temporary=f"{path}{_TEMP}")
 
     def append_index(self, host: int, number: int, lines: bytes) -> None:
         path = self.root / host_name(host) / INDEX
@@ -218,7 +149,8 @@ class LocalFiles:
                 size = os.fstat(descriptor).st_size
                 if end is None:
                     end = self._index_ends[host] = size
-                # At their place, not at the end: half of them are completed, all of them are not there twice.
+                # Where they belong, not at the end: what half of an earlier try wrote is completed, and what
+                # all of it wrote is not there twice.
                 if size < end or not lines.startswith(os.pread(descriptor, len(lines) + 1, end)):
                     raise OSError("somebody else has changed it")
                 os.lseek(descriptor, end, os.SEEK_SET)
@@ -240,7 +172,7 @@ class LocalFiles:
 
 
 class LocalFile:
-    """A local file: read, or mapped once it is viewed. Views stay valid when the file is let go of."""
+    """A local file, read or mapped. Views stay valid after this object is gone."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -274,7 +206,7 @@ def _status(status: os.stat_result) -> FileStatus:
 
 
 def _make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each made durable in the one above."""
+    """Creates a folder and its parents, each made durable in the one above."""
     if folder.is_dir():
         return
     _make_folder(folder.parent)
@@ -295,14 +227,15 @@ def _write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _write_synced(path: Path, chunks: Iterable[memoryview]) -> StoredFile:
+def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> StoredFile:
     digest, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)  # less the umask
     try:
         for chunk in chunks:
-            _write_all(descriptor, chunk)
-            digest.update(chunk)
-            size += len(chunk)
+            data = memoryview(chunk)
+            _write_all(descriptor, data)
+            digest.update(data)
+            size += len(data)
         os.fsync(descriptor)
         return StoredFile(size, digest.hexdigest(), os.fstat(descriptor).st_mtime_ns)
     finally:

@@ -12,11 +12,11 @@ import fsspec.utils
 import numpy as np
 
 from activation_store.format import StoreError, StoreWriteError, host_name, host_number, shard_number
-from activation_store.local_files import (
+from activation_store.local_files import LocalFiles
+from activation_store.store_files import (
     INDEX,
     INDEX_FOLDER,
     FileStatus,
-    LocalFiles,
     StoredFile,
     StoreFiles,
     writing,

@@ -31,8 +31,8 @@ import ml_dtypes
 import numpy as np
 
 from activation_store.format import DTYPES, FinishedSequence, StoreError, StoreSettings
-from activation_store.local_files import FileView
 from activation_store.statistics import LayerStatistics, measure
+from activation_store.store_files import FileView
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")

@@ -19,10 +19,10 @@ from activation_store.format import (
     sequence_key,
 )
 from activation_store.index import index_lines
-from activation_store.local_files import FileStatus
 from activation_store.reader import ActivationStore
 from activation_store.shard import GROUPS, Shard
 from activation_store.statistics import LayerStatistics, measure
+from activation_store.store_files import FileStatus
 from arc_puzzles.tasks import load_tasks
 
 # Stored norms and statistics are float32 sums taken in blocks; taken again in one order they agree to this.

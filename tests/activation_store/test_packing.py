@@ -1,4 +1,4 @@
-"""The bytes of a shard: where every row lies, and its norms and statistics as sums over blocks of 256 rows."""
+"""The bytes of a shard: where every row lies, and norms and statistics as sums over blocks of 256 rows."""
 
 import hashlib
 import math

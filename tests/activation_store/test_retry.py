@@ -20,10 +20,10 @@ from activation_store import (
     Patience,
     StoreError,
     StoreWriteError,
+    local_files,
+    retry,
     verify_store,
 )
-from activation_store import local_files as activation_fs
-from activation_store import retry as activation_patience
 
 SETTINGS = settings(hook_names=("blocks.10.hook_resid_post",))
 TASKS = ("a", "bb", "ccc")
@@ -36,7 +36,7 @@ def batch(task: str) -> list[FinishedSequence]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activation_patience, "_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.005)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ class Flaky:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("open", "write", "fsync"):
-            patch.setattr(activation_fs.os, name, self._flaky(name, getattr(os, name)))
+            patch.setattr(local_files.os, name, self._flaky(name, getattr(os, name)))
         patch.setattr(Path, "replace", self._flaky("replace", Path.replace))
 
     def _flaky(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,7 +155,7 @@ def test_a_full_or_read_only_directory_is_not_waited_for(
         raise OSError(number, os.strerror(number))
 
     writer = open_writer(place)
-    monkeypatch.setattr(activation_fs.os, "write", fail)
+    monkeypatch.setattr(local_files.os, "write", fail)
     writer.submit(batch("a"))
     with pytest.raises(StoreWriteError, match=f"shard-000000.safetensors .*{os.strerror(number)}; what was"):
         writer.close()
@@ -174,7 +174,7 @@ def test_a_run_that_is_alone_waits_for_nothing(place: Path, capfd: pytest.Captur
 def test_a_directory_that_stays_away_ends_the_run_and_is_not_made(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(activation_patience, "AWAY_SECONDS", 0.1)
+    monkeypatch.setattr(retry, "AWAY_SECONDS", 0.1)
     writer = open_writer(place)
     place.rename(place.with_name("gone"))
     writer.submit(batch("a"))

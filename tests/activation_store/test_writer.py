@@ -23,9 +23,9 @@ from activation_store import (
     StoreError,
     StoreSettings,
     StoreWriteError,
+    local_files,
     sequence_key,
 )
-from activation_store import local_files as activation_fs
 from activation_store.format import DTYPES
 
 SHARD = "host-00000/shard-000000.safetensors"
@@ -181,9 +181,9 @@ def test_a_commit_is_synced_before_it_is_announced(tmp_path: Path, monkeypatch: 
         return real_replace(self, target)
 
     with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
-        monkeypatch.setattr(activation_fs.os, "open", fake_open)
-        monkeypatch.setattr(activation_fs.os, "write", fake_write)
-        monkeypatch.setattr(activation_fs.os, "fsync", fake_fsync)
+        monkeypatch.setattr(local_files.os, "open", fake_open)
+        monkeypatch.setattr(local_files.os, "write", fake_write)
+        monkeypatch.setattr(local_files.os, "fsync", fake_fsync)
         monkeypatch.setattr(Path, "replace", fake_replace)
         writer.submit(batch("b"))
         writer.close()
@@ -203,9 +203,9 @@ def test_new_folders_and_the_manifest_are_durable_before_the_first_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     synced: list[str] = []
-    real = activation_fs._sync_folder
+    real = local_files._sync_folder
     monkeypatch.setattr(
-        activation_fs,
+        local_files,
         "_sync_folder",
         lambda path: (synced.append(str(path.relative_to(tmp_path))), real(path)),
     )
@@ -393,18 +393,18 @@ def test_of_two_hosts_that_create_the_manifest_one_wins_and_the_other_compares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Host 1 looks for a manifest, finds none, and host 0 creates it before host 1 does."""
-    real = activation_fs.LocalFiles.create
+    real = local_files.LocalFiles.create
 
-    def create_late(self: activation_fs.LocalFiles, host: int, name: str, data: bytes) -> None:
+    def create_late(self: local_files.LocalFiles, host: int, name: str, data: bytes) -> None:
         monkeypatch.undo()
         write(tmp_path, batch("a"))
         real(self, host, name, data)
 
-    monkeypatch.setattr(activation_fs.LocalFiles, "create", create_late)
+    monkeypatch.setattr(local_files.LocalFiles, "create", create_late)
     with pytest.raises(StoreError, match="seed is 7 there and 8 here"):
         ActivationWriter(tmp_path, settings(seed=8), host_index=1, provenance={})
     assert ActivationStore(tmp_path).settings == SETTINGS
-    monkeypatch.setattr(activation_fs.LocalFiles, "create", create_late)
+    monkeypatch.setattr(local_files.LocalFiles, "create", create_late)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "host-00000" / "index.jsonl").unlink()
     with ActivationWriter(tmp_path, SETTINGS, host_index=1, provenance={}) as writer:
@@ -530,7 +530,7 @@ def test_a_write_error_says_that_earlier_batches_are_safe(tmp_path: Path, monkey
         raise OSError(28, "No space left on device")
 
     writer = ActivationWriter(tmp_path, SETTINGS, provenance={})
-    monkeypatch.setattr(activation_fs.os, "write", full)
+    monkeypatch.setattr(local_files.os, "write", full)
     writer.submit(batch("a"))
     with pytest.raises(StoreWriteError, match=r"No space left on device; what was committed before is safe"):
         writer.close()
