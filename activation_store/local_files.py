@@ -32,7 +32,7 @@ def write_atomic(
 
     Args:
         path: a file in a folder that exists; a file that is there is replaced.
-        chunks: the bytes, as one-dimensional views where they are views; an error that iterating over them raises passes through.
+        chunks: the bytes; views are one-dimensional, of single bytes. Errors of the iterable pass through.
         temporary: the temporary file's path, for a caller who keeps others from writing there and clears away
             what a crash leaves. By default it is hidden and has a name that nobody else uses.
 

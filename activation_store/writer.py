@@ -31,9 +31,9 @@ from activation_store.format import (
     shard_number,
 )
 from activation_store.index import SequenceIndex, index_lines
+from activation_store.packing import PackedBatch, pack_batch
 from activation_store.remote_files import open_files
 from activation_store.retry import Patience, at_once
-from activation_store.shard import PackedBatch, pack_batch
 from activation_store.store_files import FileStatus, StoredFile, StoreFiles, writing
 
 BATCHES_IN_FLIGHT = 2

@@ -32,7 +32,7 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
-from activation_store.shard import pack_batch
+from activation_store.packing import pack_batch
 
 HIDDEN, SEQUENCES, STEPS, LAYER = 896, 4, 220, 12
 SETTINGS = StoreSettings(

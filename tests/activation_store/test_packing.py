@@ -1,5 +1,6 @@
 """The bytes of a shard: where every row lies, and norms and statistics as sums over blocks of 256 rows."""
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from activation_fakes import settings
+from activation_fakes import sequence, settings
 
 from activation_store import FinishedSequence, SequenceId, StoreSettings
 from activation_store.format import DTYPES
-from activation_store.shard import PackedBatch, pack_batch
+from activation_store.packing import PackedBatch, pack_batch
 
 HIDDEN = 48
 EVEN = ((300, 500), (8, 2), (70, 260), (514, 256))  # prompt and generated tokens of each sequence
@@ -126,3 +127,23 @@ def test_rows_are_measured_in_blocks_of_256_over_the_sequences_end_to_end(
                 for name, value in zip(("mean", "variance", "norm"), expected, strict=True):
                     found = tensors[f"statistics.{group}.{name}"][layer]
                     assert found.tobytes() == value.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("capture_prompt", [True, False])
+def test_the_bytes_do_not_depend_on_how_rows_lie_in_memory(capture_prompt: bool):
+    of = settings(hidden_size=HIDDEN, capture_prompt=capture_prompt, max_output_tokens=500)
+    batch = mixed_batch(of, ODD, normal)
+    plain = [dataclasses.replace(one, rows=np.ascontiguousarray(one.rows)) for one in batch]
+    by_column = [dataclasses.replace(one, rows=np.asfortranarray(one.rows)) for one in batch]
+    expected = file_bytes(pack_batch(of, plain))
+    assert file_bytes(pack_batch(of, batch)) == expected
+    assert file_bytes(pack_batch(of, by_column)) == expected
+
+
+def test_rows_are_written_from_the_arrays_they_came_in():
+    of = settings(hidden_size=HIDDEN, max_output_tokens=500)
+    batch = [sequence("a", of=of), sequence("bb", of=of)]
+    buffers = [np.frombuffer(chunk, np.uint8) for chunk in pack_batch(of, batch).chunks()]
+    for one in batch:
+        assert one.rows is not None
+        assert sum(np.shares_memory(one.rows, buffer) for buffer in buffers) == len(of.hook_names)
