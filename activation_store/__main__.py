@@ -18,9 +18,9 @@ from tqdm import tqdm
 from activation_store.format import StoreError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
+from activation_store.recovery import repair_store
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_coverage, verify_store
-from activation_store.writer import repair_store
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -156,6 +156,7 @@ class FinishedSequence:
     logprobs: np.ndarray  # float32 [n]
     finish_reason: str  # "stop" | "length"
     rows: np.ndarray | None  # [layers, n or prompt_length + n, hidden], any strides; None when capture is off
+    key: str | None = None  # the sequence's key in a store of these settings, where it is known already
 
 
 class SequenceRecord(NamedTuple):

@@ -1,4 +1,4 @@
-"""Writing a store: one batch is one shard is one commit, on a thread beside the computation.
+"""Writing a store: each batch is one shard and one commit, made on a thread beside the computation.
 
 Order of a commit: temp file, fsync, rename, fsync of the folder, then the batch's index lines in one write
 and their fsync. A crash at any moment leaves at most a temp file, a shard that no index line names, or a
@@ -6,11 +6,9 @@ torn last index line; the next start clears each of them away and the batch is c
 """
 
 import contextlib
-import hashlib
 import os
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -21,20 +19,19 @@ from activation_store.format import (
     SequenceRecord,
     StoreError,
     StoreSettings,
-    decode_line,
     decode_manifest,
     encode_line,
     encode_manifest,
     host_name,
     sequence_key,
     shard_name,
-    shard_number,
 )
-from activation_store.index import SequenceIndex, index_lines
+from activation_store.index import SequenceIndex
 from activation_store.packing import PackedBatch, pack_batch
+from activation_store.recovery import recover_host
 from activation_store.remote_files import open_files
 from activation_store.retry import Patience, at_once
-from activation_store.store_files import FileStatus, StoredFile, StoreFiles, writing
+from activation_store.store_files import StoredFile, StoreFiles, writing
 
 BATCHES_IN_FLIGHT = 2
 Batch = Sequence[FinishedSequence] | Callable[[], Sequence[FinishedSequence]]
@@ -43,11 +40,25 @@ Batch = Sequence[FinishedSequence] | Callable[[], Sequence[FinishedSequence]]
 class ActivationWriter:
     """Appends sequences to a store as one of its hosts; a context manager.
 
-    `directory` is a path or an fsspec URL. Opening it takes the host's lock, clears away what a crash left,
-    drops sequences whose shard is missing or changed, and compares the settings with the manifest's
-    (StoreError naming each difference). `committed` then maps the keys that need no work, of all hosts, to
-    their records; `refresh` adds what other hosts have committed since. With `patiently` a commit waits for a
-    store that is away; without, its first error is the last one.
+    Opening it takes the host's lock, clears away what a crash left, and drops sequences whose shard is
+    missing or changed (`dropped` says which).
+
+    Args:
+        directory: a path or an fsspec URL; made where it is not there.
+        settings: what decides the stored bytes; a store made with others is refused.
+        host_index: which host folder is written to; one writer each at any time.
+        provenance: JSON values kept in the manifest of a new store, for people to read.
+        patiently: how a commit waits for a store that is away; by default its first error is the last one.
+
+    Attributes:
+        committed: the keys that need no work, of all hosts, and their records; `refresh` adds what other
+            hosts have committed since.
+        dropped: one phrase for each shard or index line of this host that was damaged.
+        bytes_written, sequences_written: what this writer has committed.
+
+    Raises:
+        StoreError: the settings differ from the store's (each difference is named), another run writes as
+            this host, or the directory cannot be used.
     """
 
     def __init__(
@@ -87,32 +98,43 @@ class ActivationWriter:
         self._thread.start()
 
     def submit(self, batch: Batch) -> None:
-        """Queue a batch; returns at once unless two are in flight already.
+        """Queues a batch; waits only while two others are in flight.
 
-        A callable is run on the writer's thread: that is where a device-to-host copy belongs. When an earlier
-        batch could not be written, its error is raised here and nothing more is written.
+        Args:
+            batch: the sequences, or a callable that returns them. It is run on the writer's thread, which is
+                where a device-to-host copy belongs.
+
+        Raises:
+            StoreError: the writer is closed.
+            Exception: what kept an earlier batch from being written; nothing is written after it.
         """
         if self._thread is None:
             raise StoreError("the activation writer is closed")
         self._free.acquire()
-        if self._error is not None:
+        try:
+            self.raise_pending()
+        except BaseException:
             self._free.release()
-            raise self._error
+            raise
         self._batches.put(batch)
 
+    def raise_pending(self) -> None:
+        """Raises the error with which an earlier batch could not be written, if there is one; never waits."""
+        if self._error is not None:
+            raise self._error
+
     def refresh(self) -> int:
-        """Learn what other hosts have committed; how many sequences are new."""
+        """Learns what other hosts have committed; returns how many sequences are new."""
         return self.committed.refresh()
 
     def close(self) -> None:
-        """Wait for what is in flight, let go of the directory, and raise the background error if any."""
+        """Waits for what is in flight, releases the directory, and raises an earlier batch's error if any."""
         if self._thread is not None:
             self._batches.put(None)
             self._thread.join()
             self._thread = None
             self._release()
-        if self._error is not None:
-            raise self._error
+        self.raise_pending()
 
     def __enter__(self) -> Self:
         return self
@@ -140,9 +162,9 @@ class ActivationWriter:
     def _commit(self, batch: Sequence[FinishedSequence]) -> None:
         if not batch:
             return
-        keys = [sequence_key(self._settings, sequence.id) for sequence in batch]
+        keys = [sequence_key(self._settings, one.id) if one.key is None else one.key for one in batch]
         others = self._patiently(lambda: self._made_by_others(keys))
-        if others:  # two hosts made them, when one was thought dead; they are the same
+        if others:  # two hosts made these, as one was thought dead; both made the same
             batch = [sequence for key, sequence in zip(keys, batch, strict=True) if key not in others]
             keys = [key for key in keys if key not in others]
             if not batch:
@@ -182,7 +204,7 @@ def _index_lines(
     packed: PackedBatch,
     stored: StoredFile,
 ) -> bytes:
-    """The lines of a batch: failed sequences, which have no shard, then those of the shard, in its order."""
+    """Returns a batch's index lines: first failed sequences, which have no shard, then the shard's in order."""
     lines = []
     for place in [*packed.failures, *packed.placements]:
         sequence, placement = batch[place], packed.placements.get(place)
@@ -215,7 +237,7 @@ def _index_lines(
 
 
 def _check_manifest(files: StoreFiles, settings: StoreSettings) -> bool:
-    """Whether the store has a manifest; StoreError when it is one of other settings."""
+    """Returns whether the store has a manifest; StoreError when it is one of other settings."""
     try:
         data = files.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -228,7 +250,7 @@ def _check_manifest(files: StoreFiles, settings: StoreSettings) -> bool:
 
 
 def check_settings(there: StoreSettings, asked: StoreSettings, location: str) -> None:
-    """StoreError naming each difference between a store's settings and those that are asked for."""
+    """Raises StoreError naming each difference between a store's settings and those that are asked for."""
     if differences := there.differences(asked):
         raise StoreError(
             f"{location} was made with other settings ({'; '.join(differences)}); "
@@ -247,101 +269,3 @@ def _create_manifest(
         files.create(host, MANIFEST, encode_manifest(settings, provenance))
     except FileExistsError:  # another host was quicker; it must have been asked for the same
         _check_manifest(files, settings)
-
-
-def repair_store(directory: str | os.PathLike[str]) -> list[str]:
-    """`recover_host` for every host of a store; what was dropped. StoreError while a run writes to it.
-
-    A run repairs its own host when it starts; this is for hosts that no run has any more.
-    """
-    files = open_files(directory)
-    dropped = []
-    for host in files.hosts():
-        release = files.open_host(host)
-        try:
-            dropped += recover_host(files, host)[1]
-        finally:
-            release()
-    return dropped
-
-
-def recover_host(files: StoreFiles, host: int) -> tuple[int, list[str]]:
-    """Drop the sequences of a host whose shard is missing, incomplete or changed, and torn index lines.
-
-    The caller holds the host. Returns (number of the next commit, one phrase per shard or line dropped).
-    A shard whose time stamp is not the recorded one is read and its checksum compared.
-    """
-    shards = files.shards(host)
-    dropped: list[str] = []
-    expected = 0  # the number after that of every shard that is kept
-    for name, status in files.indexes(host).items():
-        counts: Counter[str] = Counter()
-        firsts: dict[str, SequenceRecord] = {}
-        damaged: set[str] = set()
-        has_bad_lines = False
-        for line in index_lines(files, name, status.size):
-            record = _whole_record(line, host)
-            if record is None:
-                dropped.append(f"{name}: a torn or damaged line of {len(line)} bytes")
-                has_bad_lines = True
-            else:
-                counts[record.shard] += 1
-                firsts.setdefault(record.shard, record)
-        firsts.pop("", None)  # failed sequences have no shard that could be damaged
-        for shard, record in firsts.items():
-            problem = _shard_problem(files, record, counts[shard], shards.get(shard))
-            if problem is None:
-                expected = max(expected, (shard_number(shard) or 0) + 1)
-            else:
-                dropped.append(f"{host_name(host)}/{shard}: {problem}")
-                files.set_aside(f"{host_name(host)}/{shard}")
-                damaged.add(shard)
-        if has_bad_lines or damaged:
-            kept = (
-                line
-                for line in index_lines(files, name, status.size)
-                if (record := _whole_record(line, host)) is not None and record.shard not in damaged
-            )
-            files.replace(name, b"".join(kept))
-    return _next_number(files, expected, shards), dropped
-
-
-def _whole_record(line: bytes, host: int) -> SequenceRecord | None:
-    try:
-        return decode_line(line, host) if line.endswith(b"\n") else None
-    except StoreError:
-        return None
-
-
-def _shard_problem(
-    files: StoreFiles, record: SequenceRecord, lines: int, status: FileStatus | None
-) -> str | None:
-    if lines != record.shard_sequences:
-        return f"{lines} of its {record.shard_sequences} index lines are there"
-    if status is None:
-        return "the shard is missing"
-    if status.size != record.shard_bytes:
-        return f"the shard has {status.size} bytes, {record.shard_bytes} were written"
-    if (
-        status.mtime_ns != record.shard_mtime_ns
-        and _sha256(files, record, status.size) != record.shard_sha256
-    ):
-        return "the shard's bytes have changed"
-    return None
-
-
-def _sha256(files: StoreFiles, record: SequenceRecord, size: int) -> str:
-    return hashlib.sha256(files.open_file(record.path).view(0, size).data).hexdigest()
-
-
-def _next_number(files: StoreFiles, expected: int, shards: Mapping[str, FileStatus]) -> int:
-    """The number of the next shard: never that of one which somebody may still want.
-
-    A crash between shard and index line leaves one shard numbered `expected`: it is written anew, where we
-    can be sure that nobody is just writing it. Any further ones mean that index lines were lost.
-    """
-    present = [number for name in shards if (number := shard_number(name)) is not None]
-    left_over = [number for number in present if number >= expected]
-    if not left_over or (left_over == [expected] and files.excludes_others):
-        return expected
-    return max(left_over) + 1

@@ -101,7 +101,7 @@ class Shared:
     def wait(self, units: Sequence[Unit]) -> bool:
         said = time.monotonic()
         while not self._stop.requested:
-            self._writer.submit(())  # raises what went wrong with a batch before
+            self._writer.raise_pending()
             self._refresh()
             self._let_go()
             units = left(units, self._writer)

@@ -101,6 +101,21 @@ def test_the_index_says_where_each_sequence_lies(tmp_path: Path):
         prompt_start += line["prompt_length"]
 
 
+def test_a_key_that_a_sequence_brings_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    computed: list[str] = []
+
+    def counting(of: StoreSettings, one: SequenceId) -> str:
+        computed.append(one.task_id)
+        return sequence_key(of, one)
+
+    monkeypatch.setattr("activation_store.writer.sequence_key", counting)
+    known = [dataclasses.replace(one, key=sequence_key(SETTINGS, one.id)) for one in batch("a")]
+    write(tmp_path, [*known, *batch("bb")])
+    assert computed == ["bb", "bb"]
+    expected = [sequence_key(SETTINGS, one.id) for one in batch("a", "bb")]
+    assert [line["key"] for line in read_index(tmp_path)] == expected
+
+
 def test_rows_of_any_strides_are_stored_as_they_read(tmp_path: Path):
     """The runner hands over views of [layers, steps, batch, hidden]; safetensors would store wrong bytes."""
     buffer = np.arange(3 * 12 * 2 * 16, dtype=np.float32).reshape(3, 12, 2, 16)
@@ -470,6 +485,33 @@ def test_a_background_error_stops_the_run_at_the_next_submit_and_at_close(tmp_pa
         writer.close()
     assert len(ActivationStore(tmp_path)) == 2  # the batch before it is safe
     write(tmp_path, batch("b"))  # and the lock is free
+
+
+def test_an_earlier_error_can_be_asked_for_without_a_batch(tmp_path: Path):
+    def failing() -> list[FinishedSequence]:
+        raise MemoryError("copy failed")
+
+    writer = ActivationWriter(tmp_path, SETTINGS, provenance={})
+    writer.raise_pending()  # there is none
+    writer.submit(failing)
+    while writer._error is None:
+        threading.Event().wait(0.01)
+    for _ in range(2):
+        with pytest.raises(MemoryError, match="copy failed"):
+            writer.raise_pending()
+    with pytest.raises(MemoryError):
+        writer.close()
+
+
+def test_asking_for_an_earlier_error_does_not_wait_for_what_is_in_flight(tmp_path: Path):
+    go = threading.Event()
+    with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
+        for task in ("a", "b"):
+            writer.submit(lambda task=task: (go.wait(10), batch(task))[1])
+        writer.raise_pending()
+        assert writer.sequences_written == 0
+        go.set()
+    assert writer.sequences_written == 4
 
 
 def test_after_an_error_what_was_in_flight_already_is_not_written(tmp_path: Path):
