@@ -11,7 +11,8 @@ Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -22,9 +23,11 @@ from activation_store.recovery import repair_store
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_coverage, verify_store
 
+Item = TypeVar("Item")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Runs one command and returns its exit code."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -96,13 +99,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[str]:
-    yield from verify_store(store)
+    yield from verify_store(store, _bar)
     if options.dataset:
-        yield from verify_coverage(store, options.dataset)
+        from arc_puzzles.tasks import load_tasks  # the store itself knows nothing of ARC
+
+        tasks = load_tasks(options.dataset).tasks
+        expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
+        yield from verify_coverage(store, expected, options.dataset)
     if options.replay:
         from activation_store.replay import replay_store  # needs jax and the model; nothing else here does
 
-        yield from replay_store(store, options.model_path, options.replay, options.seed)
+        yield from replay_store(store, options.model_path, options.replay, options.seed, _bar)
+
+
+def _bar(items: Collection[Item], name: str, unit: str) -> Iterable[Item]:
+    """Draws a progress bar while the items are drawn, on a terminal only."""
+    return tqdm(items, name, unit=unit, disable=None, leave=False)
 
 
 def _stats(options: argparse.Namespace) -> int:

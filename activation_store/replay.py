@@ -1,4 +1,8 @@
-"""The audit that trusts nothing: compute stored rows again, as one plain forward pass without any cache."""
+"""Computing stored rows again, as one plain forward pass without any cache, and comparing each with them.
+
+This checks the generation itself: nothing of its cache, its loop or its batching is used here. The only
+module of the store that needs jax and the model; import it where it is used.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
@@ -6,10 +10,10 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from activation_store.format import SequenceRecord, hook_name
 from activation_store.reader import ActivationStore
+from activation_store.verify import Progress, silently
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -43,11 +47,19 @@ _CLEARLY = 0.7  # times the error: as near to another place, they are simply wro
 Forward = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def replay_store(store: ActivationStore, model_path: str, count: int, seed: int = 0) -> Iterator[str]:
-    """Findings from replaying `count` random sequences: every stored row and log-probability is compared.
+def replay_store(
+    store: ActivationStore, model_path: str, count: int, seed: int = 0, progress: Progress = silently
+) -> Iterator[str]:
+    """Replays `count` random sequences, compares every row and log-probability, and yields findings.
 
-    The weights are those at `model_path` (a directory or hub id) in the store's dtype. Memory: one forward
-    pass over the longest sequence, its float32 logits included.
+    The memory needed is that of one forward pass over the longest sequence, its float32 logits included.
+
+    Args:
+        store: the store; its imported sequences, whose tokens are not known, are passed over.
+        model_path: the checkpoint, a directory or hub id; it is loaded in the store's dtype.
+        count: how many sequences, or all where there are fewer.
+        seed: which sequences are drawn.
+        progress: called once with the sequences.
     """
     settings = store.settings
     if checkpoint_fingerprint(model_path) != settings.model_fingerprint:
@@ -58,21 +70,21 @@ def replay_store(store: ActivationStore, model_path: str, count: int, seed: int 
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return
-    chosen = tqdm(_choose(store, count, seed), "replay", unit="seq", disable=None, leave=False)
+    chosen = progress(_choose(store, count, seed), "replay", "seq")
     yield from replay_sequences(store, chosen, plain_forward(config, params, store.layers))
 
 
 def replay_sequences(
     store: ActivationStore, records: Iterable[SequenceRecord], forward: Forward
 ) -> Iterator[str]:
-    """Findings from comparing every stored row and log-probability of `records` with `forward`."""
+    """Compares every stored row and log-probability of `records` with `forward`, and yields findings."""
     for record in records:
         for problem in _compare(store, record, forward):
             yield f"replay of {record.label}: {problem}"
 
 
 def _choose(store: ActivationStore, count: int, seed: int) -> list[SequenceRecord]:
-    """`count` sequences drawn without replacement, without holding all records (reservoir sampling)."""
+    """Draws `count` sequences without replacement and without holding all records (reservoir sampling)."""
     rng = np.random.default_rng(seed)
     chosen: list[SequenceRecord] = []
     with_tokens = store.sequences(where=lambda record: record.finish_reason != "imported")
@@ -85,8 +97,11 @@ def _choose(store: ActivationStore, count: int, seed: int) -> list[SequenceRecor
 
 
 def plain_forward(config: Any, params: Any, layers: tuple[int, ...]) -> Forward:
-    """The model without any cache: tokens [n] -> (rows [layers, n, hidden] of float32, and the
-    log-probabilities [n - 1] of the tokens after the first)."""
+    """Returns the model without any cache as a function of one sequence.
+
+    It takes tokens, int32 [n], and returns the rows of `layers`, float32 [layers, n, hidden], and the
+    log-probabilities of the tokens after the first, float32 [n - 1].
+    """
     model = create_model_with_hooks(config, layers or (0,))
 
     @jax.jit
@@ -127,7 +142,7 @@ def _compare(store: ActivationStore, record: SequenceRecord, forward: Forward) -
 
 
 def _tolerance(store: ActivationStore) -> Tolerance:
-    """That of the coarsest type involved: a run may keep its KV cache in a smaller one than the rows."""
+    """Returns that of the coarsest type involved: a KV cache may be in a smaller type than the rows."""
     dtype = store.settings.dtype
     cache = TOLERANCES.get(store.settings.prompt.get("kv_cache_dtype", dtype), TOLERANCES["bfloat16"])
     return max(TOLERANCES[dtype], cache)
@@ -136,7 +151,10 @@ def _tolerance(store: ActivationStore) -> Tolerance:
 def _rows_problem(
     stored: np.ndarray, replayed: np.ndarray, place: int, layers: tuple[int, ...], limit: Tolerance
 ) -> str | None:
-    """What is wrong with the rows [n, hidden] of layer `layers[place]`; `replayed` is [layers, n, hidden]."""
+    """Returns what is wrong with the rows [n, hidden] of layer `layers[place]`, or None.
+
+    `replayed` is [layers, n, hidden].
+    """
     expected = replayed[place]
     if stored.shape != expected.shape:
         return f"{stored.shape} values are stored, {expected.shape} are computed"
@@ -161,7 +179,7 @@ def _rows_problem(
 def _better_fit(
     stored: np.ndarray, replayed: np.ndarray, place: int, layers: tuple[int, ...], error: float
 ) -> str | None:
-    """Another layer, or the same one a position off, that the rows are clearly closer to."""
+    """Returns another layer, or the same one a position off, that the rows are clearly closer to."""
     own = replayed[place]
     fits = {
         f"layer {layer}": _rms(_row_errors(stored, replayed[other]))
@@ -176,7 +194,7 @@ def _better_fit(
 
 
 def _row_errors(stored: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Relative error of each row, [n]."""
+    """Returns each row's relative error, [n]."""
     return np.linalg.norm(stored - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 

@@ -1,12 +1,14 @@
-"""Checking a store against itself: every byte, every index line, every row. One sentence a finding."""
+"""Checking a store against itself: every byte, every index line, every row.
+
+What is wrong is yielded as findings, one sentence each; a sound store has none.
+"""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from activation_store.format import (
     FINISH_REASONS,
@@ -23,15 +25,31 @@ from activation_store.reader import ActivationStore
 from activation_store.shard import GROUPS, Shard
 from activation_store.statistics import LayerStatistics, measure
 from activation_store.store_files import FileStatus
-from arc_puzzles.tasks import load_tasks
 
 # Stored norms and statistics are float32 sums taken in blocks; taken again in one order they agree to this.
 _NORM_TOLERANCE = 1e-4
 _FIELD_TYPES = dict(SequenceRecord.__annotations__)
 
 
-def verify_store(store: ActivationStore) -> Iterator[str]:
-    """Findings about checksums, sizes, index against shards, lengths, finiteness and duplicate keys."""
+Item = TypeVar("Item")
+
+
+class Progress(Protocol):
+    """Shows somebody how far a loop over items has come, as `tqdm` does; it yields the items as they are."""
+
+    def __call__(self, items: Collection[Item], name: str, unit: str) -> Iterable[Item]: ...
+
+
+def silently(items: Collection[Item], name: str, unit: str) -> Iterable[Item]:
+    """Yields the items and shows nothing: the `Progress` by default."""
+    return items
+
+
+def verify_store(store: ActivationStore, progress: Progress = silently) -> Iterator[str]:
+    """Yields findings about checksums, sizes, index against shards, lengths, finiteness and duplicate keys.
+
+    Every byte of the store is read. `progress` is called once a host with that host's shards.
+    """
     seen: set[str] = set()
     for host in store.files.hosts():
         lines: dict[str, list[SequenceRecord]] = {}
@@ -55,15 +73,14 @@ def verify_store(store: ActivationStore) -> Iterator[str]:
                 lines.setdefault(record.shard, []).append(record)
         lines.pop("", None)  # failed sequences: nothing is stored
         present = store.files.shards(host)
-        # A bar on a terminal only: every byte is read.
-        for shard, records in tqdm(lines.items(), host_name(host), unit="shard", disable=None, leave=False):
+        for shard, records in progress(lines.items(), host_name(host), "shard"):
             where = f"{host_name(host)}/{shard}"
             for problem in _shard_problems(store, where, records, present.get(shard)):
                 yield f"{where}: {problem}"
 
 
 def store_notes(store: ActivationStore) -> Iterator[str]:
-    """What is worth knowing and no damage: sequences that failed, shards that no index line names."""
+    """Yields what is worth knowing and no damage: sequences that failed, shards that no index line names."""
     named: set[str] = set()
     for record in store.index.records():
         if record.failed:
@@ -75,15 +92,23 @@ def store_notes(store: ActivationStore) -> Iterator[str]:
                 yield f"{host_name(host)}/{shard} is in no index: a crash left it, nothing reads it"
 
 
-def verify_coverage(store: ActivationStore, dataset: str | Path) -> Iterator[str]:
-    """Findings about puzzles of an ARC data set that the store has no, or too few, sequences of."""
-    expected = {(task.task_id, test) for task in load_tasks(dataset).tasks for test in range(len(task.test))}
+def verify_coverage(
+    store: ActivationStore, expected: Collection[tuple[str, int]], where: str
+) -> Iterator[str]:
+    """Yields findings about puzzles that the store has no, or too few, sequences of, or should not have.
+
+    Args:
+        store: each (task_id, test_index) in it should have as many sequences as the others.
+        expected: the (task_id, test_index) of each puzzle that the store should cover.
+        where: what these were taken from, for messages.
+    """
     found = Counter((record.task_id, record.test_index) for record in store.index.records())
     most = max(found.values(), default=0)
-    for task_id, test in sorted(expected | set(found)):
+    wanted = set(expected)
+    for task_id, test in sorted(wanted | set(found)):
         count = found[task_id, test]
-        if (task_id, test) not in expected:
-            yield f"task {task_id} test {test} is not in {dataset}"
+        if (task_id, test) not in wanted:
+            yield f"task {task_id} test {test} is not in {where}"
         elif count == 0:
             yield f"task {task_id} test {test} has no sequence"
         elif count < most:
@@ -141,7 +166,7 @@ def _shard_problems(
 
 
 def _tensor_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
-    """Tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
+    """Yields tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
     places = {name: shard.place(name) for name in shard.names()}
     rows = places["token_ids"].shape[0] if "token_ids" in places else 0
     layers, hidden = len(settings.hook_names), settings.hidden_size
@@ -172,7 +197,7 @@ def _tensor_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
 
 
 def _tiling_problems(shard: Shard, records: Sequence[SequenceRecord]) -> Iterator[str]:
-    """Every row and every prompt token belongs to exactly one sequence."""
+    """Yields rows and prompt tokens that do not belong to exactly one sequence."""
     for what, spans, total in (
         ("rows", [(r.row_start, r.n_rows) for r in records], shard.place("token_ids").shape[0]),
         (
@@ -235,7 +260,7 @@ def _sequence_problems(
 
 
 def _row_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
-    """Rows that are not finite, all zero, or not those that norms and statistics were taken from."""
+    """Yields rows that are not finite, all zero, or not those that norms and statistics were taken from."""
     generated = shard.column("is_generated").astype(bool)
     for place, hook in enumerate(settings.hook_names):
         rows = shard.layer(hook)

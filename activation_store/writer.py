@@ -204,7 +204,7 @@ def _index_lines(
     packed: PackedBatch,
     stored: StoredFile,
 ) -> bytes:
-    """Returns a batch's index lines: first failed sequences, which have no shard, then the shard's in order."""
+    """Returns a batch's index lines: first failed sequences, which have no shard, then the others."""
     lines = []
     for place in [*packed.failures, *packed.placements]:
         sequence, placement = batch[place], packed.placements.get(place)

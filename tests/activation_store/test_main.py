@@ -1,5 +1,6 @@
 """`python -m activation_store`: what it prints and how it exits."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -13,7 +14,6 @@ from activation_fakes import SETTINGS, batch
 import activation_store
 from activation_store import ActivationWriter
 from activation_store.__main__ import main
-from arc_runner.data import EXAMPLE_TASKS
 
 
 @pytest.fixture
@@ -50,10 +50,21 @@ def test_repair_drops_what_is_damaged(directory: Path, capsys: pytest.CaptureFix
     assert summary == "0 sequences, 0 findings"
 
 
-def test_coverage_is_checked_against_a_data_set(directory: Path, capsys: pytest.CaptureFixture[str]):
-    examples = EXAMPLE_TASKS
-    assert main(["verify", str(directory), "--dataset", str(examples)]) == 1
-    assert "has no sequence" in capsys.readouterr().out
+def test_coverage_is_checked_against_the_puzzles_of_a_data_set(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    grid = [[1, 2], [3, 4]]
+    pair = {"input": grid, "output": grid}
+    puzzle = {"train": [pair], "test": [pair]}
+    dataset = tmp_path / "tasks.json"
+    dataset.write_text(json.dumps({"a": {**puzzle, "test": [pair, pair]}, "missing": puzzle}))
+    assert main(["verify", str(directory), "--dataset", str(dataset)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "task a test 1 has no sequence",
+        f"task bb test 0 is not in {dataset}",
+        "task missing test 0 has no sequence",
+        "4 sequences, 3 findings",
+    ]
 
 
 def test_the_module_runs_as_a_command(directory: Path):
@@ -93,7 +104,7 @@ def test_an_error_is_one_sentence_and_exit_code_1(
 def test_ctrl_c_is_a_word_and_exit_code_130(
     directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("activation_store.__main__.verify_store", interrupt)

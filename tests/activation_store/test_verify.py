@@ -1,10 +1,9 @@
 """Every kind of damage is planted and found; what is sound has no finding."""
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from activation_store import (
 )
 from activation_store.verify import store_notes
 
+Item = TypeVar("Item")
 SHARD = "host-00000/shard-000000.safetensors"
 TASKS = ("a", "bb")
 
@@ -266,16 +266,29 @@ def test_failed_sequences_and_left_over_shards_are_notes_and_no_findings(tmp_pat
 
 
 def test_coverage_names_puzzles_without_sequences_or_with_too_few(tmp_path: Path):
-    grid = [[1, 2], [3, 4]]
-    task = {"train": [{"input": grid, "output": grid}], "test": [{"input": grid}]}
-    two_tests = {**task, "test": [{"input": grid}, {"input": grid}]}
-    dataset = tmp_path / "tasks.json"
-    dataset.write_text(json.dumps({"a": task, "bb": two_tests, "missing": task, "one": task}))
-    with ActivationWriter(tmp_path / "store", SETTINGS, provenance={}) as writer:
+    expected = [("a", 0), ("bb", 0), ("bb", 1), ("missing", 0), ("one", 0)]
+    with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
         writer.submit([*batch("a", "bb", "ccc"), sequence("one")])
-    assert list(verify_coverage(ActivationStore(tmp_path / "store"), dataset)) == [
+    assert list(verify_coverage(ActivationStore(tmp_path), expected, "tasks.json")) == [
         "task bb test 1 has no sequence",
-        f"task ccc test 0 is not in {dataset}",
+        "task ccc test 0 is not in tasks.json",
         "task missing test 0 has no sequence",
         "task one test 0 has 1 sequences, others have 2",
     ]
+
+
+def test_progress_is_told_of_every_shard_of_every_host(tmp_path: Path):
+    make(tmp_path)
+    with ActivationWriter(tmp_path, SETTINGS, host_index=3, provenance={}) as writer:
+        writer.submit(batch("dddd"))
+    told: list[tuple[str, str, int, int]] = []
+
+    def progress(items: Collection[Item], name: str, unit: str) -> Iterator[Item]:
+        done = 0
+        for item in items:
+            yield item
+            done += 1
+        told.append((name, unit, done, len(items)))
+
+    assert list(verify_store(ActivationStore(tmp_path), progress)) == []
+    assert told == [("host-00000", "shard", 2, 2), ("host-00003", "shard", 1, 1)]
