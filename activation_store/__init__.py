@@ -23,12 +23,14 @@ from activation_store.format import (
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowColumns, RowFilter, write_outcomes
 from activation_store.recovery import repair_store
-from activation_store.retry import Patience, at_once
+from activation_store.retry import RetryPolicy, at_once
 from activation_store.saelens_export import export_saelens
 from activation_store.shuffle import RowBatch, ShuffledBatches
 from activation_store.statistics import LayerStatistics
 from activation_store.verify import verify_coverage, verify_store
 from activation_store.writer import ActivationWriter, check_settings
+
+Patience = RetryPolicy  # its name in earlier versions
 
 __all__ = [
     "ActivationStore",
@@ -36,6 +38,7 @@ __all__ = [
     "FinishedSequence",
     "LayerStatistics",
     "Patience",
+    "RetryPolicy",
     "RowBatch",
     "RowColumns",
     "RowFilter",

@@ -1,18 +1,20 @@
 """Waiting for a store that is away for a moment, as when a file server restarts or a mount is lost.
 
-Only for a store that several processes share: a failing local disk is told at once. What is tried again has
-to be right after half of it was done, and must not make the store's directory: of a lost mount the empty
-mount point is left, and a new store in it would hide what there is.
+Only for a store that several processes share: a failing local disk is reported at once. Whatever is tried
+again must be right after half of it was done. It also must not make the store's directory: where a mount is
+lost its empty mount point is left, and a new store in it would hide the real one.
 """
 
 from __future__ import annotations
 
 import errno
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
+
+import tenacity
 
 from activation_store.format import StoreError, StoreWriteError
 
@@ -20,6 +22,7 @@ AWAY_SECONDS = 120.0
 _PAUSE_SECONDS = 0.5
 _QUIET_SECONDS = 30.0
 Result = TypeVar("Result")
+_logger = logging.getLogger(__name__)
 
 # What the system says of a directory that may be there again later. A full, read-only or forbidden one
 # (ENOSPC, EDQUOT, EFBIG, EROFS, EACCES, EPERM) is not: waiting would only put off what the user has to do.
@@ -48,64 +51,83 @@ _AWAY = frozenset(
 
 
 def at_once(action: Callable[[], Result]) -> Result:
-    """What ``action`` returns, without patience."""
+    """Returns what `action` returns and tries nothing again: the policy of a run that is alone."""
     return action()
 
 
-class Patience:
-    """Calls what works on the store in ``location``, and again while that is away, for ``AWAY_SECONDS``.
+class RetryPolicy:
+    """Calls an action on a store, and calls it again while the store is away, for AWAY_SECONDS at most.
 
-    The threads of a process share one. ``who`` names the process in messages; once ``should_stop`` says so,
-    nothing is tried again.
+    The threads of a process share one. A warning is logged when the waiting begins and every 30 seconds.
+
+    Args:
+        location: the store's directory or URL, for messages.
+        who: the process, for messages.
+        should_stop: asked after each failed try; once it says yes, nothing is tried again.
     """
 
     def __init__(
         self, location: str, who: str = "this process", should_stop: Callable[[], bool] = lambda: False
     ) -> None:
         self._location, self._who, self._should_stop = location, who, should_stop
-        self._given_up = False
+        self._given_up = threading.Event()
         self._lock = threading.Lock()
-        self._said = -_QUIET_SECONDS
+        self._warned = -_QUIET_SECONDS
 
     def __call__(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` returns.
+        """Returns what `action` returns.
 
         Raises:
-            StoreWriteError: the store stayed away, or the run is to end, or it cannot be used.
-            StoreError: of ``action``, about anything else.
+            StoreWriteError: the store stayed away, or the run is to end, or the store cannot be used.
+            StoreError: what `action` raised about anything else.
         """
-        started = time.monotonic()
-        while True:
-            try:
-                return action()
-            except (OSError, StoreError) as error:
-                cause = error if isinstance(error, OSError) else error.__cause__
-                away = _is_away(cause)
-                if isinstance(error, StoreError) and not away:
-                    raise
-                reason = (cause.strerror if isinstance(cause, OSError) else None) or cause
-                if not away or self._ends() or time.monotonic() - started >= AWAY_SECONDS:
-                    raise StoreWriteError(
-                        f"{self._who}: {self._location} cannot be {'reached' if away else 'used'} ({reason})"
-                    ) from cause
-                self._say(f"{self._who}: waiting for {self._location} ({reason})")
-                time.sleep(_PAUSE_SECONDS)
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(_says_away),
+            stop=self._is_over,
+            wait=tenacity.wait_fixed(_PAUSE_SECONDS),
+            sleep=tenacity.sleep_using_event(self._given_up),  # ends at once when the run gives up
+            before_sleep=self._warn,
+            reraise=True,
+        )
+        try:
+            return attempts(action)
+        except (OSError, StoreError) as error:
+            away = _says_away(error)
+            if isinstance(error, StoreError) and not away:
+                raise
+            raise StoreWriteError(
+                f"{self._who}: {self._location} cannot be {'reached' if away else 'used'} ({_reason(error)})"
+            ) from _cause(error)
 
     def give_up(self) -> None:
-        """From now on nothing is tried again: the run ends."""
-        self._given_up = True
+        """Ends every wait now, and lets nothing be tried again: the run ends."""
+        self._given_up.set()
 
-    def _ends(self) -> bool:
-        return self._given_up or self._should_stop()
+    def _is_over(self, attempt: tenacity.RetryCallState) -> bool:
+        waited = attempt.seconds_since_start or 0.0
+        return self._given_up.is_set() or self._should_stop() or waited >= AWAY_SECONDS
 
-    def _say(self, sentence: str) -> None:
+    def _warn(self, attempt: tenacity.RetryCallState) -> None:
+        assert attempt.outcome is not None
         with self._lock:
-            if time.monotonic() - self._said < _QUIET_SECONDS:
+            if time.monotonic() - self._warned < _QUIET_SECONDS:
                 return
-            self._said = time.monotonic()
-        print(sentence, file=sys.stderr, flush=True)
+            self._warned = time.monotonic()
+        reason = _reason(attempt.outcome.exception())
+        _logger.warning("%s: waiting for %s (%s)", self._who, self._location, reason)
 
 
-def _is_away(error: BaseException | None) -> bool:
+def _cause(error: BaseException | None) -> BaseException | None:
+    """Returns the system's error behind a StoreError, or the error itself."""
+    return error.__cause__ if isinstance(error, StoreError) else error
+
+
+def _reason(error: BaseException | None) -> str:
+    cause = _cause(error)
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause)
+
+
+def _says_away(error: BaseException) -> bool:
+    cause = _cause(error)
     # Object stores' libraries raise time-outs without a number.
-    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _AWAY)
+    return isinstance(cause, TimeoutError) or (isinstance(cause, OSError) and cause.errno in _AWAY)

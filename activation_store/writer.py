@@ -30,7 +30,7 @@ from activation_store.index import SequenceIndex
 from activation_store.packing import PackedBatch, pack_batch
 from activation_store.recovery import recover_host
 from activation_store.remote_files import open_files
-from activation_store.retry import Patience, at_once
+from activation_store.retry import RetryPolicy, at_once
 from activation_store.store_files import StoredFile, StoreFiles, writing
 
 BATCHES_IN_FLIGHT = 2
@@ -68,7 +68,7 @@ class ActivationWriter:
         *,
         host_index: int = 0,
         provenance: Mapping[str, Any],
-        patiently: Patience | None = None,
+        patiently: RetryPolicy | None = None,
     ) -> None:
         self._settings = settings
         self._host = host_index

@@ -1,15 +1,22 @@
-"""A store whose directory is away for a moment: waited for where it is shared, and nothing lost or twice."""
+"""A store whose directory is away for a moment is waited for where it is shared; nothing is lost or twice."""
 
 from __future__ import annotations
 
 import errno
+import functools
+import gc
+import itertools
+import logging
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import activation_fakes
+import numpy as np
 import pytest
 from activation_fakes import read_index, settings
 
@@ -17,7 +24,7 @@ from activation_store import (
     ActivationStore,
     ActivationWriter,
     FinishedSequence,
-    Patience,
+    RetryPolicy,
     StoreError,
     StoreWriteError,
     local_files,
@@ -35,7 +42,7 @@ def batch(task: str) -> list[FinishedSequence]:
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.005)
 
 
@@ -45,8 +52,10 @@ def place(tmp_path: Path) -> Path:
 
 
 def open_writer(place: Path, should_stop: Callable[[], bool] = lambda: False) -> ActivationWriter:
-    """Of one of several processes."""
-    return ActivationWriter(place, SETTINGS, provenance={}, patiently=Patience(str(place), WHO, should_stop))
+    """Opens the writer of one of several processes."""
+    return ActivationWriter(
+        place, SETTINGS, provenance={}, patiently=RetryPolicy(str(place), WHO, should_stop)
+    )
 
 
 def assert_whole(place: Path) -> None:
@@ -62,7 +71,9 @@ def content(place: Path) -> dict[str, str]:
     return {record.key: store.sequence_digest(record) for record in store.sequences()}
 
 
-def test_a_commit_waits_for_a_directory_that_comes_back(place: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_commit_waits_for_a_directory_that_comes_back_and_warns_once(
+    place: Path, caplog: pytest.LogCaptureFixture
+):
     gone = place.with_name("gone")
     with open_writer(place) as writer:
         place.rename(gone)
@@ -71,7 +82,26 @@ def test_a_commit_waits_for_a_directory_that_comes_back(place: Path, capfd: pyte
         threading.Timer(0.3, lambda: gone.rename(place)).start()
         writer.submit(batch(TASKS[2]))  # as the third one in flight it waits for the first
     assert_whole(place)
-    assert capfd.readouterr().err == f"{WHO}: waiting for {place} (No such file or directory)\n"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"{WHO}: waiting for {place} (No such file or directory)")
+    ]
+
+
+def test_the_warning_is_a_line_on_stderr_where_nobody_has_set_up_logging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    missing = tmp_path / "file"
+
+    tries = itertools.count()
+
+    def read() -> bytes:
+        if next(tries) == 1:
+            missing.write_bytes(b"there")
+        return missing.read_bytes()
+
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert RetryPolicy("the/store", WHO)(read) == b"there"
+    assert capfd.readouterr().err == f"{WHO}: waiting for the/store (No such file or directory)\n"
 
 
 def test_a_mount_point_without_its_mount_gets_no_new_store(place: Path):
@@ -149,7 +179,7 @@ def test_whichever_step_of_a_commit_fails_the_store_is_whole(done: bool, tmp_pat
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_full_or_read_only_directory_is_not_waited_for(
-    number: int, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    number: int, place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -159,16 +189,16 @@ def test_a_full_or_read_only_directory_is_not_waited_for(
     writer.submit(batch("a"))
     with pytest.raises(StoreWriteError, match=f"shard-000000.safetensors .*{os.strerror(number)}; what was"):
         writer.close()
-    assert capfd.readouterr().err == ""
+    assert caplog.records == []
 
 
-def test_a_run_that_is_alone_waits_for_nothing(place: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_run_that_is_alone_waits_for_nothing(place: Path, caplog: pytest.LogCaptureFixture):
     writer = ActivationWriter(place, SETTINGS, provenance={})
     place.rename(place.with_name("gone"))
     writer.submit(batch("a"))
     with pytest.raises(StoreWriteError, match="No such file or directory; what was committed before is safe"):
         writer.close()
-    assert capfd.readouterr().err == ""
+    assert caplog.records == []
 
 
 def test_a_directory_that_stays_away_ends_the_run_and_is_not_made(
@@ -191,6 +221,66 @@ def test_a_run_that_is_to_stop_waits_no_longer(place: Path):
     threading.Timer(0.1, stopping.set).start()
     with pytest.raises(StoreWriteError, match="cannot be reached"):
         writer.close()
+
+
+def test_giving_up_ends_a_wait_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 60.0)
+    policy = RetryPolicy("the/store", WHO)
+    giving_up = threading.Timer(0.1, policy.give_up)
+    giving_up.start()
+    started = time.monotonic()
+    with pytest.raises(StoreWriteError, match=rf"^{WHO}: the/store cannot be reached \(No such file"):
+        policy((tmp_path / "file").read_bytes)
+    assert time.monotonic() - started < 30
+    giving_up.join()
+
+
+def test_after_giving_up_each_action_is_tried_once(tmp_path: Path):
+    policy = RetryPolicy("the/store", WHO)
+    policy.give_up()
+    tries: list[int] = []
+
+    def fail() -> None:
+        tries.append(1)
+        (tmp_path / "file").read_bytes()
+
+    with pytest.raises(StoreWriteError, match="cannot be reached"):
+        policy(fail)
+    assert len(tries) == 1
+    assert policy(lambda: "done") == "done"
+
+
+@pytest.mark.parametrize("error", [StoreError("damaged"), KeyError("x"), KeyboardInterrupt(), MemoryError()])
+def test_an_error_that_is_not_about_reaching_the_store_passes_as_it_is(error: BaseException):
+    tries: list[int] = []
+
+    def fail() -> None:
+        tries.append(1)
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        RetryPolicy("the/store", WHO)(fail)
+    assert raised.value is error
+    assert len(tries) == 1
+
+
+def test_what_an_action_holds_is_let_go_of_when_it_is_done():
+    """A batch's arrays must not wait for the garbage collector."""
+    held = np.zeros(3)
+    gone = weakref.ref(held)
+    tries = itertools.count()
+
+    def action(array: np.ndarray) -> None:
+        if next(tries) == 0:
+            raise TimeoutError("later")
+
+    gc.disable()
+    try:
+        RetryPolicy("the/store", WHO)(functools.partial(action, held))
+        del held
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_lock_holds_while_the_directory_is_away_and_after(place: Path):
