@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,28 +180,3 @@ def _pairs(content: dict[str, Any], part: str) -> tuple[Pair, ...]:
         output = validate_grid(pair["output"], f"{where}.output") if "output" in pair else None
         result.append(Pair(validate_grid(pair["input"], f"{where}.input"), output))
     return tuple(result)
-
-
-def write_json_atomic(path: str | Path, obj: object) -> None:
-    """Writes `obj` as JSON; at any moment `path` holds either its old content or all of the new.
-
-    The file gets the mode that the umask gives any new file. Raises ValueError for what is not JSON (NaN),
-    OSError where it cannot be written; `path` is then unchanged.
-    """
-    path = Path(path)
-    text = json.dumps(obj, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename durable
-    finally:
-        os.close(folder)

@@ -12,8 +12,9 @@ import numpy as np
 
 from activation_store import ActivationWriter, FinishedSequence
 from arc_runner.cluster.work import Unit, Work, left
-from arc_runner.loaded_model import Clock, Generator
-from arc_runner.report import Progress, Report
+from arc_runner.loaded_model import LoadedModel
+from arc_runner.progress import Clock, Progress
+from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.workload import Keyed, sampling_id
 from qwen2_core.requests import bucket_length
@@ -37,7 +38,7 @@ SHARD_SECONDS = 60.0
 
 def make_continuously(
     sequences: Sequence[Keyed],
-    generator: Generator,
+    generator: LoadedModel,
     work: Work,
     writer: ActivationWriter,
     report: Report,
@@ -98,7 +99,7 @@ def make_continuously(
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 
 
-def _units(generator: Generator, sequences: Sequence[Keyed]) -> list[Unit]:
+def _units(generator: LoadedModel, sequences: Sequence[Keyed]) -> list[Unit]:
     """Items in the order in which they are made, in units of one task and one width."""
     options = generator.options
     items = order_items(
@@ -127,7 +128,7 @@ def _to_make(unit: Unit, writer: ActivationWriter) -> list[WorkItem]:
     return [item for item in unit.work if item.name.key not in writer.committed]
 
 
-def _stages(generator: Generator, items: Sequence[WorkItem]) -> list[Stage]:
+def _stages(generator: LoadedModel, items: Sequence[WorkItem]) -> list[Stage]:
     options = generator.options
     cache_dtype = None if options.kv_cache_dtype is None else np.dtype(options.kv_cache_dtype)
     budget = device_memory_budget(layout_of(generator.model.config, generator.params).devices)

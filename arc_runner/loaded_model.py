@@ -1,22 +1,20 @@
-"""Making a run's calls: weights, programs, and results handed over as finished sequences."""
+"""A run's loaded model: weights on the device, compiled calls, and their results on the host."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 from activation_store import FinishedSequence
-from arc_runner.options import RunOptions, UsageError
+from arc_runner.console import say
+from arc_runner.options import RunOptions
 from arc_runner.workload import Call, sampling_id
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from qwen2_core.kernels.cpu.library import unavailable_reason
@@ -26,28 +24,9 @@ from qwen2_jax import QwenModel, load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 
-def keep_programs(directory: str) -> None:
-    """From now on what XLA compiles is kept in ``directory``, and taken from there where it is already.
-
-    Raises:
-        UsageError: others may write there; a program that is found there is run.
-    """
-    path = Path(directory).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise UsageError(
-            f"--compilation_cache_dir: {path} may be written by other users, whose programs would be run; "
-            "name a directory that only you can write"
-        )
-    compilation_cache.reset_cache()  # JAX decides once whether there is one
-    compilation_cache.set_cache_dir(str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
 @dataclasses.dataclass(frozen=True)
-class Generator:
-    """A loaded model that makes a run's calls."""
+class LoadedModel:
+    """Holds a model with its weights on the device, and makes a run's calls."""
 
     options: RunOptions
     model: QwenModel
@@ -55,12 +34,12 @@ class Generator:
     eos_token_ids: tuple[int, ...]
 
     @classmethod
-    def load(cls, options: RunOptions, eos_token_ids: tuple[int, ...]) -> Generator:
-        """Reads the weights onto the device; returns when they are there."""
+    def load(cls, options: RunOptions, eos_token_ids: tuple[int, ...]) -> LoadedModel:
+        """Reads the weights onto the device, and returns when they are there."""
         mesh_shape = options.mesh_shape or (1, 1)
         config, params = load_qwen2(options.model_path, dtype=options.dtype, mesh_shape=mesh_shape)
         if config.dtype == np.dtype("bfloat16") and (reason := unavailable_reason()):
-            print(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}", flush=True)
+            say(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}")
         model = QwenModel(config)
         if options.extract_activations:
             model = create_model_with_hooks(config, options.layers_to_extract)
@@ -69,9 +48,9 @@ class Generator:
         return cls(options, model, jax.block_until_ready(params), eos_token_ids)
 
     def compile(self, calls: Sequence[Call]) -> int:
-        """Compiles every shape of ``calls``, side by side; how many there were."""
+        """Compiles every shape of ``calls``, side by side, and returns how many there were."""
         shapes = list(dict.fromkeys(self._shape(call) for call in calls))
-        print(f"compiling {len(shapes)} shapes", flush=True)
+        say(f"compiling {len(shapes)} shapes")
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(shapes), desc="compiling", unit="shape", disable=None, leave=False) as bar,
@@ -81,7 +60,7 @@ class Generator:
         return len(shapes)
 
     def generate(self, call: Call) -> Generation:
-        """One call, by the way that ``--generation`` names; returns when its tokens are there."""
+        """Makes one call in the way that ``--generation`` names, and returns when its tokens are there."""
         options = self.options
         input_ids = np.zeros((len(call.prompts), call.width), np.int32)
         for row, prompt in zip(input_ids, call.prompts, strict=True):
@@ -129,10 +108,11 @@ class Generator:
 def finished_sequences(
     call: Call, generation: Generation, capture: bool, wanted: np.ndarray
 ) -> list[FinishedSequence]:
-    """A call's results on the host, in rows that are valid: no padding, nothing after EOS.
+    """Copies a call's results to the host as finished sequences, without padding and what follows EOS.
 
-    The prompts' rows go with sample 0 alone; those of the other samples are the same. Sequences that are
-    not ``wanted`` (bool [B]) are left out.
+    Rows are [layers, positions, hidden_size] in the model's dtype if ``capture`` is set, else None. Those of
+    the prompt go with sample 0 alone, as all samples share them. Sequences that are not ``wanted`` (bool [B])
+    are left out.
     """
     tokens, logprobs = np.asarray(generation.token_ids), np.asarray(generation.logprobs)
     lengths, finished = np.asarray(generation.lengths), np.asarray(generation.finished)
@@ -158,17 +138,3 @@ def finished_sequences(
             )
         )
     return result
-
-
-@dataclasses.dataclass
-class Clock:
-    """Seconds of a phase, added up."""
-
-    seconds: float = 0.0
-
-    def __enter__(self) -> Clock:
-        self._started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started

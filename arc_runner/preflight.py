@@ -1,40 +1,44 @@
-"""What a run reads and where it writes, looked at before the weights are read: each flaw is one sentence."""
+"""Checks of places, devices and the model's config before the weights are read; each flaw is one sentence."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from arc_puzzles import encode_prompt
+from arc_runner.console import say
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
-from arc_runner.options import RunOptions, UsageError
+from arc_runner.errors import UsageError
+from arc_runner.options import RunOptions
 from arc_runner.report import report_path
-from qwen2_core.checkpoint_files import is_hub_id, resolve_file
+from qwen2_core.checkpoint_files import is_hub_id
 from qwen2_core.sharding import Layout, make_layout
-from qwen2_jax import CheckpointError, QwenConfig
+from qwen2_jax import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
-
-_PROBE = "Input 0123456789"
 
 
 def say_defaults(options: RunOptions) -> None:
+    """Says where the embedded example is used, and where the hub will be asked."""
     for name, path, what in (
         ("model_path", EXAMPLE_MODEL, "a tiny model with random weights"),
         ("dataset_path", EXAMPLE_TASKS, "six puzzles"),
     ):
         if getattr(options, name) == str(path):
-            print(f"no --{name} given: using the embedded example, {what}", flush=True)
+            say(f"no --{name} given: using the embedded example, {what}")
     if is_hub_id(options.model_path):
-        print(f"there is no directory {options.model_path}: asking the Hugging Face hub", flush=True)
+        say(f"there is no directory {options.model_path}: asking the Hugging Face hub")
 
 
 def check_places(options: RunOptions) -> None:
-    """What is written can be, and is no part of what is read."""
+    """Checks that the answers and the store can be written where they are to be, and replace no input.
+
+    Makes the directory of the answers. The store's own directory is left to its writer.
+
+    Raises:
+        UsageError: a place cannot be written, or belongs to the data set.
+    """
     output, store, dataset = (
         Path(path) for path in (options.output_filepath, options.activations_dir, options.dataset_path)
     )
@@ -61,18 +65,21 @@ def check_places(options: RunOptions) -> None:
 
 
 def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[tuple[int, int], str]:
-    """The mesh to generate on, by default each accelerator of this process by itself, and what it is called.
+    """Returns the mesh to generate on, (data, model), and its name for the report.
+
+    By default ``--generation continuous`` runs on every accelerator of this process, each with all the
+    weights; the other ways and the CPU use one device.
 
     Raises:
-        UsageError: there is no such mesh here, or the model cannot be split so.
+        UsageError: JAX finds no device, there are too few, or the model cannot be split like that.
     """
     try:
         devices = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # the second of JAX_PLATFORMS=cuda without its plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UsageError(f"jax finds no device for JAX_PLATFORMS={platforms!r} ({error})") from error
-    by_itself = options.generation == "continuous" and devices[0].platform != "cpu"
-    data, model = options.mesh_shape or (len(devices) if by_itself else 1, 1)
+    every_device = options.generation == "continuous" and devices[0].platform != "cpu"
+    data, model = options.mesh_shape or (len(devices) if every_device else 1, 1)
     try:
         layout = make_layout(config, (data, model))
     except ValueError as error:
@@ -80,13 +87,19 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[tuple[int, 
     kind = devices[0].device_kind
     if layout == Layout():
         if len(devices) > 1:
-            print(f"using one of {len(devices)} devices ({kind})", flush=True)
+            say(f"using one of {len(devices)} devices ({kind})")
         return (1, 1), kind
-    print(layout.describe(config), flush=True)
+    say(layout.describe(config))
     return (data, model), f"{data} x {model} {kind}"
 
 
 def load_config(options: RunOptions) -> QwenConfig:
+    """Reads the model's config, in the dtype that was asked for.
+
+    Raises:
+        CheckpointError: there is no such model, or it is not one that can be run.
+        UsageError: no prompt would fit beside the answer, or the model lacks a layer to extract.
+    """
     config = QwenConfig.from_hf(options.model_path)
     if options.dtype is not None:
         config = config.replace(dtype=options.dtype)
@@ -101,54 +114,3 @@ def load_config(options: RunOptions) -> QwenConfig:
         except ValueError as error:
             raise UsageError(f"--layers_to_extract: {error}") from error
     return config
-
-
-def load_tokenizer(model_path: str, vocab_size: int) -> Any:
-    """The checkpoint's tokenizer, tried out: of a missing vocabulary transformers makes an empty one."""
-    # It would warn that torch is missing, which is not needed, and of prompts beyond the tokenizer's limit,
-    # where the model's counts.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
-
-    resolve_file(model_path, "tokenizer_config.json")
-    directory = Path(model_path).expanduser()
-    try:
-        source = directory if directory.is_dir() else model_path
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        token_ids = encode_prompt(
-            tokenizer, [{"role": role, "content": _PROBE} for role in ("system", "user")]
-        )
-        if tokenizer.decode(token_ids.tolist()).count(_PROBE) != 2:
-            raise ValueError(f"it does not give back the text {_PROBE!r} (is its vocabulary there?)")
-        largest = max(tokenizer.get_vocab().values())
-    except Exception as error:  # many kinds, of transformers, tokenizers and the chat template
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"the tokenizer of {model_path} cannot be used: {reason}") from error
-    if largest >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer of {model_path} has token ids up to {largest}, the model a vocabulary of "
-            f"{vocab_size}: they do not belong together"
-        )
-    return tokenizer
-
-
-def eos_token_ids(model_path: str, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Where an answer ends: the checkpoint's own EOS ids, the tokenizer's, and the end of a chat turn."""
-    found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
-    for name in ("generation_config.json", "config.json"):
-        try:
-            path = resolve_file(model_path, name)
-        except CheckpointError:  # a checkpoint need not have the first
-            continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a JSON object ({error})") from error
-        found += value if isinstance(value, list) else [value]
-    given = [token for token in found if token is not None]
-    for token in given:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise CheckpointError(
-                f"eos_token_id {token!r} of {model_path} is none of its {vocab_size} tokens"
-            )
-    return tuple(sorted(set(given)))

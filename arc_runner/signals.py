@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the first one ends a run in good order, a second one ends the process at once."""
+"""Ctrl-C and SIGTERM: the first one ends a run in good order, a second one ends the process at once.
+
+Imports nothing that takes time: signals are handled from the first moment of the command on.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import signal
 import threading
 from collections.abc import Iterator
 
-EXIT_RESUMABLE = 75
+from arc_runner.errors import EXIT_RESUMABLE
+
 STOPPED = "stopped; nothing is lost, the same command continues"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def end_on_signals() -> None:
-    """From now on SIGINT and SIGTERM end the process at once, in a sentence.
+    """Makes SIGINT and SIGTERM end the process at once, in a sentence, from now on.
 
     For the command line, from its first moment on. Raising KeyboardInterrupt would not do: what is raised
     during an import or in a callback of the garbage collector ends in a traceback, if it ends anything.
@@ -29,17 +33,18 @@ def end_on_signals() -> None:
 
 
 class StopRequest:
-    """Whether a run was asked to stop."""
+    """Tells whether a run was asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal interrupts nothing; look at ``requested`` between two pieces of work.
+        """Within, the first signal interrupts nothing but sets ``requested``, to be looked at between two
+        pieces of work.
 
-        The next one does what it did before. In a thread of its own a run is left to its caller: Python
-        handles signals on the main thread only.
+        A second signal is handled as it was before. Outside the main thread, where Python handles no
+        signals, this does nothing: stopping is up to the caller.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

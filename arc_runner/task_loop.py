@@ -1,4 +1,4 @@
-"""``--generation task`` and ``python``: a run's sequences in calls, each stored while the next computes."""
+"""``--generation task`` and ``python``: sequences in calls, each stored while the next one computes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 
 from activation_store import ActivationWriter, SequenceId
 from arc_runner.cluster.work import Unit, Work
-from arc_runner.loaded_model import Clock, Generator, finished_sequences
-from arc_runner.report import Progress, Report
+from arc_runner.console import say
+from arc_runner.loaded_model import LoadedModel, finished_sequences
+from arc_runner.progress import Clock, Progress
+from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.workload import Call
 
@@ -19,19 +21,19 @@ from arc_runner.workload import Call
 def make_calls(
     calls: Sequence[Call],
     key_of: Callable[[SequenceId], str],
-    generator: Generator,
+    model: LoadedModel,
     work: Work,
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
 ) -> None:
-    """Makes those of the calls that ``work`` gives out."""
-    options, compiling, generating = generator.options, Clock(), Clock()
-    print(f"{len(calls)} calls to make", flush=True)
+    """Makes the calls that ``work`` hands out, and stores their sequences, until all are done or ``stop``."""
+    options, compiling, generating = model.options, Clock(), Clock()
+    say(f"{len(calls)} calls to make")
     units = [Unit(tuple(key_of(sequence) for sequence in call.sequences), call) for call in calls]
     if options.generation == "task":
         with compiling:
-            report.programs = generator.compile(calls)
+            report.programs = model.compile(calls)
     progress = Progress(sum(len(call.sequences) for call in calls))
     # Signals are handled on the main thread, and only between two Python instructions: it must not be the
     # one that sits in a call.
@@ -39,7 +41,7 @@ def make_calls(
         while not stop.requested:
             with generating:
                 for unit in work.take(units, 1):
-                    progress.update(*_make(unit, generator, device, writer, report))
+                    progress.update(*_make(unit, model, device, writer, report))
                     work.progress()
                     if stop.requested:
                         break
@@ -51,11 +53,11 @@ def make_calls(
 
 
 def _make(
-    unit: Unit, generator: Generator, device: ThreadPoolExecutor, writer: ActivationWriter, report: Report
+    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, report: Report
 ) -> tuple[int, int]:
-    """Makes a call and hands it to the writer; its sequences, and how many tokens are new."""
-    call, capture = unit.work, generator.options.extract_activations
-    generation = device.submit(generator.generate, call).result()
+    """Makes a call and hands it to the writer; returns how many sequences and new tokens it has."""
+    call, capture = unit.work, model.options.extract_activations
+    generation = device.submit(model.generate, call).result()
     new = np.array([key not in writer.committed for key in unit.keys])
     writer.submit(lambda: finished_sequences(call, generation, capture, new))
     tokens = int(np.asarray(generation.lengths)[new].sum())

@@ -1,4 +1,4 @@
-"""What a run will do, decided before any weight is read: tasks to prompts, prompts to compiled calls."""
+"""What a run will do, decided before the weights are read: tasks to prompts, prompts to compiled calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwen2_core.requests import bucket_length
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prompt of a task: a test input, seen through an augmentation."""
+    """Holds one prompt of a task: a test input, shown in one augmentation."""
 
     task_id: str
     test_index: int
@@ -33,11 +33,12 @@ class Prompt:
     token_ids: np.ndarray  # int32 [n]
 
     def sequence(self, sample_index: int) -> SequenceId:
+        """Returns the identity of one of the prompt's samples."""
         return SequenceId(self.task_id, self.test_index, sample_index, str(self.augmentation), self.token_ids)
 
 
 class Keyed(NamedTuple):
-    """A sequence of the run and its key in the store, which takes a while to compute."""
+    """Holds a sequence of the run with its key in the store, which takes a while to compute."""
 
     key: str
     id: SequenceId
@@ -45,7 +46,7 @@ class Keyed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One compiled call: prompts of one task, some samples of each."""
+    """Holds one compiled call: prompts of one task, padded to ``width`` tokens, and the samples of each."""
 
     prompts: tuple[Prompt, ...]
     samples: range
@@ -53,16 +54,16 @@ class Call:
 
     @property
     def sequences(self) -> list[SequenceId]:
-        """Row by row, samples of one prompt adjacent."""
+        """Returns the call's sequences in the order of its rows: samples of one prompt are adjacent."""
         return [prompt.sequence(sample) for prompt in self.prompts for sample in self.samples]
 
 
 def build_prompts(
     tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, context: int
 ) -> tuple[list[Prompt], list[TaskFailure]]:
-    """Every task's prompts, whole; a task with one that the model cannot read is a failure.
+    """Builds the prompts of every task; a task with a prompt that is too long is a failure as a whole.
 
-    ``context`` is the most tokens that the model reads, prompt and answer together.
+    ``context`` is the model's largest number of tokens, prompt and answer together.
     """
     encoder = create_grid_encoder(options.grid_encoder)
     variants = choose_augmentations(options.augmentations, options.random_seed)
@@ -87,7 +88,7 @@ def build_prompts(
 def plan_calls(
     prompts: Sequence[Prompt], options: RunOptions, is_done: Callable[[SequenceId], bool]
 ) -> list[Call]:
-    """The calls that are left to do, short prompts first.
+    """Plans the calls that are left to make, those of short prompts first.
 
     A call is a task's prompts, padded to the bucket of the longest, split so that at most ``batch_size``
     sequences run at once and prompts come in powers of two: few different shapes, so few programs, and
@@ -110,12 +111,13 @@ def plan_calls(
 
 
 def sampling_id(sequence: SequenceId) -> int:
-    """32 bits from what the sequence is, for its random keys: the same in whichever batch it runs."""
+    """Returns 32 bits that identify the sequence for its random keys, the same in whichever batch it runs."""
     name = f"{sequence.task_id}/{sequence.test_index}/{sequence.augmentation}/{sequence.sample_index}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
 def _problem(prompts: Sequence[Prompt], new_tokens: int, context: int) -> str | None:
+    """Returns why the prompts cannot be run, or None."""
     for prompt in prompts:
         if len(prompt.token_ids) + new_tokens > context:
             return (
@@ -126,12 +128,13 @@ def _problem(prompts: Sequence[Prompt], new_tokens: int, context: int) -> str | 
 
 
 def _ranges(total: int, most: int) -> Iterator[range]:
+    """Yields ranges of at most ``most`` that make up ``range(total)``."""
     for start in range(0, total, most):
         yield range(start, min(start + most, total))
 
 
 def _chunks(prompts: list[Prompt], most: int) -> Iterator[list[Prompt]]:
-    """The prompts in pieces of powers of two, none above ``most``, largest first."""
+    """Yields the prompts in pieces whose sizes are powers of two, at most ``most``, largest first."""
     size = 1 << (most.bit_length() - 1)
     start = 0
     while start < len(prompts):

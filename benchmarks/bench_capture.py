@@ -23,9 +23,10 @@ from pathlib import Path
 import jax
 
 from arc_runner.data import EXAMPLE_MODEL
+from arc_runner.errors import EXIT_DONE
 from arc_runner.options import RunOptions
 from benchmarks.machine import describe
-from distributed_kv_cached_inference import EXIT_DONE, run
+from distributed_kv_cached_inference import run
 
 ROOT = Path(__file__).parent.parent
 LEGS = (True, False)  # with capture, without

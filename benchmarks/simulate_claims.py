@@ -26,7 +26,7 @@ import numpy as np
 from arc_runner.cluster import claims as run_claims
 from arc_runner.cluster import work as run_work
 from arc_runner.cluster.claims import Claims
-from arc_runner.cluster.membership import Place
+from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.shared_files import SharedFiles
 from arc_runner.cluster.work import Shared, Unit
 from arc_runner.signals import StopRequest
@@ -94,9 +94,9 @@ def host(root: Path, index: int, options: argparse.Namespace) -> None:
     run_work.POLL_SECONDS /= options.scale
     units, seconds = plan(options.tasks, options.seed)
     made: Any = Made(root, index, options.hosts)
-    place = Place(index, options.hosts, claims=True)
+    process = ProcessInfo(index, options.hosts, claims=True)
     with CountedClaims(SharedFiles(str(root)), index) as claims:
-        work = Shared(made, claims, place, StopRequest())
+        work = Shared(made, claims, process, StopRequest())
         count, waiting = 0, 0.0
         while True:
             for unit in work.take(units, 1):

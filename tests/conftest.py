@@ -52,12 +52,12 @@ def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runner fails the test when it reads the weights."""
-    from arc_runner.loaded_model import Generator  # only where it is needed: it imports nearly everything
+    from arc_runner.loaded_model import LoadedModel  # only where it is needed: it imports nearly everything
 
     def load(*_: object) -> None:
         pytest.fail("the weights are read before the input is refused")
 
-    monkeypatch.setattr(Generator, "load", load)
+    monkeypatch.setattr(LoadedModel, "load", load)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from runner_cases import REPOSITORY
 
-from arc_runner.options import parse_options
+from arc_runner.command_line import parse_options
 
 DEPLOY = REPOSITORY / "deploy"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ import numpy as np
 import pytest
 from lively import rewrite_json
 from runner_cases import (
+    COMMAND,
     TINY,
     arguments,
     copy_small,
     digests,
+    environment,
     four,
     puzzle,
     report,
@@ -31,15 +32,13 @@ from runner_cases import (
     write_tasks,
 )
 
-import distributed_kv_cached_inference
 import generate_jitted
 from activation_store import verify_coverage, verify_store
-from arc_runner import continuous_loop as run_continuous
-from arc_runner.loaded_model import Generator
+from arc_runner import continuous_loop
+from arc_runner.loaded_model import LoadedModel
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
 DONE, RESUMABLE = 0, 75
-SCRIPT = distributed_kv_cached_inference.__file__
 FLOAT32_ERROR = 1e-4
 BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summation
 
@@ -206,7 +205,7 @@ def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
 ):
     run_four(tmp_path)
     before = digests(tmp_path), submission(tmp_path)
-    monkeypatch.setattr(Generator, "load", lambda *_: pytest.fail("there is nothing to load the model for"))
+    monkeypatch.setattr(LoadedModel, "load", lambda *_: pytest.fail("there is nothing to load the model for"))
     outcome = run_main(tmp_path)
     assert outcome.code == DONE
     assert "8 of them done already\n" in outcome.out
@@ -220,7 +219,7 @@ def test_what_has_waited_for_a_minute_is_committed(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert len(list((finished / "activations").glob("host-*/shard-*"))) == 1
-    monkeypatch.setattr(run_continuous, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(continuous_loop, "SHARD_SECONDS", 0.0)
     run_four(tmp_path)
     assert len(list((tmp_path / "activations").glob("host-*/shard-*"))) == 8
     assert digests(tmp_path) == digests(finished)
@@ -257,8 +256,8 @@ def test_sequences_that_are_computed_again_are_neither_stored_nor_counted_twice(
 def test_the_clock_of_generation_leaves_out_what_compiles_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    start = run_continuous.start_stage
-    monkeypatch.setattr(run_continuous, "start_stage", lambda *a, **k: (time.sleep(1), start(*a, **k))[1])
+    start = continuous_loop.start_stage
+    monkeypatch.setattr(continuous_loop, "start_stage", lambda *a, **k: (time.sleep(1), start(*a, **k))[1])
     started = time.perf_counter()
     assert run_main(four(tmp_path)).code == DONE
     wall = time.perf_counter() - started
@@ -271,15 +270,15 @@ def test_the_clock_of_generation_leaves_out_what_compiles_a_stage(
 def compiled_in_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each call of the model, how many shapes it compiled."""
     counts = []
-    generate = Generator.generate
+    generate = LoadedModel.generate
 
-    def counted(self: Generator, call: Any) -> Any:
+    def counted(self: LoadedModel, call: Any) -> Any:
         before = generate_jitted._compile.cache_info().misses
         generation = generate(self, call)
         counts.append(generate_jitted._compile.cache_info().misses - before)
         return generation
 
-    monkeypatch.setattr(Generator, "generate", counted)
+    monkeypatch.setattr(LoadedModel, "generate", counted)
     return counts
 
 
@@ -287,8 +286,8 @@ def compiled_in_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_everything_is_compiled_before_the_clock_of_generation_starts(
     flags: dict[str, Any], compiled_in_calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    compile_shapes = Generator.compile
-    monkeypatch.setattr(Generator, "compile", lambda *a: (time.sleep(1), compile_shapes(*a))[1])
+    compile_shapes = LoadedModel.compile
+    monkeypatch.setattr(LoadedModel, "compile", lambda *a: (time.sleep(1), compile_shapes(*a))[1])
     started = time.perf_counter()
     assert run_main(four(tmp_path), generation="task", **flags).code == DONE
     wall = time.perf_counter() - started
@@ -312,7 +311,7 @@ def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pyt
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "load", stop)
+    monkeypatch.setattr(LoadedModel, "load", stop)
     outcome = run_main(tmp_path, model_path=None, dataset_path=None, layers_to_extract=None)
     assert "no --model_path given: using the embedded example, a tiny model" in outcome.out
     assert "no --dataset_path given: using the embedded example, six puzzles" in outcome.out
@@ -321,8 +320,8 @@ def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pyt
 
 def test_the_command_line_itself(finished: Path):
     """A process as a user starts it: nothing but the report on its output, and an exit code."""
-    run = [sys.executable, SCRIPT, *arguments(finished)]
-    process = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    run = [*COMMAND, *arguments(finished)]
+    process = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100)
     assert (process.returncode, process.stderr) == (DONE, "")
     assert process.stdout.startswith(
         "4 tasks, 8 sequences (each test input in 2 augmentations x 1 samples), 8"
@@ -334,7 +333,9 @@ def test_whoever_reads_the_output_may_leave(finished: Path):
     """As in ``... | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)
-    run = [sys.executable, SCRIPT, *arguments(finished)]
-    process = subprocess.run(run, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100)
+    run = [*COMMAND, *arguments(finished)]
+    process = subprocess.run(
+        run, env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100
+    )
     os.close(writing)
     assert (process.returncode, process.stderr) == (RESUMABLE, "")

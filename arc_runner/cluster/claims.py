@@ -1,10 +1,10 @@
-"""Leases on pieces of work, so that several processes share it and a dead one's pieces are taken over.
+"""Leases on units of work: several processes share the work, and those of a dead process are taken over.
 
-A lease is a file that only one process can create. It names its owner and no time: the owner shows that it
-lives by one file of its own, written anew every few seconds, so that a lease costs nothing to keep. An owner
-whose sign of life is older than ``LEASE_SECONDS`` by the file system's own clock is dead, and so is one that
-has started anew. Its lease is taken over by creating the next generation of it, which again only one can;
-nothing is ever unlocked by removing what somebody else has made.
+A lease is a file that only one process can create. It names its owner but no time. Instead each process
+writes one heartbeat file anew every few seconds, so that keeping a lease costs nothing. A process whose
+heartbeat is older than ``LEASE_SECONDS`` by the file system's clock counts as dead, and so does one that has
+been started again. Its lease is taken over by creating the next generation of the lease, which again only one
+process can. No process ever removes a file of another one.
 
 Leases save work, they do not protect data: a process that was only slow finds its sequences committed by
 another one, and leaves them out.
@@ -29,26 +29,26 @@ _LIFE = "process-"
 
 
 class Owner(NamedTuple):
-    """One start of one process."""
+    """Identifies one start of one process."""
 
     process: int
-    token: str  # another one at every start
+    token: str  # a new one at every start
 
     def encode(self) -> bytes:
         return f"{self.process} {self.token}".encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Owner | None:
-        """None for a file that is not whole yet."""
+        """Returns the owner written in a file; None if the file is not whole yet."""
         index, _, token = data.decode().partition(" ")
         return cls(int(index), token) if token else None
 
 
 class Claims:
-    """This process's leases in a store; a context manager, which gives sign of life within."""
+    """Holds this process's leases in a store. Within its context it writes the heartbeat."""
 
     def __init__(self, files: SharedFiles, index: int) -> None:
-        """As the process ``index``, of which there is one."""
+        """Writes the first heartbeat of the process ``index``, of which there must be only one."""
         self.files = files
         self._ending = threading.Event()
         self._me = Owner(index, uuid.uuid4().hex)
@@ -64,7 +64,7 @@ class Claims:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives up what is still held: without a sign of life a lease is free."""
+        """Gives up what is still held: without a heartbeat a lease is free."""
         self._ending.set()
         self.files.patiently.give_up()
         self._thread.join()
@@ -72,25 +72,25 @@ class Claims:
             self.files.remove(_life_name(self._me.process))
 
     def progress(self) -> None:
-        """Says that this process gets on: without it for ``STALL_SECONDS`` it counts as dead."""
+        """Notes progress of the device; after ``STALL_SECONDS`` without any the heartbeat stops."""
         self._got_on = time.monotonic()
 
     def sees_others(self) -> bool:
-        """Whether another process has given a sign of life and has not ended in good order since."""
+        """Tells whether there is a heartbeat of another process, which has not ended in good order since."""
         mine = _life_name(self._me.process)
         return any(name.startswith(_LIFE) and name != mine for name in self.files.names())
 
     def acquire(self, name: str) -> bool:
-        """Claims ``name``, unless a process that lives holds it, this one included."""
+        """Claims ``name``; False if a live process holds it, this one included."""
         self.progress()
         if name in self._held:
             return False
         generation = 0
         while not self.files.create(lease := f"{name}.{generation}", self._me.encode()):
             found = self.files.read(lease)
-            if found is None:  # let go of in this moment
+            if found is None:  # it was released at this moment
                 continue
-            if Owner.decode(found[0]) == self._me:  # made, though the file system said otherwise
+            if Owner.decode(found[0]) == self._me:  # we made it, though the file system reported a failure
                 break
             if self._holder_lives(*found):
                 return False
@@ -99,12 +99,12 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Lets go of ``name``, which is done: whoever claims it from now on has to look whether it is."""
+        """Releases ``name``, which is done: a process that claims it later has to look whether it is."""
         self.files.remove(self._held[name])
         del self._held[name]
 
     def holder(self, name: str) -> str | None:
-        """The index of the process that holds ``name`` and lives, "?" until it is known; None: it is free."""
+        """Returns the index of the live process that holds ``name``, "?" if not known yet, or None."""
         self.progress()
         generation = 0
         while (found := self.files.read(f"{name}.{generation}")) is not None:
@@ -124,8 +124,11 @@ class Claims:
         return self._is_fresh(life[1]) and Owner.decode(life[0]) == owner
 
     def _is_fresh(self, written: float) -> bool:
-        """No clock of any machine counts: the file system dated our own sign of life, and it is as old as
-        we have waited since."""
+        """Tells whether a heartbeat written at ``written``, by the file system's clock, is young enough.
+
+        No machine's clock is compared with another: the file system has dated our own heartbeat, and its
+        clock has gone on since then as ours has.
+        """
         there, here = self._beaten
         return there + time.monotonic() - here - written < LEASE_SECONDS
 
@@ -139,7 +142,7 @@ class Claims:
                 continue
             try:
                 self._beat()
-            except StoreWriteError:  # whoever works meets it too, and says so
+            except StoreWriteError:  # the working thread meets the same error and reports it
                 continue
 
 

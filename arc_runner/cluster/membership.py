@@ -1,8 +1,8 @@
-"""Which of a run's processes this one is, found out before jax touches a device.
+"""Finds out which of a run's processes this one is, before JAX touches a device.
 
-jax's own runtime introduces the processes of a cluster to each other, so that each finds its devices, and is
-left again at once. Every process generates alone, and what the runtime does from then on would only cost
-work: it ends all processes when one dies, and lets none go before the slowest.
+JAX's distributed runtime introduces the processes of a cluster to each other, so that each finds its devices.
+The processes leave it at once: each generates alone, and the runtime would only do harm from then on. It ends
+all processes when one dies, and lets none go before the slowest.
 """
 
 from __future__ import annotations
@@ -14,41 +14,38 @@ import warnings
 from typing import Any
 
 import jax
-from jax._src import distributed
-from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks; it has no public name
+from jax._src import distributed  # to set back what initialize leaves behind; shutdown does not
+from jax._src.clusters import ClusterEnv  # the list that jax.distributed.initialize asks has no public name
 from jax.extend.backend import clear_backends
 
-from arc_runner.options import RunOptions, UsageError
+from arc_runner.errors import ClusterError, UsageError
+from arc_runner.options import RunOptions
 
 JOIN_SECONDS = 300.0  # machines of one cluster start minutes apart
 _BY_HAND = "give --coordinator_address, --num_processes and --process_id, or --num_shards and --shard_index"
 
 
-class ClusterError(RuntimeError):
-    """The processes of a run did not find each other; one sentence for the user."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """This process among those of a run; ``index`` is its host index in the store."""
+class ProcessInfo:
+    """Tells which of a run's processes this one is; ``index`` is also its host index in the store."""
 
     index: int = 0
     count: int = 1
-    claims: bool = False  # work is claimed as it is needed; else each process has a fixed share
+    claims: bool = False  # True: work is claimed as it is needed; False: each process has a fixed share
 
     def __str__(self) -> str:
         return f"{'process' if self.claims else 'shard'} {self.index} of {self.count}"
 
 
-def find_place(options: RunOptions) -> Place:
-    """The flags' word, else the environment's; joins the cluster where there is one.
+def find_process(options: RunOptions) -> ProcessInfo:
+    """Finds out which process this is, from the flags or else the environment, and joins its cluster if any.
 
     Raises:
         UsageError: the environment says that there are several processes, and not which one this is.
         ClusterError: the others did not come.
     """
     if options.num_shards is not None and options.shard_index is not None:
-        return Place(options.shard_index, options.num_shards)
+        return ProcessInfo(options.shard_index, options.num_shards)
     if options.coordinator_address is not None:
         # The address is bound as it was given: by itself jax listens on every network of the machine.
         who = f"process {options.process_id} of {options.num_processes} at {options.coordinator_address}"
@@ -61,11 +58,11 @@ def find_place(options: RunOptions) -> Place:
             cluster_detection_method="deactivate",
         )
     announced = _announced()
-    return Place() if announced is None else _join(announced)
+    return ProcessInfo() if announced is None else _join(announced)
 
 
 def _announced() -> str | None:
-    """What the environment calls this process, when it is one of several."""
+    """Returns what the environment calls this process if it is one of several, else None."""
     in_job = "JOB_COMPLETION_INDEX" in os.environ  # any other pod of Kubernetes is a machine of its own
     for kind in ClusterEnv._cluster_types:
         name = kind.__name__.removesuffix("Cluster")
@@ -73,7 +70,7 @@ def _announced() -> str | None:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a package is missing is said below
+                warnings.simplefilter("ignore")  # the error below says that a package is missing
                 if kind.is_env_present():
                     count = kind.get_process_count()
                     return f"process {kind.get_process_id()} of {count} ({name})" if count > 1 else None
@@ -92,33 +89,39 @@ def _announced() -> str | None:
     return None
 
 
-def _join(who: str, **arguments: Any) -> Place:
-    """Meets the other processes, finds the devices, and takes leave of the others.
+def _join(who: str, **arguments: Any) -> ProcessInfo:
+    """Joins the cluster, finds the devices, and leaves the cluster again.
 
-    On a thread of its own: signals are handled on the main thread, which must not sit in the runtime. Our
-    time limit is the shorter one, as the runtime ends the process by abort().
+    Done on another thread: Python handles signals on the main thread, which must not wait in the runtime.
+    Our time limit is shorter than the runtime's, which ends the process by abort().
+
+    Raises:
+        ClusterError: the others did not come in time, or the runtime cannot reach them.
     """
     errors: list[Exception] = []
-    places: list[Place] = []
+    found: list[ProcessInfo] = []
 
     def join() -> None:
         try:
-            # It would handle SIGTERM from now on.
+            # The service would handle SIGTERM from now on.
             jax.config.update("jax_enable_preemption_service", False)
-            patience = int(2 * JOIN_SECONDS) + 1
+            seconds = int(2 * JOIN_SECONDS) + 1
             jax.distributed.initialize(
                 **arguments,
-                initialization_timeout=patience,
-                heartbeat_timeout_seconds=patience,
-                shutdown_timeout_seconds=patience,
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=seconds,
+                shutdown_timeout_seconds=seconds,
             )
             jax.local_devices()
-            places.append(Place(jax.process_index(), jax.process_count(), claims=jax.process_count() > 1))
+            found.append(
+                ProcessInfo(jax.process_index(), jax.process_count(), claims=jax.process_count() > 1)
+            )
             jax.distributed.shutdown()
-            # Else only process 0 would keep what it compiles; each has its own, often on its own disk.
+            # JAX writes its compilation cache in process 0 only; each process has its own cache.
             distributed.global_state.process_id, distributed.global_state.num_processes = 0, 1
             if jax.default_backend() == "cpu":
-                # Its number among all devices would count for what is compiled, and none could be shared.
+                # A CPU device keeps its number in the cluster, which counts for the compilation cache: no
+                # program could be shared with a process that ran alone.
                 clear_backends()
         except Exception as error:
             errors.append(error)
@@ -131,4 +134,4 @@ def _join(who: str, **arguments: Any) -> Place:
     if errors:
         reason = " ".join(str(errors[0]).split())
         raise ClusterError(f"{who}: cannot join the others ({reason})") from errors[0]
-    return places[0]
+    return found[0]

@@ -1,4 +1,4 @@
-"""One submission and one report of what several processes have made: by whichever ends last."""
+"""One submission and one report for several processes, written by the process that ends last."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _FIGURES = re.compile(r"figures-(\d{5})\.json")
 
 
 def leave_figures(files: SharedFiles, index: int, report: Report, sequences: int) -> float:
-    """Writes down what this process has done, ``sequences`` made by it.
+    """Writes the figures of this process, which has made ``sequences``, where the others can read them.
 
-    Returns a time at which it was there for all to see, by the file system's clock.
+    Returns a time, by the file system's clock, at which they could be read.
     """
     figures = dataclasses.asdict(report) | {"process": index, "sequences_made": sequences}
     data = json.dumps(figures).encode()
     files.write(_figures_name(index), data)
-    # Again, for the time: a file's is that of its writing, and a moment passes until it is in its place.
+    # Again, for the time: a file has the time of its writing, which is a moment before it is in its place.
     return files.write(_figures_name(index), data)
 
 
 def forget_figures(files: SharedFiles, index: int) -> None:
-    """Those of an earlier run are not this run's."""
+    """Removes the figures that this process left in an earlier run."""
     files.remove(_figures_name(index))
 
 
 def gather_figures(files: SharedFiles, processes: int | None = None) -> list[dict[str, Any]]:
-    """What the processes have left, in their order: the first ``processes`` of them, or all."""
+    """Returns the figures that processes have left, in their order: of the first ``processes``, or of all."""
     found = []
     for name in files.names():
         match = _FIGURES.fullmatch(name)
@@ -46,7 +46,7 @@ def gather_figures(files: SharedFiles, processes: int | None = None) -> list[dic
 
 
 def merge_figures(report: Report, figures: Sequence[dict[str, Any]]) -> None:
-    """Puts the processes' figures in the place of one's own: amounts added up, times and memory the most."""
+    """Replaces the report's figures by those of all processes: sums of amounts, maxima of the others."""
     if not figures:
         return
     for name in ("tokens_generated", "bytes_stored", "slots", "slot_steps", "live_steps"):
@@ -60,10 +60,10 @@ def merge_figures(report: Report, figures: Sequence[dict[str, Any]]) -> None:
 
 
 def answer_once(claims: Claims, me: str, written: float, answer: Callable[[], None]) -> str:
-    """Calls ``answer`` unless another process has since ``written``, when this one left its figures.
+    """Calls ``answer`` unless another process has answered since ``written``, when our figures were left.
 
-    So whoever ends last answers, with the figures of all, and those that end together seldom do it twice.
-    Returns who has.
+    So the process that ends last answers, with the figures of all. Processes that end together may both
+    answer, which does no harm. Returns the name of the process that has answered.
     """
     while not claims.acquire(_ANSWERS):
         time.sleep(POLL_SECONDS)

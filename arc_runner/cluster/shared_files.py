@@ -1,7 +1,7 @@
-"""Small files that the processes of a run share: made once or written anew, dated by the file system.
+"""Small files that the processes of a run share, created once or written anew, and dated by the file system.
 
-Through fsspec, so that a directory and a URL are the same. Every operation is tried again while the store
-is away.
+They are accessed through fsspec, so that a directory and a URL work alike. Every operation is tried again
+while the store is away.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _FOLDER = "run"
 
 
 class SharedFiles:
-    """Files in a folder of the store in ``directory``, a path or URL, by name.
+    """Accesses files by name in a folder of the store in ``directory``, a path or URL.
 
     Raises:
-        StoreWriteError: by every method, what ``patiently`` raises.
+        StoreWriteError: every method, if the store stays away or cannot be used (see ``patiently``).
     """
 
     def __init__(self, directory: str, patiently: Patience | None = None) -> None:
@@ -32,17 +32,17 @@ class SharedFiles:
         self.patiently(self._make_folder)
 
     def _make_folder(self) -> None:
-        if self._is_local:  # in the store's own directory, which may be away and is not to be made
+        if self._is_local:  # not the store's own directory: it may be away, and must not be made then
             Path(self._folder).mkdir(exist_ok=True)
         else:
             self._filesystem.makedirs(self._folder, exist_ok=True)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes a file that is not there; False when it is, whoever else is just making it."""
+        """Creates a file; False if it exists, also if another process creates it at the same moment."""
 
         def create() -> bool:
             try:
-                if self._is_local:  # where fsspec looks first and creates then, and two may do so at once
+                if self._is_local:  # fsspec would look and then create, and two processes may do so at once
                     with Path(self._path(name)).open("xb") as file:
                         file.write(data)
                 else:
@@ -54,11 +54,11 @@ class SharedFiles:
         return self.patiently(create)
 
     def write(self, name: str, data: bytes) -> float:
-        """Puts ``data`` in a file's place, whole; when, in seconds by the file system's clock."""
+        """Replaces a file as a whole; returns its time in seconds by the file system's clock."""
 
         def write() -> float:
             path = self._path(name)
-            if self._is_local:  # where a reader would see the file empty while it is written
+            if self._is_local:  # else a reader would see the file empty while it is written
                 new = Path(f"{path}.{uuid.uuid4().hex}")
                 new.write_bytes(data)
                 new.replace(path)
@@ -69,11 +69,11 @@ class SharedFiles:
         return self.patiently(write)
 
     def read(self, name: str) -> tuple[bytes, float] | None:
-        """A file and when it was written; None when there is none. One that is just being made is empty."""
+        """Returns a file and its time, or None if there is none. A file that is being created is empty."""
 
         def read() -> tuple[bytes, float] | None:
             try:
-                # In this order: it is opening a file that makes NFS ask the server how old it is.
+                # In this order: opening a file makes NFS ask the server how old it is.
                 return self._filesystem.cat_file(self._path(name)), self._modified(name)
             except FileNotFoundError:
                 if not self._filesystem.exists(self._folder):
@@ -83,6 +83,8 @@ class SharedFiles:
         return self.patiently(read)
 
     def remove(self, name: str) -> None:
+        """Removes a file, if there is one."""
+
         def remove() -> None:
             try:
                 self._filesystem.rm_file(self._path(name))
@@ -93,6 +95,8 @@ class SharedFiles:
         self.patiently(remove)
 
     def names(self) -> list[str]:
+        """Returns the names of all files, sorted."""
+
         def names() -> list[str]:
             self._filesystem.invalidate_cache(self._folder)
             return sorted(path.rsplit("/", 1)[-1] for path in self._filesystem.ls(self._folder, detail=False))

@@ -1,4 +1,4 @@
-"""What a process is to do next: all that is left where it is alone, else what it can claim."""
+"""Hands out the units that this process is to make: all if it is alone, else those it claims."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from activation_store import ActivationWriter
 from arc_runner.cluster.claims import Claims
-from arc_runner.cluster.membership import Place
+from arc_runner.cluster.membership import ProcessInfo
+from arc_runner.console import say
 from arc_runner.signals import StopRequest
 
 POLL_SECONDS = 2.0
@@ -18,14 +19,14 @@ _QUIET_SECONDS = 30.0
 
 
 class Unit(NamedTuple):
-    """Sequences that one process makes: those of a task whose prompts are of one width, or one call's.
+    """Holds sequences that one process makes together: those of one task and one width, or of one call.
 
-    Small, so that little waits for a slow process at the end. Its name comes from its sequences alone, and
-    is the same for whoever makes the plan.
+    Units are small, so that little waits for a slow process at the end. The name follows from the sequences
+    alone, so that all processes know a unit by the same name.
     """
 
     keys: tuple[str, ...]
-    work: Any  # how the sequences are made, for whoever does it
+    work: Any  # what the loop needs to make the sequences
 
     @property
     def name(self) -> str:
@@ -33,31 +34,31 @@ class Unit(NamedTuple):
 
 
 class Work(Protocol):
-    """Hands out units."""
+    """Hands out units to the loops that make them."""
 
     def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
-        """Those of ``units`` that are this process's to make, drawn while the ones before are made.
+        """Yields those of ``units`` that this process is to make, while the ones before are being made.
 
-        ``sequences`` is how many it makes at once.
+        ``sequences`` is how many the process makes at once.
         """
         ...
 
     def wait(self, units: Sequence[Unit]) -> bool:
-        """After all of ``units`` were offered: True once there is more to take, False when that was all."""
+        """Waits, after all of ``units`` were offered; returns True if there is more to take, else False."""
         ...
 
     def progress(self) -> None:
-        """The device has done something."""
+        """Notes that the device has done something."""
         ...
 
 
 def left(units: Sequence[Unit], writer: ActivationWriter) -> list[Unit]:
-    """The units of which not every sequence is committed."""
+    """Returns the units that have a sequence which is not committed."""
     return [unit for unit in units if not all(key in writer.committed for key in unit.keys)]
 
 
 class Alone:
-    """Everything that is left is this process's."""
+    """Hands out everything that is left: this process is alone."""
 
     def __init__(self, writer: ActivationWriter) -> None:
         self._writer = writer
@@ -69,25 +70,27 @@ class Alone:
         return False
 
     def progress(self) -> None:
-        """Nobody waits for it."""
+        """Does nothing: no other process waits for this one."""
 
 
 class Shared:
-    """What nobody else has claimed: first this process's own share, then, from its end, that of the others.
+    """Hands out what it can claim: first this process's own share, then the others', from the last unit on.
 
-    Processes that count through the same units in different orders seldom meet.
+    So the processes go through the units in different orders, and seldom meet.
     """
 
-    def __init__(self, writer: ActivationWriter, claims: Claims, place: Place, stop: StopRequest) -> None:
-        self._writer, self._claims, self._place, self._stop = writer, claims, place, stop
+    def __init__(
+        self, writer: ActivationWriter, claims: Claims, process: ProcessInfo, stop: StopRequest
+    ) -> None:
+        self._writer, self._claims, self._process, self._stop = writer, claims, process, stop
         self._units: dict[str, Unit] = {}  # those held, by name
 
     def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
-        index, count = self._place.index, self._place.count
-        # What is claimed waits here while others may be idle: where little is left, no more than a fair part.
+        index, count = self._process.index, self._process.count
+        # What is claimed waits here while others may be idle: of the last units claim only a fair part.
         sequences = min(sequences, -(-sum(len(unit.keys) for unit in left(units, self._writer)) // count))
         own = units[index::count]
-        of_others = [unit for place, unit in enumerate(units) if place % count != index]
+        of_others = [unit for number, unit in enumerate(units) if number % count != index]
         claimed: list[Unit] = []
         for unit in itertools.chain(own, reversed(of_others)):
             if not left([unit], self._writer) or not self._claims.acquire(unit.name):
@@ -103,11 +106,11 @@ class Shared:
         while not self._stop.requested:
             self._writer.raise_pending()
             self._refresh()
-            self._let_go()
+            self._release_done()
             units = left(units, self._writer)
             if not units:
                 return False
-            # Those that are held here are on their way to the disk.
+            # Units held by this process are on their way to the disk.
             names = [unit.name for unit in units if unit.name not in self._units]
             holders = {self._claims.holder(name) for name in names}
             if None in holders:
@@ -115,7 +118,7 @@ class Shared:
             if time.monotonic() - said >= _QUIET_SECONDS:
                 said = time.monotonic()
                 others = ", ".join(sorted(map(str, holders)))
-                print(f"{self._place}: {len(units)} units left, waiting for process {others}", flush=True)
+                say(f"{self._process}: {len(units)} units left, waiting for process {others}")
             time.sleep(POLL_SECONDS)
         return False
 
@@ -123,20 +126,20 @@ class Shared:
         self._claims.progress()
 
     def _not_done(self, claimed: list[Unit]) -> Iterator[Unit]:
-        """Of units just claimed those that nobody has made: their last owner committed before it let go."""
+        """Yields those of the units just claimed that no process has made before; releases the others."""
         if not claimed:
             return
-        self._refresh()
+        self._refresh()  # their last owner committed before it released them
         self._units |= {unit.name: unit for unit in claimed}
-        self._let_go()
+        self._release_done()
         yield from (unit for unit in claimed if unit.name in self._units)
 
     def _refresh(self) -> None:
-        """Learns what the others have committed."""
+        """Reads what the others have committed."""
         self._claims.files.patiently(self._writer.refresh)
 
-    def _let_go(self) -> None:
-        """Of what is committed."""
+    def _release_done(self) -> None:
+        """Releases the units held that are committed."""
         for unit in list(self._units.values()):
             if not left([unit], self._writer):
                 self._claims.release(unit.name)

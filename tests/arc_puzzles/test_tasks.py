@@ -1,19 +1,16 @@
 """ARC tasks: which data sets load, which errors fail one task and which the whole data set, atomic files."""
 
 import json
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 from puzzle_cases import GOOD, GOOD_TASK, write
 
-from arc_puzzles import tasks
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
 from arc_puzzles.grids import ArcFormatError
-from arc_puzzles.tasks import ArcTask, Pair, TaskFailure, load_tasks, write_json_atomic
+from arc_puzzles.tasks import ArcTask, Pair, TaskFailure, load_tasks
 
 # --- Loading ------------------------------------------------------------------------------------------------
 
@@ -178,43 +175,3 @@ def test_augmenting_a_task_augments_every_grid_and_the_inverse_restores_it():
     )
     for augmentation in choose_augmentations(20, seed=1):
         assert GOOD_TASK.augmented(augmentation).augmented(augmentation.inverse()) == GOOD_TASK
-
-
-# --- Writing ------------------------------------------------------------------------------------------------
-
-
-def test_json_is_written_with_the_umasks_mode_and_replaces_what_was_there(tmp_path: Path):
-    path = tmp_path / "submission.json"
-    write_json_atomic(path, {"b": [], "a": [[1, 2]]})
-    assert path.read_text() == '{"b": [], "a": [[1, 2]]}\n'
-    write_json_atomic(str(path), {})
-    assert path.read_text() == "{}\n"
-    plain = tmp_path / "plain"
-    plain.touch()
-    assert path.stat().st_mode == plain.stat().st_mode
-    assert {file.name for file in tmp_path.iterdir()} == {"submission.json", "plain"}
-
-
-def test_the_umask_is_honoured(tmp_path: Path):
-    old = os.umask(0o027)
-    try:
-        write_json_atomic(tmp_path / "x.json", 1)
-    finally:
-        os.umask(old)
-    assert stat.S_IMODE((tmp_path / "x.json").stat().st_mode) == 0o640
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch):
-    path = tmp_path / "x.json"
-    write_json_atomic(path, "old")
-
-    def no_space(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tasks.os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        write_json_atomic(path, "new")
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json_atomic(path, float("nan"))
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
-    assert path.read_text() == '"old"\n'

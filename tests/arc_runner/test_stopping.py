@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from runner_cases import (
-    REPOSITORY,
+    PYTHON,
     arguments,
     digests,
+    environment,
     four,
     report,
     run_main,
@@ -27,13 +26,11 @@ from runner_cases import (
     submission,
 )
 
-import distributed_kv_cached_inference
 from activation_store import verify_store
-from arc_runner.loaded_model import Generator
+from arc_runner.loaded_model import LoadedModel
 
 DONE, RESUMABLE = 0, 75
 STOPPED = "stopped; nothing is lost, the same command continues\n"
-SCRIPT = distributed_kv_cached_inference.__file__
 
 
 class Uninterrupted(NamedTuple):
@@ -123,9 +120,8 @@ def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
     """Exit code and errors of a Python whose import of jax takes for ever, and is met by Ctrl-C."""
     (tmp_path / "jax.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(100)\n")
     process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [*PYTHON, *command],
+        env=environment(tmp_path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -137,12 +133,24 @@ def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
         return process.wait(timeout=20), process.communicate()[1]
 
 
-def test_ctrl_c_while_the_modules_are_imported_is_a_sentence(tmp_path: Path):
-    code, err = interrupt_while_importing(tmp_path, "distributed_kv_cached_inference.py")
-    assert (code, err) == (RESUMABLE, STOPPED)
+# As the script does that pip makes for the entry point.
+INSTALLED_SCRIPT = """
+import sys
+sys.argv[0] = "/usr/bin/qwen2-arc-run"
+from distributed_kv_cached_inference import main
+"""
 
 
-def test_as_a_library_the_runner_leaves_ctrl_c_alone(tmp_path: Path):
+@pytest.mark.parametrize(
+    "command",
+    [("-m", "distributed_kv_cached_inference"), ("-c", INSTALLED_SCRIPT)],
+    ids=["module", "script"],
+)
+def test_ctrl_c_while_the_command_imports_its_modules_is_a_sentence(command: tuple[str, ...], tmp_path: Path):
+    assert interrupt_while_importing(tmp_path, *command) == (RESUMABLE, STOPPED)
+
+
+def test_a_program_that_imports_the_runner_keeps_its_own_ctrl_c(tmp_path: Path):
     code, err = interrupt_while_importing(tmp_path, "-c", "import distributed_kv_cached_inference")
     assert code == -signal.SIGINT
     assert err.endswith("KeyboardInterrupt\n")
@@ -154,10 +162,10 @@ import gc, importlib, runpy, signal, sys
 def interrupt(*_, **__):
     gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT))
     gc.collect()
-script, module, name = sys.argv[1:4]
+module, name = sys.argv[1:3]
 setattr(importlib.import_module(module), name, interrupt)
-del sys.argv[1:4]
-runpy.run_path(script, run_name="__main__")
+del sys.argv[1:3]
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
 
@@ -165,7 +173,7 @@ runpy.run_path(script, run_name="__main__")
     ("module", "name"), [("arc_puzzles.tasks", "load_tasks"), ("arc_runner.continuous_loop", "start_stage")]
 )
 def test_ctrl_c_before_the_first_call_ends_at_once(module: str, name: str, tmp_path: Path):
-    process = start_python(IN_A_CALLBACK, SCRIPT, module, name, *arguments(four(tmp_path)))
+    process = start_python(IN_A_CALLBACK, module, name, *arguments(four(tmp_path)))
     _, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (RESUMABLE, STOPPED)
 
@@ -174,6 +182,6 @@ def test_in_a_notebook_an_interrupt_is_an_exit_code(tmp_path: Path, monkeypatch:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "load", interrupt)
+    monkeypatch.setattr(LoadedModel, "load", interrupt)
     outcome = run_main(four(tmp_path))
     assert (outcome.code, outcome.err) == (RESUMABLE, STOPPED)

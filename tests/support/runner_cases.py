@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from lively import rewrite_json, rewrite_safetensors, row_errors
 
+import distributed_kv_cached_inference
 from activation_store import ActivationStore
 from arc_runner.data import EXAMPLE_MODEL
 from distributed_kv_cached_inference import main
@@ -26,8 +27,12 @@ from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 REPOSITORY = Path(__file__).parents[2]
+MODULES = Path(distributed_kv_cached_inference.__file__).parent  # of the checkout, or of an installed copy
+PYTHON = [sys.executable, "-P"]  # without the modules of the current directory
+COMMAND = [*PYTHON, "-m", "distributed_kv_cached_inference"]
 TINY = EXAMPLE_MODEL
 LAYERS = 2
+ERROR = "distributed_kv_cached_inference.py: error: "
 _SCRATCH = tempfile.TemporaryDirectory()
 
 
@@ -122,7 +127,7 @@ def run_four(folder: Path) -> Path:
 def assert_refused(outcome: Outcome, sentence: str) -> None:
     """Bad usage, told in one line."""
     assert outcome.code == 2
-    assert outcome.err.startswith("error: ")
+    assert outcome.err.startswith(ERROR)
     assert outcome.err.count("\n") == 1
     assert sentence in outcome.err, outcome.err
 
@@ -139,9 +144,9 @@ def run_python(script: str, *words: str) -> str:
 _RUNNER = """
 import os, runpy, signal, sys, time
 import jax
-from qwen2_engine import continuous_batching as continuous
-from arc_runner import loaded_model as run_generation
-script, settings, number, something = sys.argv[1:5]
+from qwen2_engine import continuous_batching
+from arc_runner import loaded_model
+settings, number, something = sys.argv[1:4]
 exec(settings)
 calls = []
 def slow(owner, name):
@@ -153,10 +158,10 @@ def slow(owner, name):
             exec(something)
         return original(*args)
     setattr(owner, name, slowed)
-slow(run_generation.Generator, "generate")
-slow(continuous._Driver, "_dispatch")
-del sys.argv[1:5]
-runpy.run_path(script, run_name="__main__")
+slow(loaded_model.LoadedModel, "generate")
+slow(continuous_batching._Driver, "_dispatch")
+del sys.argv[1:4]
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
 
@@ -165,14 +170,19 @@ def start_runner(call: int, something: str, *words: str, settings: str) -> subpr
 
     ``something`` is executed as call or window number ``call`` begins, counted from 1.
     """
-    script = str(REPOSITORY / "distributed_kv_cached_inference.py")
-    return start_python(_RUNNER, script, settings, str(call), something, *words)
+    return start_python(_RUNNER, settings, str(call), something, *words)
+
+
+def environment(*folders: str | Path) -> dict[str, str]:
+    """The environment of a process that imports from ``folders``, then the modules that are tested here."""
+    paths = [*folders, MODULES, Path(__file__).parent]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
 def start_python(script: str, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", script, *words],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent)])},
+        [*PYTHON, "-c", script, *words],
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

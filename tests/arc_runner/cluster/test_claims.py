@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from activation_store import Patience, StoreWriteError
-from activation_store import retry as activation_patience
-from arc_runner.cluster import claims as run_claims
+from activation_store import Patience, StoreWriteError, retry
+from arc_runner.cluster import claims
 from arc_runner.cluster.claims import LEASE_SECONDS, Claims
 from arc_runner.cluster.shared_files import SharedFiles
 
 
-def claims(directory: Path | str, index: int) -> Claims:
+def member(directory: Path | str, index: int) -> Claims:
     """Of a process that has given one sign of life."""
     return Claims(SharedFiles(str(directory), Patience(str(directory), f"process {index} of 2")), index)
 
@@ -30,9 +29,9 @@ def age(directory: Path, index: int, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("where", ["directory", "url"])
-def test_what_one_has_claimed_no_other_can(where: str, tmp_path: Path):
+def test_what_one_process_has_claimed_no_other_can_claim(where: str, tmp_path: Path):
     directory = tmp_path if where == "directory" else f"memory:/{tmp_path}"
-    first, second = claims(directory, 0), claims(directory, 1)
+    first, second = member(directory, 0), member(directory, 1)
     assert first.acquire("a")
     assert not second.acquire("a")
     assert not first.acquire("a")  # it has it
@@ -44,7 +43,7 @@ def test_what_one_has_claimed_no_other_can(where: str, tmp_path: Path):
 
 
 def test_a_dead_owners_lease_is_taken_over_once_it_has_expired(tmp_path: Path):
-    dead, heir, late = (claims(tmp_path, index) for index in range(3))
+    dead, heir, late = (member(tmp_path, index) for index in range(3))
     assert dead.acquire("a")
     age(tmp_path, 0, LEASE_SECONDS - 5)
     assert not heir.acquire("a")
@@ -57,16 +56,16 @@ def test_a_dead_owners_lease_is_taken_over_once_it_has_expired(tmp_path: Path):
     assert late.acquire("a")
 
 
-def test_a_process_that_starts_again_does_not_wait_for_itself(tmp_path: Path):
-    assert claims(tmp_path, 0).acquire("a")
-    assert claims(tmp_path, 0).acquire("a")
+def test_a_process_that_starts_again_claims_its_old_leases_at_once(tmp_path: Path):
+    assert member(tmp_path, 0).acquire("a")
+    assert member(tmp_path, 0).acquire("a")
 
 
-def test_a_process_that_ends_leaves_what_it_had_to_the_others(tmp_path: Path):
-    with claims(tmp_path, 0) as first:
+def test_a_process_that_ends_frees_its_leases(tmp_path: Path):
+    with member(tmp_path, 0) as first:
         assert first.acquire("a")
-        assert not claims(tmp_path, 1).acquire("a")
-    assert claims(tmp_path, 1).acquire("a")
+        assert not member(tmp_path, 1).acquire("a")
+    assert member(tmp_path, 1).acquire("a")
 
 
 def test_a_file_that_is_written_anew_is_never_seen_half_made(tmp_path: Path):
@@ -87,10 +86,10 @@ def test_a_file_that_is_written_anew_is_never_seen_half_made(tmp_path: Path):
     assert files.names() == ["figures"]
 
 
-def test_of_many_heirs_one_gets_the_lease(tmp_path: Path):
-    assert claims(tmp_path, 0).acquire("a")
+def test_of_many_processes_that_take_over_a_lease_one_gets_it(tmp_path: Path):
+    assert member(tmp_path, 0).acquire("a")
     age(tmp_path, 0, LEASE_SECONDS + 1)
-    heirs = [claims(tmp_path, index) for index in range(1, 9)]
+    heirs = [member(tmp_path, index) for index in range(1, 9)]
     start = threading.Barrier(len(heirs))
     with ThreadPoolExecutor(len(heirs)) as pool:
         got = list(pool.map(lambda heir: (start.wait(), heir.acquire("a"))[1], heirs))
@@ -98,32 +97,34 @@ def test_of_many_heirs_one_gets_the_lease(tmp_path: Path):
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 86400.0])
-def test_the_clock_of_a_machine_does_not_count(skew: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    owner = claims(tmp_path, 0)
+def test_a_machine_whose_clock_is_wrong_neither_takes_nor_loses_leases(
+    skew: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    owner = member(tmp_path, 0)
     assert owner.acquire("a")
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + skew)
-    other = claims(tmp_path, 1)
+    other = member(tmp_path, 1)
     assert not other.acquire("a")
     age(tmp_path, 0, LEASE_SECONDS + 1)
     assert other.acquire("a")
 
 
 @pytest.mark.parametrize("skew", [-86400.0, 86400.0])
-def test_nor_does_it_if_the_file_system_has_another_one(
+def test_a_file_system_clock_that_differs_from_the_machines_does_no_harm(
     skew: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     modified = SharedFiles._modified
     monkeypatch.setattr(SharedFiles, "_modified", lambda self, name: modified(self, name) + skew)
-    owner, other = claims(tmp_path, 0), claims(tmp_path, 1)
+    owner, other = member(tmp_path, 0), member(tmp_path, 1)
     assert owner.acquire("a")
     assert not other.acquire("a")
     age(tmp_path, 0, LEASE_SECONDS + 1)
     assert other.acquire("a")
 
 
-def test_a_lease_that_is_just_being_made_counts_until_it_is_old(tmp_path: Path):
-    other = claims(tmp_path, 1)
+def test_a_lease_file_that_is_still_empty_counts_until_it_is_old(tmp_path: Path):
+    other = member(tmp_path, 1)
     half = tmp_path / "run" / "a.0"
     half.touch()
     assert not other.acquire("a")
@@ -133,23 +134,23 @@ def test_a_lease_that_is_just_being_made_counts_until_it_is_old(tmp_path: Path):
     assert other.acquire("a")
 
 
-def test_a_process_at_work_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_claims, "HEARTBEAT_SECONDS", 0.02)
+def test_a_process_at_work_keeps_its_heartbeat_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.02)
     life = tmp_path / "run" / "process-00000"
-    with claims(tmp_path, 0) as first:
+    with member(tmp_path, 0) as first:
         assert first.acquire("a")
         age(tmp_path, 0, LEASE_SECONDS + 1)
         deadline = time.monotonic() + 10
-        while claims(tmp_path, 1).holder("a") != "0":
+        while member(tmp_path, 1).holder("a") != "0":
             assert time.monotonic() < deadline
     assert not life.exists()
 
 
-def test_one_that_does_not_get_on_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_claims, "HEARTBEAT_SECONDS", 0.01)
-    monkeypatch.setattr(run_claims, "STALL_SECONDS", 0.1)
-    other = claims(tmp_path, 1)
-    with claims(tmp_path, 0) as stuck:
+def test_a_process_whose_device_hangs_counts_as_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(claims, "STALL_SECONDS", 0.1)
+    other = member(tmp_path, 1)
+    with member(tmp_path, 0) as stuck:
         assert stuck.acquire("a")
         time.sleep(0.3)
         age(tmp_path, 0, LEASE_SECONDS + 1)
@@ -172,8 +173,8 @@ def away(tmp_path: Path) -> Path:
 def test_a_directory_that_is_away_for_a_moment_is_waited_for(
     what: str, away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(activation_patience, "_PAUSE_SECONDS", 0.05)
-    first, other = claims(away, 0), claims(away, 1)
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.05)
+    first, other = member(away, 0), member(away, 1)
     assert other.acquire("b")
     age(away, 1, LEASE_SECONDS + 1)
     away.rename(tmp_path / "gone")
@@ -191,18 +192,18 @@ def test_a_directory_that_is_away_for_a_moment_is_waited_for(
     back.join()
 
 
-def test_one_that_stays_away_is_a_sentence_that_names_the_process(
+def test_a_directory_that_stays_away_is_an_error_that_names_the_process(
     away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(activation_patience, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(activation_patience, "AWAY_SECONDS", 0.05)
-    first = claims(away, 0)
+    monkeypatch.setattr(retry, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(retry, "AWAY_SECONDS", 0.05)
+    first = member(away, 0)
     away.rename(tmp_path / "gone")
     with pytest.raises(StoreWriteError, match=r"^process 0 of 2: .*/store cannot be reached \(No such"):
         first.acquire("a")
 
 
-def test_a_run_that_is_to_stop_waits_for_no_directory(away: Path, tmp_path: Path):
+def test_a_run_that_is_to_stop_does_not_wait_for_the_directory(away: Path, tmp_path: Path):
     files = SharedFiles(str(away), Patience(str(away), should_stop=lambda: True))
     away.rename(tmp_path / "gone")
     with pytest.raises(StoreWriteError):

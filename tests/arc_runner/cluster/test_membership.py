@@ -1,4 +1,4 @@
-"""Which of several processes this one is: by flags, by the environment, and never on a plain machine."""
+"""Finding out which of several processes this one is: from the flags, or from the environment."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import pytest
-from runner_cases import arguments, assert_refused, four, run_main, start_python
+from runner_cases import ERROR, arguments, assert_refused, four, run_main, start_python
 
-import distributed_kv_cached_inference
-from arc_runner.cluster import membership as run_processes
-from arc_runner.cluster.membership import Place, find_place
-from arc_runner.options import RunOptions, UsageError
+from arc_runner.cluster import membership
+from arc_runner.cluster.membership import ProcessInfo, find_process
+from arc_runner.errors import UsageError
+from arc_runner.options import RunOptions
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -26,9 +26,9 @@ SLURM = {
 
 @pytest.fixture
 def joined(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the clusters are joined with."""
+    """The arguments with which clusters are joined."""
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(run_processes, "_join", lambda who, **given: calls.append({"who": who} | given))
+    monkeypatch.setattr(membership, "_join", lambda who, **given: calls.append({"who": who} | given))
     return calls
 
 
@@ -37,40 +37,42 @@ def announce(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_a_plain_machine_is_alone_and_joins_nothing(joined: list[Any]):
-    assert find_place(RunOptions()) == Place(0, 1, claims=False)
+def test_on_a_machine_without_a_cluster_the_process_is_alone_and_joins_nothing(joined: list[Any]):
+    assert find_process(RunOptions()) == ProcessInfo(0, 1, claims=False)
     assert joined == []
     assert not jax.distributed.is_initialized()
 
 
 def test_slurm_says_which_process_this_is(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
     announce(monkeypatch, **SLURM)
-    find_place(RunOptions())
+    find_process(RunOptions())
     assert joined == [{"who": "process 1 of 2 (Slurm)"}]
 
 
-def test_a_job_of_one_process_is_a_plain_machine(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_slurm_job_of_one_process_joins_nothing(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
     announce(monkeypatch, **SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
-    assert find_place(RunOptions()) == Place()
+    assert find_process(RunOptions()) == ProcessInfo()
     assert joined == []
 
 
-def test_shards_know_no_others_even_in_a_cluster(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_shard_joins_nothing_even_in_a_cluster(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
     announce(monkeypatch, **SLURM)
-    assert find_place(RunOptions(num_shards=3, shard_index=2)) == Place(2, 3, claims=False)
+    assert find_process(RunOptions(num_shards=3, shard_index=2)) == ProcessInfo(2, 3, claims=False)
     assert joined == []
 
 
-def test_the_given_address_is_bound_and_nothing_else(joined: list[Any]):
-    find_place(RunOptions(coordinator_address="127.0.0.1:99", num_processes=4, process_id=3))
+def test_the_coordinator_listens_on_the_given_address_only(joined: list[Any]):
+    find_process(RunOptions(coordinator_address="127.0.0.1:99", num_processes=4, process_id=3))
     (given,) = joined
     assert given["coordinator_bind_address"] == given["coordinator_address"] == "127.0.0.1:99"
     assert (given["num_processes"], given["process_id"]) == (4, 3)
 
 
-def test_a_pod_that_is_none_of_a_job_is_a_plain_machine(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
+def test_a_kubernetes_pod_outside_an_indexed_job_joins_nothing(
+    joined: list[Any], monkeypatch: pytest.MonkeyPatch
+):
     announce(monkeypatch, KUBERNETES_SERVICE_HOST="10.0.0.1")
-    assert find_place(RunOptions()) == Place()
+    assert find_process(RunOptions()) == ProcessInfo()
     assert joined == []
 
 
@@ -83,13 +85,13 @@ def test_a_pod_that_is_none_of_a_job_is_a_plain_machine(joined: list[Any], monke
     ],
     ids=["kubernetes", "open-mpi", "slurm"],
 )
-def test_what_is_announced_and_cannot_be_found_out_is_said(
+def test_a_cluster_in_which_the_process_cannot_be_identified_is_refused(
     variables: dict[str, str], sentence: str, joined: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     announce(monkeypatch, **variables)
     with pytest.raises(UsageError, match=f"{sentence}.*give --coordinator_address.*or --num_shards"):
-        find_place(RunOptions())
+        find_process(RunOptions())
     assert joined == []
 
 
@@ -121,21 +123,20 @@ def test_flags_that_do_not_fit_together_are_refused(flags: dict[str, Any], sente
 
 
 IMPATIENT = """
-import runpy, sys
+import runpy
 from arc_runner.cluster import membership
 membership.JOIN_SECONDS = 2.0
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
 
 def test_a_process_whose_others_do_not_come_says_so_and_ends(tmp_path: Path, port: int):
-    script = distributed_kv_cached_inference.__file__
     address = f"127.0.0.1:{port}"
     flags = {"coordinator_address": address, "num_processes": 2, "process_id": 1}
-    process = start_python(IMPATIENT, script, *arguments(four(tmp_path), **flags))
+    process = start_python(IMPATIENT, *arguments(four(tmp_path), **flags))
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (
         75,
-        f"error: process 1 of 2 at {address}: the others did not all come within 2 s; "
+        f"{ERROR}process 1 of 2 at {address}: the others did not all come within 2 s; "
         "the same command continues\n",
     )

@@ -25,21 +25,21 @@ from runner_cases import (
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore, verify_store
-from arc_runner.cluster import merge as run_merge
-from arc_runner.cluster import work as run_work
+from arc_runner.cluster import merge, work
 from arc_runner.cluster.claims import Claims
-from arc_runner.cluster.membership import Place
+from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import Shared, Unit
-from arc_runner.options import RunOptions, parse_options
+from arc_runner.command_line import parse_options
+from arc_runner.options import RunOptions
 
 DONE, RESUMABLE = 0, 75
 FLAGS: dict[str, Any] = {"batch_size": 2}  # each call and each window ends two of the eight sequences
 
 # Leases of seconds, a gate, and no torch: transformers would import it, which takes longer than all else.
 IMPATIENT = """
-from arc_runner.cluster import claims as run_claims, merge as run_merge, work as run_work
-run_claims.HEARTBEAT_SECONDS, run_claims.LEASE_SECONDS = 0.3, 3.0
-run_work.POLL_SECONDS = run_merge.POLL_SECONDS = 0.1
+from arc_runner.cluster import claims, merge, work
+claims.HEARTBEAT_SECONDS, claims.LEASE_SECONDS = 0.3, 3.0
+work.POLL_SECONDS = merge.POLL_SECONDS = 0.1
 sys.modules["torch"] = None
 def wait_at(gate):
     while not os.path.exists(gate):
@@ -199,15 +199,15 @@ def test_four_processes_stop_on_sigterm_and_two_go_on_though_the_directory_is_aw
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cluster, the places that the flags give, and no patience."""
+    """No cluster: the processes are those that the flags name, and poll often."""
 
-    def place(options: RunOptions) -> Place:
+    def named(options: RunOptions) -> ProcessInfo:
         index, count = options.process_id, options.num_processes
-        return Place() if index is None or count is None else Place(index, count, claims=True)
+        return ProcessInfo() if index is None or count is None else ProcessInfo(index, count, claims=True)
 
-    monkeypatch.setattr(distributed_kv_cached_inference, "find_place", place)
-    monkeypatch.setattr(run_work, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(run_merge, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(distributed_kv_cached_inference, "find_process", named)
+    monkeypatch.setattr(work, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(merge, "POLL_SECONDS", 0.05)
 
 
 def run_threads(folder: Path, count: int, **flags: Any) -> list[int]:
@@ -234,7 +234,7 @@ def begin_together(monkeypatch: pytest.MonkeyPatch, pause: float = 0.0) -> None:
                 self.begun = True
                 barrier.wait(timeout=60)
             for unit in super().take(units, sequences):
-                time.sleep(pause if self._place.index == 0 else 0)
+                time.sleep(pause if self._process.index == 0 else 0)
                 yield unit
 
     monkeypatch.setattr(distributed_kv_cached_inference, "Shared", Together)
@@ -250,7 +250,7 @@ def test_two_processes_share_calls(threads: None, tmp_path: Path, monkeypatch: p
     assert_all_counted(tmp_path)
 
 
-def test_more_processes_than_work(threads: None, alone: Path, tmp_path: Path):
+def test_with_more_processes_than_work_all_end_well(threads: None, alone: Path, tmp_path: Path):
     assert run_threads(four(tmp_path), 6) == [DONE] * 6
     assert_whole(tmp_path, alone)
 
@@ -275,7 +275,7 @@ def test_a_slow_process_does_not_hold_the_others(
     assert [one["sequences_made"] for one in report(tmp_path)["processes"]] == [2, 6]
 
 
-def test_sequences_that_two_processes_have_made_are_there_once(
+def test_a_sequence_that_two_processes_have_made_is_stored_once(
     threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """As when one was thought dead: every lease on work is everybody's."""
@@ -290,7 +290,7 @@ def test_sequences_that_two_processes_have_made_are_there_once(
     assert submission(tmp_path) == submission(alone)
 
 
-def test_a_store_behind_a_url_is_shared_too(threads: None, alone: Path, tmp_path: Path):
+def test_processes_share_a_store_behind_a_url(threads: None, alone: Path, tmp_path: Path):
     url = f"memory:/{tmp_path}"
     assert run_threads(four(tmp_path), 2, activations_dir=url) == [DONE, DONE]
     store = ActivationStore(url)
@@ -301,7 +301,7 @@ def test_a_store_behind_a_url_is_shared_too(threads: None, alone: Path, tmp_path
 # --- Shards, which need no cluster --------------------------------------------------------------------------
 
 
-def test_shards_make_fixed_shares_and_the_last_one_answers(alone: Path, tmp_path: Path):
+def test_each_shard_makes_its_fixed_share_and_the_last_one_answers(alone: Path, tmp_path: Path):
     first = run_main(four(tmp_path), num_shards=2, shard_index=1, **FLAGS)
     assert first.code == DONE
     assert "shard 1 of 2: 4 sequences made; 4 of all are left" in first.out
@@ -324,7 +324,7 @@ def test_any_number_of_shards_finishes_what_another_began(alone: Path, tmp_path:
     assert_whole(tmp_path, alone)
 
 
-def test_merge_answers_with_what_is_there(alone: Path, tmp_path: Path, no_weights: None):
+def test_merge_answers_from_the_store_alone(alone: Path, tmp_path: Path, no_weights: None):
     flags = {"dataset_path": alone / "tasks.json", "activations_dir": alone / "activations", "merge": True}
     outcome = run_main(tmp_path, **flags)
     assert (outcome.code, outcome.err) == (DONE, "")
@@ -332,7 +332,7 @@ def test_merge_answers_with_what_is_there(alone: Path, tmp_path: Path, no_weight
     assert (report(tmp_path)["sequences"], report(tmp_path)["sequences_resumed"]) == (8, 8)
 
 
-def test_merge_of_a_part_says_that_it_is_one(tmp_path: Path):
+def test_merge_of_an_unfinished_run_says_that_it_is_not_done(tmp_path: Path):
     assert run_main(four(tmp_path), num_shards=2, shard_index=0, **FLAGS).code == DONE
     outcome = run_main(tmp_path, merge=True, **FLAGS)
     assert outcome.code == RESUMABLE
@@ -340,7 +340,7 @@ def test_merge_of_a_part_says_that_it_is_one(tmp_path: Path):
     assert report(tmp_path)["sequences"] == 4
 
 
-def test_merge_of_other_settings_is_refused(alone: Path, tmp_path: Path):
+def test_merge_of_a_store_with_other_settings_is_refused(alone: Path, tmp_path: Path):
     flags = {"dataset_path": alone / "tasks.json", "activations_dir": alone / "activations"}
     assert_refused(
         run_main(tmp_path, merge=True, random_seed=1, **flags), "made with other settings (seed is 0"

@@ -1,29 +1,25 @@
-"""Where a run writes: places that it may not have, other runs' directories, its own input, full disks."""
+"""Places, layers and devices that a run cannot have are refused before the weights are read."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from runner_cases import (
+    LAYERS,
     Outcome,
     assert_refused,
     copy_small,
-    digests,
     puzzle,
     run_main,
     run_python,
     write_tasks,
 )
 
-import distributed_kv_cached_inference
-
-DONE, RESUMABLE = 0, 75
+DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
 
 # --- Places to write ----------------------------------------------------------------------------------------
@@ -37,7 +33,7 @@ DONE, RESUMABLE = 0, 75
         ("activations_dir", "--activations_dir: {folder}/file is a file; name a directory"),
     ],
 )
-def test_a_place_below_a_regular_file(flag: str, sentence: str, tmp_path: Path):
+def test_a_place_below_a_regular_file_is_refused(flag: str, sentence: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     (tmp_path / "file").touch()
     outcome = run_main(tmp_path, **{flag: tmp_path / "file" / "sub" / "x"})
@@ -46,7 +42,7 @@ def test_a_place_below_a_regular_file(flag: str, sentence: str, tmp_path: Path):
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("name", ["submission.json", "submission.report.json"])
-def test_an_answer_file_that_is_a_directory(name: str, tmp_path: Path):
+def test_an_answer_file_that_is_a_directory_is_refused(name: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     (tmp_path / name).mkdir()
     assert_refused(run_main(tmp_path), f"{tmp_path / name} is a directory; name a file to write")
@@ -69,7 +65,7 @@ def test_a_data_set_is_never_written_over(name: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("flag", "name"), [("output_filepath", "tasks/submission.json"), ("activations_dir", "tasks")]
 )
-def test_a_directory_of_tasks_gets_no_files_that_would_be_tasks(flag: str, name: str, tmp_path: Path):
+def test_nothing_is_written_into_a_directory_of_tasks(flag: str, name: str, tmp_path: Path):
     (tmp_path / "tasks").mkdir()
     write_tasks(tmp_path / "tasks" / "one.json", **puzzle(1, 2))
     outcome = run_main(tmp_path, dataset_path=tmp_path / "tasks", **{flag: tmp_path / name})
@@ -92,7 +88,7 @@ print(json.dumps(outcomes + [run_main(**flags) for flags in others]))
 """
 
 
-def test_a_place_that_one_may_not_use():
+def test_a_place_without_the_needed_permission_is_refused():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -121,60 +117,43 @@ def test_a_place_that_one_may_not_use():
         assert_refused(Outcome(*outcome), sentence)
 
 
-@contextlib.contextmanager
-def files_up_to(limit: int) -> Iterator[None]:
-    """No file can grow beyond so many bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_stops_the_run_and_the_same_command_continues(tmp_path: Path):
-    write_tasks(tmp_path / "tasks.json", **{f"task-{i}": puzzle(i, i) for i in range(3)})
-    with files_up_to(8_192):  # a shard has 14 KB
-        outcome = run_main(tmp_path)
-    assert outcome.code == RESUMABLE
-    assert outcome.err.startswith("error: cannot write host-00000/shard-000000.safetensors in ")
-    assert outcome.err.endswith("; the same command continues\n")
-    assert outcome.err.count("\n") == 1
-    assert run_main(tmp_path).code == DONE
-    assert len(digests(tmp_path)) == 6
-
-
-# --- Directories in use or of another run -------------------------------------------------------------------
-
-
-def test_a_directory_made_under_other_settings_is_refused_and_untouched(
-    tmp_path: Path, request: pytest.FixtureRequest
-):
-    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-    assert run_main(tmp_path).code == DONE
-    request.getfixturevalue("no_weights")
-    before = digests(tmp_path), (tmp_path / "submission.json").read_bytes()
-    for flag, value, difference in [
-        ("max_output_tokens", 9, "max_output_tokens is 8 there and 9 here"),
-        ("random_seed", 1, "seed is 0 there and 1 here"),
-        ("layers_to_extract", [0], "hook_names is"),
-        ("prompt_version", "output-from-examples-v1", "output-from-examples-v1"),
-        ("dtype", "bfloat16", 'dtype is "float32" there and "bfloat16" here'),
-    ]:
-        outcome = run_main(tmp_path, **{flag: value})
-        assert_refused(outcome, difference)
-        assert "choose another directory or the same settings" in outcome.err
-    assert (digests(tmp_path), (tmp_path / "submission.json").read_bytes()) == before
+# --- Options that only the model can refuse -----------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_directory_that_another_run_writes_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("layers", "sentence"),
+    [
+        ([1, LAYERS], "--layers_to_extract: extract_layers [2] are out of range: the model has 2 layers"),
+        ([-1], "--layers_to_extract: extract_layers [-1] are out of range"),
+        ([1, 1], "must name at least one layer and none twice, not [1, 1]"),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_refused(layers: list[int], sentence: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-    second: list[Outcome] = []
+    assert_refused(run_main(tmp_path, layers_to_extract=layers), sentence)
 
-    def make_calls(*_: object) -> None:  # in the middle of the first run
-        second.append(run_main(tmp_path, output_filepath=tmp_path / "second.json"))
 
-    monkeypatch.setattr(distributed_kv_cached_inference, "_generate", make_calls)
-    run_main(tmp_path)
-    assert_refused(second[0], "is in use: another run writes to this directory")
+@pytest.mark.usefixtures("no_weights")
+def test_answers_longer_than_the_models_context_are_refused(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    sentence = "--max_output_tokens 32768 leaves no room for a prompt: the model's context is 32768"
+    assert_refused(run_main(tmp_path, max_output_tokens=32768), sentence)
+
+
+# --- Devices ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'tpu'"), AssertionError()])
+def test_a_platform_without_devices_is_refused(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+
+    def local_devices() -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert_refused(run_main(tmp_path), "jax finds no device for JAX_PLATFORMS='tpu'")

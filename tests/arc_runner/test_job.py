@@ -1,68 +1,40 @@
-"""Bad input ends in one sentence that says what to do, before the weights are read; never in a traceback."""
+"""What is refused, or fails, before the weights are read: checkpoints, data sets, tasks and stores."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from lively import rewrite_json, rewrite_safetensors
-from runner_cases import LAYERS, assert_refused, copy_small, puzzle, report, run_main, write_tasks
+from runner_cases import (
+    LAYERS,
+    Outcome,
+    assert_refused,
+    copy_small,
+    digests,
+    puzzle,
+    report,
+    run_main,
+    write_tasks,
+)
+from spoil import (
+    QUERY,
+    Spoil,
+    config,
+    cut_short,
+    only_torch_weights,
+    remove,
+    tensors,
+    text,
+)
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
-from arc_runner import continuous_loop as run_continuous
-from arc_runner.loaded_model import Generator
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
 
-# --- Checkpoints --------------------------------------------------------------------------------------------
-
-Spoil = Callable[[Path], object]
-
-
-def config(**changes: Any) -> Spoil:
-    return lambda model: rewrite_json(model / "config.json", **changes)
-
-
-def tensors(change: Callable[[dict[str, np.ndarray]], object]) -> Spoil:
-    return lambda model: rewrite_safetensors(model / "model.safetensors", change)
-
-
-def text(name: str, content: str) -> Spoil:
-    return lambda model: (model / name).write_text(content)
-
-
-def remove(name: str) -> Spoil:
-    return lambda model: (model / name).unlink()
-
-
-def cut_short(model: Path) -> None:
-    file = model / "model.safetensors"
-    os.truncate(file, file.stat().st_size - 100)
-
-
-def only_torch_weights(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-
-
-def fewer_tokens(model: Path) -> None:
-    config(vocab_size=500)(model)
-    tensors(lambda t: t.update({EMBEDDING: np.ascontiguousarray(t[EMBEDDING][:500])}))(model)
-
-
-def template(content: str | None) -> Spoil:
-    return lambda model: rewrite_json(model / "tokenizer_config.json", chat_template=content)
-
-
-EMBEDDING = "model.embed_tokens.weight"
-QUERY = "model.layers.1.self_attn.q_proj.weight"
 CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("no such directory", shutil.rmtree, "There is no model directory"),
     ("no config", remove("config.json"), "has no config.json; give a directory in Hugging Face layout"),
@@ -107,39 +79,14 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
         text("model.safetensors.index.json", '{"weight_map": {"x": "model-7.safetensors"}}'),
         "has no model-7.safetensors",
     ),
-    ("no tokenizer", remove("tokenizer_config.json"), "has no tokenizer_config.json"),
-    (
-        "no vocabulary",
-        remove("tokenizer.json"),
-        "the tokenizer of {model} cannot be used: it does not give back the text 'Input 0123456789'",
-    ),
-    ("torn tokenizer", text("tokenizer.json", "{"), "the tokenizer of {model} cannot be used"),
-    ("no chat template", template(None), "has no chat template; use the tokenizer of a chat model"),
-    ("template that is wrong", template("{% for %}"), "the tokenizer of {model} cannot be used: Expected an"),
-    ("template that objects", template("{{ raise_exception('no system') }}"), "cannot be used: no system"),
-    ("empty prompts", template("{# nothing #}"), "cannot be used: it does not give back the text"),
-    (
-        "tokenizer of another model",
-        fewer_tokens,
-        "has token ids up to 511, the model a vocabulary of 500: they do not belong together",
-    ),
-    ("torn EOS", text("generation_config.json", "{"), "generation_config.json is not a JSON object"),
-    (
-        "EOS outside the vocabulary",
-        text("generation_config.json", '{"eos_token_id": [512]}'),
-        "eos_token_id 512 of {model} is none of its 512 tokens",
-    ),
-    (
-        "EOS that is none",
-        text("generation_config.json", '{"eos_token_id": [[1]]}'),
-        "eos_token_id [1] of {model} is none of its 512 tokens",
-    ),
 ]
 
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(("spoil", "sentence"), [c[1:] for c in CHECKPOINTS], ids=[c[0] for c in CHECKPOINTS])
-def test_a_checkpoint_that_cannot_be_used(spoil: Spoil, sentence: str, tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_used_is_refused_before_its_weights_are_read(
+    spoil: Spoil, sentence: str, tmp_path: Path
+):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     model = copy_small(tmp_path / "model")
     spoil(model)
@@ -149,7 +96,7 @@ def test_a_checkpoint_that_cannot_be_used(spoil: Spoil, sentence: str, tmp_path:
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("name", ["Qwen/No-Such-Model", "no/such/directory", "./nowhere"])
-def test_a_model_that_is_neither_here_nor_on_the_hub(name: str, tmp_path: Path):
+def test_a_model_that_is_neither_a_directory_nor_on_the_hub_is_refused(name: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     outcome = run_main(tmp_path, model_path=name)
     assert_refused(outcome, f"There is no model directory {Path(name)}")
@@ -157,6 +104,7 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(name: str, tmp_path: Path):
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------
+
 
 TASK = json.dumps(puzzle(1, 2))
 LINE = '{"task_id": "a", ' + TASK[1:] + "\n"
@@ -176,7 +124,9 @@ DATA_SETS = [
 @pytest.mark.parametrize(
     ("name", "content", "sentence"), [d[1:] for d in DATA_SETS], ids=[d[0] for d in DATA_SETS]
 )
-def test_a_data_set_that_cannot_be_trusted(name: str, content: str | None, sentence: str, tmp_path: Path):
+def test_a_data_set_that_cannot_be_read_as_tasks_is_refused(
+    name: str, content: str | None, sentence: str, tmp_path: Path
+):
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
@@ -211,7 +161,7 @@ def test_a_bad_task_fails_alone_and_is_listed(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_run_of_bad_tasks_only_reads_no_weights(tmp_path: Path):
+def test_a_run_in_which_every_task_is_bad_reads_no_weights(tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", bad={"train": []})
     outcome = run_main(tmp_path)
     assert outcome.code == TASKS_FAILED
@@ -219,81 +169,44 @@ def test_a_run_of_bad_tasks_only_reads_no_weights(tmp_path: Path):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_prompt_that_the_model_cannot_read_whole_fails_its_task(tmp_path: Path):
+def test_a_task_whose_prompt_and_answer_exceed_the_context_fails(tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1))
     outcome = run_main(tmp_path, max_output_tokens=32767)
     assert outcome.code == TASKS_FAILED
     assert "with --max_output_tokens 32767 that exceeds the model's context of 32768" in outcome.out
 
 
-def test_sequences_that_are_not_finite_fail_and_are_listed(tmp_path: Path):
-    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-    model = copy_small(tmp_path / "model")
-    tensors(lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * np.nan}))(model)
-    for _ in range(2):  # the second time it is known from the store
-        outcome = run_main(tmp_path, model_path=model)
-        assert outcome.code == TASKS_FAILED
-        assert "failed sequence   task test 0 identity sample 0: the log-probability is not" in outcome.out
-    assert len(report(tmp_path)["sequences_failed"]) == 2
+# --- Stores in use or of other settings ---------------------------------------------------------------------
 
 
-# --- Options that only the model can refuse -----------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize(
-    ("layers", "sentence"),
-    [
-        ([1, LAYERS], "--layers_to_extract: extract_layers [2] are out of range: the model has 2 layers"),
-        ([-1], "--layers_to_extract: extract_layers [-1] are out of range"),
-        ([1, 1], "must name at least one layer and none twice, not [1, 1]"),
-    ],
-)
-def test_layers_that_the_model_does_not_have(layers: list[int], sentence: str, tmp_path: Path):
-    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-    assert_refused(run_main(tmp_path, layers_to_extract=layers), sentence)
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_more_tokens_than_the_model_has_positions(tmp_path: Path):
-    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-    sentence = "--max_output_tokens 32768 leaves no room for a prompt: the model's context is 32768"
-    assert_refused(run_main(tmp_path, max_output_tokens=32768), sentence)
-
-
-# --- Devices ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("generation", ["continuous", "task"])
-def test_a_device_that_runs_out_of_memory_is_a_sentence(
-    generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_store_made_with_other_settings_is_refused_and_left_as_it_is(
+    tmp_path: Path, request: pytest.FixtureRequest
 ):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
-
-    def generate(*_: object, **__: object) -> None:
-        raise distributed_kv_cached_inference.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB\nframe 1")
-
-    monkeypatch.setattr(Generator, "compile", lambda _, calls: len(calls))
-    monkeypatch.setattr(Generator, "generate", generate)
-    monkeypatch.setattr(run_continuous, "start_stage", generate)
-    outcome = run_main(tmp_path, generation=generation)
-    assert outcome.code == RESUMABLE
-    assert outcome.err == (
-        "error: the device failed (RESOURCE_EXHAUSTED: 9 GB); the same command continues, with a smaller "
-        "--batch_size if memory ran out\n"
-    )
+    assert run_main(tmp_path).code == DONE
+    request.getfixturevalue("no_weights")
+    before = digests(tmp_path), (tmp_path / "submission.json").read_bytes()
+    for flag, value, difference in [
+        ("max_output_tokens", 9, "max_output_tokens is 8 there and 9 here"),
+        ("random_seed", 1, "seed is 0 there and 1 here"),
+        ("layers_to_extract", [0], "hook_names is"),
+        ("prompt_version", "output-from-examples-v1", "output-from-examples-v1"),
+        ("dtype", "bfloat16", 'dtype is "float32" there and "bfloat16" here'),
+    ]:
+        outcome = run_main(tmp_path, **{flag: value})
+        assert_refused(outcome, difference)
+        assert "choose another directory or the same settings" in outcome.err
+    assert (digests(tmp_path), (tmp_path / "submission.json").read_bytes()) == before
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend 'tpu'"), AssertionError()])
-def test_a_device_that_is_not_there_is_a_sentence(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_store_that_another_run_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    second: list[Outcome] = []
 
-    def local_devices() -> None:
-        raise error
+    def generate(*_: object) -> None:  # in the middle of the first run
+        second.append(run_main(tmp_path, output_filepath=tmp_path / "second.json"))
 
-    monkeypatch.setattr(distributed_kv_cached_inference.jax, "local_devices", local_devices)
-    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    assert_refused(run_main(tmp_path), "jax finds no device for JAX_PLATFORMS='tpu'")
+    monkeypatch.setattr(distributed_kv_cached_inference, "generate_missing", generate)
+    run_main(tmp_path)
+    assert_refused(second[0], "is in use: another run writes to this directory")

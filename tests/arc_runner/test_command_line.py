@@ -1,13 +1,18 @@
-"""The command line: what it means, its defaults, and what is refused."""
+"""The command line: what each flag means, the defaults, --help and --version, and flags that are unknown."""
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
-from arc_runner.options import RunOptions, UsageError, parse_options
+from arc_runner.command_line import parse_options
+from arc_runner.errors import UsageError
+from arc_runner.options import RunOptions
 from qwen2_core.sampling import Sampling
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
@@ -77,47 +82,11 @@ def test_predictions_are_augmentations_times_samples(arguments: str, augmentatio
 
 
 REFUSED = [
-    ("--batch_size 0", "--batch_size must be at least 1, not 0"),
-    ("--max_output_tokens -3", "--max_output_tokens must be at least 1, not -3"),
-    ("--predictions_per_task 0", "--predictions_per_task must be at least 1, not 0"),
-    ("--augmentations 0", "--augmentations must be at least 1, not 0"),
-    ("--n_tasks 0", "--n_tasks must be at least 1, not 0"),
-    ("--random_seed -1", "--random_seed must be between 0 and 2**32 - 1, not -1"),
-    ("--random_seed 4294967296", "--random_seed must be between 0 and 2**32 - 1, not 4294967296"),
     ("--max_output_tokens ten", "argument --max_output_tokens: invalid int value: 'ten'"),
     ("--n_tasks", "argument --n_tasks: expected one argument"),
     ("--layers_to_extract", "argument --layers_to_extract: expected at least one argument"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
-    ("--memory_budget 0", "--memory_budget must be above 0, not 0.0"),
     ("--generation loop", "argument --generation: invalid choice: 'loop'"),
-    ("--temperature -1", "temperature must be 0 (greedy) or a positive number, not -1.0"),
-    ("--temperature nan", "temperature must be 0 (greedy) or a positive number, not nan"),
-    ("--top_p 0", "top_p must be in (0, 1], not 0.0"),
-    ("--top_k -1", "top_k must be 0 (all tokens) or a positive integer, not -1"),
-    ("--predictions_per_task 5 --augmentations 2", "5 is not a multiple of --augmentations 2"),
-    ("--augmentations 4", "at temperature 0 the 2 samples of one prompt would be the same"),
-    ("--predictions_per_task 100001", "it has to be from 1 to 100000"),
-    ("--extract_prompt --no_extract_activations", "contradict each other"),
-    ("--generation python --kv_cache_dtype float32", "--kv_cache_dtype is for the compiled ways"),
-    ("--mesh_shape 0 1", "--mesh_shape 0 1: both must be at least 1"),
-    (
-        "--mesh_shape 2 1 --generation task",
-        "--mesh_shape 2 1: only --generation continuous shares its sequences",
-    ),
-    (
-        "--mesh_shape 1 2 --generation python",
-        "--mesh_shape 1 2: the old loop of --generation python uses one",
-    ),
-    ("--grid_encoder Grid()", "expected one of the known encoders MinimalGridEncoder"),
-    ("--prompt_version v9", "unknown --prompt_version 'v9'; known are output-from-examples-v0"),
-    ("--model_path=", "--model_path is empty; leave the flag out or give it a value"),
-    ("--dataset_path=", "--dataset_path is empty"),
-    ("--activations_dir=", "--activations_dir is empty"),
-    ("--output_filepath=", "--output_filepath is empty"),
-    ("--output_filepath gs://bucket/s.json", "gs://bucket/s.json is not the path of a local file"),
-    ("--output_filepath answers/", "--output_filepath answers/ is not the path of a local file"),
-    ("--output_filepath ..", "--output_filepath .. is not the path of a local file"),
-    ("--output_filepath x --activations_dir ./x", "--output_filepath and --activations_dir are both x"),
     ("--batchsize 3", "unknown argument --batchsize; did you mean --batch_size?"),
     ("--model m", "unknown argument --model; did you mean --model_path?"),  # no abbreviations
     ("--seed=3", "unknown argument --seed=3; did you mean --random_seed?"),
@@ -127,7 +96,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
-def test_what_cannot_be_is_refused_in_a_sentence(arguments: str, sentence: str):
+def test_what_the_parser_does_not_understand_is_refused_in_a_sentence(arguments: str, sentence: str):
     with pytest.raises(UsageError) as refused:
         parse_options(arguments.split())
     assert sentence in str(refused.value)
@@ -142,7 +111,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(arguments: str, sentence: str):
         ("--cloud_bucket=gs://b", "give a URL as --activations_dir"),
     ],
 )
-def test_a_flag_that_is_gone_says_what_to_do_without_it(flag: str, instead: str):
+def test_a_retired_flag_is_refused_with_what_to_do_without_it(flag: str, instead: str):
     with pytest.raises(UsageError, match="no longer exists") as refused:
         parse_options(flag.split())
     assert instead in str(refused.value)
@@ -158,3 +127,25 @@ def test_help_lists_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     assert "--max_output_tokens TOKENS tokens per answer at most (default: 1100)" in text
     assert "(default: 10 to 23)" in text
     assert "None" not in text
+
+
+def test_help_and_version_show_the_name_that_the_command_was_called_by(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for called, name in (
+        ("/usr/bin/qwen2-arc-run", "qwen2-arc-run"),
+        ("/home/me/distributed_kv_cached_inference.py", "distributed_kv_cached_inference.py"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        with pytest.raises(SystemExit):
+            parse_options(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {name} [-h] [--version]")
+
+
+def test_version_names_the_package_and_jax(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        parse_options(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(
+        rf"qwen2-jax-activations \S.*, jax {re.escape(jax.__version__)}\n", capsys.readouterr().out
+    )

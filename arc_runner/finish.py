@@ -1,0 +1,98 @@
+"""How a run ends: its answers, its report and its exit code, alone or together with other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from activation_store import (
+    ActivationStore,
+    ActivationWriter,
+    Patience,
+    SequenceRecord,
+    at_once,
+    check_settings,
+)
+from arc_runner.answers import write_answers
+from arc_runner.cluster.claims import Claims
+from arc_runner.cluster.membership import ProcessInfo
+from arc_runner.cluster.merge import answer_once, gather_figures, leave_figures, merge_figures
+from arc_runner.cluster.shared_files import SharedFiles
+from arc_runner.console import say
+from arc_runner.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_TASKS_FAILED
+from arc_runner.job import Job
+from arc_runner.report import Report, report_path
+
+
+def answer(
+    job: Job,
+    report: Report,
+    committed: Mapping[str, SequenceRecord],
+    patiently: Patience | None = None,
+) -> int:
+    """Writes submission and report of what is committed, prints the report, and returns the exit code."""
+    options = job.options
+    records = (patiently or at_once)(lambda: job.records(committed))
+    report.sequences = len(records)
+    report.stopped_early = len(records) < len(job.sequences)
+    report.add_failed_sequences(records)
+    if not report.processes:
+        report.measure_memory()
+    write_answers(report, options, job.tasks, records, job.tokenizer, patiently)
+    say(report.text())
+    say(
+        f"activations in {options.activations_dir}, answers in {options.output_filepath}, "
+        f"report in {report_path(options)}"
+    )
+    return _exit_code(job, report, records)
+
+
+def answer_together(
+    job: Job, part: Job, report: Report, writer: ActivationWriter, claims: Claims, process: ProcessInfo
+) -> int:
+    """Leaves this process's figures for the others, and answers for all if it is the last one to end.
+
+    Returns the exit code, which is about ``part``, this process's part of the job.
+    """
+    report.measure_memory()
+    patiently = claims.files.patiently
+    written = leave_figures(claims.files, process.index, report, writer.sequences_written)
+    made = f"{process}: {writer.sequences_written} sequences made"
+    if left := job.left(writer.committed):
+        say(f"{made}; {left} of all are left, the answers are written once all are done")
+    else:
+
+        def answer_for_all() -> None:
+            figures = gather_figures(claims.files, process.count)
+            if process.claims and len(figures) == 1 and not claims.sees_others():
+                say(
+                    f"{process}: no other process has been seen in {job.options.activations_dir}; unless "
+                    "they were stopped, compare their --activations_dir"
+                )
+            merge_figures(report, figures)
+            answer(job, report, writer.committed, patiently)
+
+        answered_by = answer_once(claims, str(process), written, answer_for_all)
+        if answered_by != str(process):
+            say(f"{made}; the answers are written by {answered_by}")
+    return _exit_code(part, report, patiently(lambda: part.records(writer.committed)))
+
+
+def answer_from_store(job: Job, report: Report) -> int:
+    """Answers with what is in the store, whichever processes made it (``--merge``); returns the exit code.
+
+    Raises:
+        StoreError: there is no store, or it was made with other settings.
+    """
+    directory = job.options.activations_dir
+    store = ActivationStore(directory)
+    check_settings(store.settings, job.settings, directory)
+    report.sequences_resumed = len(job.records(store.index))
+    merge_figures(report, gather_figures(SharedFiles(directory)))
+    return answer(job, report, store.index)
+
+
+def _exit_code(job: Job, report: Report, records: Sequence[SequenceRecord]) -> int:
+    if len(records) < len(job.sequences):
+        return EXIT_RESUMABLE
+    failed = report.tasks_failed or any(record.failed for record in records)
+    return EXIT_TASKS_FAILED if failed else EXIT_DONE

@@ -1,0 +1,35 @@
+"""The generation of a run's sequences: the weights, and the loop that ``--generation`` names."""
+
+from __future__ import annotations
+
+from activation_store import ActivationWriter
+from arc_runner.cluster.work import Work
+from arc_runner.continuous_loop import make_continuously
+from arc_runner.job import Job
+from arc_runner.loaded_model import LoadedModel
+from arc_runner.progress import Clock
+from arc_runner.report import Report
+from arc_runner.signals import StopRequest
+from arc_runner.task_loop import make_calls
+from arc_runner.workload import plan_calls
+
+
+def generate_missing(
+    job: Job, work: Work, writer: ActivationWriter, report: Report, stop: StopRequest
+) -> None:
+    """Loads the weights, and makes and stores the sequences of ``job`` that are not committed yet.
+
+    ``work`` decides which of them this process makes. Returns early once ``stop`` is requested. If nothing
+    is missing the weights are not read.
+    """
+    if not job.left(writer.committed):
+        return
+    loading = Clock()
+    with loading:
+        model = LoadedModel.load(job.options, job.eos)
+    report.load_seconds = loading.seconds
+    if job.options.generation == "continuous":
+        make_continuously(job.sequences, model, work, writer, report, stop)
+    else:
+        calls = plan_calls(job.prompts, job.options, lambda one: job.key_of(one) in writer.committed)
+        make_calls(calls, job.key_of, model, work, writer, report, stop)

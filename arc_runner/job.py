@@ -1,0 +1,153 @@
+"""A run's job: what it is asked for, checked, and everything that follows from it without any weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from activation_store import (
+    ActivationWriter,
+    Patience,
+    SequenceId,
+    SequenceRecord,
+    StoreSettings,
+    hook_name,
+    sequence_key,
+)
+from arc_puzzles import ArcTask, load_tasks
+from arc_runner.cluster.membership import ProcessInfo
+from arc_runner.compilation_cache import use_compilation_cache
+from arc_runner.console import say
+from arc_runner.options import RunOptions
+from arc_runner.preflight import check_places, choose_devices, load_config, say_defaults
+from arc_runner.report import Report, failure_entries
+from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
+from arc_runner.workload import Keyed, Prompt, build_prompts
+from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.weights import check_checkpoint
+from qwen2_jax import QwenConfig
+
+_RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Holds what a run is asked for, checked: its prompts and the sequences to make of them."""
+
+    options: RunOptions
+    tasks: Sequence[ArcTask]
+    tokenizer: Any
+    eos: tuple[int, ...]
+    settings: StoreSettings
+    prompts: Sequence[Prompt]
+    sequences: Sequence[Keyed]  # in the order of the submission's attempts
+
+    def key_of(self, sequence: SequenceId) -> str:
+        """Returns the key of a sequence in the store."""
+        return sequence_key(self.settings, sequence)
+
+    def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
+        """Returns the records of the job's sequences that are committed, in the job's order."""
+        return [committed[one.key] for one in self.sequences if one.key in committed]
+
+    def left(self, committed: Mapping[str, SequenceRecord]) -> int:
+        """Returns how many of the job's sequences are not committed yet."""
+        return sum(one.key not in committed for one in self.sequences)
+
+    def part_of(self, process: ProcessInfo) -> Job:
+        """Returns the part of the job that is assigned to a process.
+
+        A shard gets every ``count``-th task, beginning with that of its index. Processes that claim their
+        work as they go may make any of it.
+        """
+        if process.claims:
+            return self
+        task_ids = list(dict.fromkeys(prompt.task_id for prompt in self.prompts))
+        assigned = set(task_ids[process.index :: process.count])
+        return dataclasses.replace(
+            self,
+            prompts=[prompt for prompt in self.prompts if prompt.task_id in assigned],
+            sequences=[one for one in self.sequences if one.id.task_id in assigned],
+        )
+
+    def open_writer(self, process: ProcessInfo, patiently: Patience | None) -> ActivationWriter:
+        """Opens the store to write as this process; see ``ActivationWriter`` for what it raises."""
+        return ActivationWriter(
+            self.options.activations_dir,
+            self.settings,
+            host_index=process.index,
+            provenance=_provenance(self.options),
+            patiently=patiently,
+        )
+
+
+def prepare(options: RunOptions) -> tuple[Job, Report]:
+    """Reads and checks everything but the weights; returns the job, and its report as far as it is known.
+
+    Raises:
+        UsageError, ArcFormatError, CheckpointError: what was asked for cannot be done.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
+    say_defaults(options)
+    loaded = load_tasks(options.dataset_path, options.n_tasks)
+    check_places(options)
+    if options.compilation_cache_dir is not None:
+        use_compilation_cache(options.compilation_cache_dir)
+    config = load_config(options)
+    check_checkpoint(options.model_path, config)
+    tokenizer = load_tokenizer(options.model_path, config.vocab_size)
+    eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
+    prompts, failures = build_prompts(loaded.tasks, tokenizer, options, config.max_position_embeddings)
+    mesh_shape, devices = choose_devices(options, config)
+    report = Report(options.model_path, devices)
+    report.tasks = len(loaded.tasks) + len(loaded.failures)
+    report.tasks_failed = failure_entries([*loaded.failures, *failures])
+    settings = _store_settings(options, config, eos)
+    ids = (prompt.sequence(sample) for prompt in prompts for sample in range(options.samples_per_prompt))
+    sequences = [Keyed(sequence_key(settings, one), one) for one in ids]
+    options = dataclasses.replace(options, mesh_shape=mesh_shape)
+    return Job(options, loaded.tasks, tokenizer, eos, settings, prompts, sequences), report
+
+
+def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord]) -> None:
+    """Says what there is to do, and counts in the report what an earlier run has made."""
+    report.sequences_resumed = len(job.records(committed))
+    say(
+        f"{report.tasks} tasks, {len(job.sequences)} sequences (each test input in "
+        f"{job.options.augmentations} augmentations x {job.options.samples_per_prompt} samples), "
+        f"{report.sequences_resumed} of them done already"
+    )
+
+
+def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...]) -> StoreSettings:
+    """Returns everything that decides what a sequence is; a store holds sequences of one setting only."""
+    layers = options.layers_to_extract if options.extract_activations else ()
+    return StoreSettings(
+        model_fingerprint=checkpoint_fingerprint(options.model_path),
+        hook_names=tuple(hook_name(layer) for layer in layers),
+        hidden_size=config.hidden_size,
+        dtype=config.dtype.name,
+        capture_prompt=options.extract_prompt,
+        max_output_tokens=options.max_output_tokens,
+        sampling={"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p},
+        seed=options.random_seed,
+        eos_token_ids=eos,
+        tokenizer_sha256=tokenizer_sha256(options.model_path),
+        prompt={
+            "grid_encoder": options.grid_encoder,
+            "prompt_version": options.prompt_version,
+            "kv_cache_dtype": options.kv_cache_dtype or config.dtype.name,
+        },
+    )
+
+
+def _provenance(options: RunOptions) -> dict[str, Any]:
+    """Returns what the store notes about how its rows were made; it decides nothing."""
+    return {
+        "model_id": options.model_path,
+        "generation": options.generation,
+        "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
+    }

@@ -1,0 +1,97 @@
+"""The checkpoint's tokenizer: loaded and tried out, its EOS ids, and the hash that a store keeps of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from arc_puzzles import encode_prompt
+from qwen2_core.checkpoint_files import resolve_file
+from qwen2_jax import CheckpointError
+
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+_PROBE = "Input 0123456789"
+
+
+def load_tokenizer(model_path: str, vocab_size: int) -> Any:
+    """Loads the tokenizer of the checkpoint (transformers' ``AutoTokenizer``) and tries it out.
+
+    Trying is needed: where the vocabulary is missing transformers makes an empty one.
+
+    Raises:
+        CheckpointError: it cannot be loaded, has no chat template, does not give back the text that it
+            encoded, or has token ids of ``vocab_size`` and above.
+    """
+    # It would warn that torch is missing, which is not needed, and of prompts beyond the tokenizer's limit,
+    # where the model's counts.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
+
+    resolve_file(model_path, "tokenizer_config.json")
+    directory = Path(model_path).expanduser()
+    try:
+        source = directory if directory.is_dir() else model_path
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        token_ids = encode_prompt(
+            tokenizer, [{"role": role, "content": _PROBE} for role in ("system", "user")]
+        )
+        if tokenizer.decode(token_ids.tolist()).count(_PROBE) != 2:
+            raise ValueError(f"it does not give back the text {_PROBE!r} (is its vocabulary there?)")
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # many kinds, of transformers, tokenizers and the chat template
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer of {model_path} cannot be used: {reason}") from error
+    if largest >= vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {model_path} has token ids up to {largest}, the model a vocabulary of "
+            f"{vocab_size}: they do not belong together"
+        )
+    return tokenizer
+
+
+def eos_token_ids(model_path: str, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Returns the token ids that end an answer, sorted.
+
+    They are those of generation_config.json and config.json, the tokenizer's own, and ``<|im_end|>``, the end
+    of a chat turn.
+
+    Raises:
+        CheckpointError: one of them is no token of the vocabulary, or a file is no JSON object.
+    """
+    found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
+    for name in ("generation_config.json", "config.json"):
+        try:
+            path = resolve_file(model_path, name)
+        except CheckpointError:  # a checkpoint need not have the first
+            continue
+        try:
+            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is not a JSON object ({error})") from error
+        found += value if isinstance(value, list) else [value]
+    given = [token for token in found if token is not None]
+    for token in given:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise CheckpointError(
+                f"eos_token_id {token!r} of {model_path} is none of its {vocab_size} tokens"
+            )
+    return tuple(sorted(set(given)))
+
+
+def tokenizer_sha256(model_path: str) -> str:
+    """Returns the SHA-256 of the tokenizer's files, those that there are, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        with contextlib.suppress(CheckpointError):
+            digest.update(resolve_file(model_path, name).read_bytes())
+    return digest.hexdigest()

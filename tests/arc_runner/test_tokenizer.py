@@ -1,0 +1,64 @@
+"""Tokenizers that cannot be used are refused in one sentence, before the weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runner_cases import (
+    assert_refused,
+    copy_small,
+    puzzle,
+    run_main,
+    write_tasks,
+)
+from spoil import (
+    Spoil,
+    fewer_tokens,
+    remove,
+    template,
+    text,
+)
+
+DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
+
+
+TOKENIZERS: list[tuple[str, Spoil, str]] = [
+    ("no tokenizer", remove("tokenizer_config.json"), "has no tokenizer_config.json"),
+    (
+        "no vocabulary",
+        remove("tokenizer.json"),
+        "the tokenizer of {model} cannot be used: it does not give back the text 'Input 0123456789'",
+    ),
+    ("torn tokenizer", text("tokenizer.json", "{"), "the tokenizer of {model} cannot be used"),
+    ("no chat template", template(None), "has no chat template; use the tokenizer of a chat model"),
+    ("template that is wrong", template("{% for %}"), "the tokenizer of {model} cannot be used: Expected an"),
+    ("template that objects", template("{{ raise_exception('no system') }}"), "cannot be used: no system"),
+    ("empty prompts", template("{# nothing #}"), "cannot be used: it does not give back the text"),
+    (
+        "tokenizer of another model",
+        fewer_tokens,
+        "has token ids up to 511, the model a vocabulary of 500: they do not belong together",
+    ),
+    ("torn EOS", text("generation_config.json", "{"), "generation_config.json is not a JSON object"),
+    (
+        "EOS outside the vocabulary",
+        text("generation_config.json", '{"eos_token_id": [512]}'),
+        "eos_token_id 512 of {model} is none of its 512 tokens",
+    ),
+    (
+        "EOS that is none",
+        text("generation_config.json", '{"eos_token_id": [[1]]}'),
+        "eos_token_id [1] of {model} is none of its 512 tokens",
+    ),
+]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(("spoil", "sentence"), [c[1:] for c in TOKENIZERS], ids=[c[0] for c in TOKENIZERS])
+def test_a_tokenizer_that_cannot_be_used_is_refused(spoil: Spoil, sentence: str, tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    model = copy_small(tmp_path / "model")
+    spoil(model)
+    assert_refused(run_main(tmp_path, model_path=model), sentence.format(model=model))
+    assert not (tmp_path / "activations").exists()
