@@ -1,18 +1,18 @@
-"""Fixed buffers for generation: the two-part KV cache and the activation buffer.
+"""Fixed-size buffers for generation: the two-part KV cache and the activation buffer.
 
-The cache follows MaxText's layout: a **prefill** part, written once, one row per *prompt*, and an
-**ar** (autoregressive) part, one row per *sequence* and one slot per decode step. The two are never
-concatenated, so several sequences that continue one prompt share its prefill part ("bifurcated
-attention", Athiwaratkun et al. 2024), and ragged prompts need neither left padding nor scatters:
-prompts differ in ``length``, decode steps are aligned. Keys are stored rotated.
+The cache has two parts, as in MaxText. The **prefill** part is written once and has one row per *prompt*.
+The **ar** (autoregressive) part has one row per *sequence* and one position per decode step. The two are
+never concatenated. So several sequences that continue one prompt share its prefill part ("bifurcated
+attention", Athiwaratkun et al. 2024), and ragged prompts need neither left padding nor scatters: prompts
+differ in ``length``, decode steps are aligned. Keys are stored rotated.
 
-The ar part is a ring over decode steps: step t is written to slot ``t % capacity`` of all rows alike. Each
-row remembers the step at which its sequence began, so that rows may begin at different times and a row
-whose sequence has ended can take another one, without a scatter (``start`` is 0 where all begin together).
+The ar part is a ring over decode steps: step t is written at position ``t % capacity`` of every row. Each
+row remembers the step at which its sequence began (``start``). So rows may begin at different times, and a
+row whose sequence has ended can take another one, without a scatter. ``start`` is 0 where all begin together.
 
-Everything here is pure, safe under ``jit`` and keeps every shape. A layer is chosen by an index into
-either a tuple of per-layer buffers (unrolled layers) or one stack ``[layers, ...]`` (scanned layers);
-both are updated in place when the buffers are donated.
+All functions are pure, safe under ``jit``, and keep every shape. A layer's buffers are chosen by an index
+into either a tuple of per-layer arrays (unrolled layers) or one stack ``[layers, ...]`` (scanned layers).
+Both are updated in place when the caller donates them.
 
     config = KVCacheConfig(num_layers=24, num_kv_heads=2, head_dim=64,
                            max_prefill_length=256, max_decode_length=1100)
@@ -29,14 +29,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Bool, Float, Int32
 
-# One array [layers, rows, kv_heads, slots, head_dim], or a tuple of `layers` arrays without the first axis.
+# One array [layers, rows, kv_heads, positions, head_dim], or a tuple of arrays without the first axis.
 LayerBuffers = Array | tuple[Array, ...]
+KeysValues = Float[Array, "rows kv_heads positions head_dim"]  # of one layer
+
+
+def axes(*names: str | None) -> dict[str, Any]:
+    """Returns field metadata that names the logical axes of a state's array, outermost first.
+
+    ``qwen2_core.sharding`` reads it: "rows" are sequences or prompts, "kv_heads" the heads of keys and
+    values. An array with more axes than names has them in front (the layers of a stacked cache).
+    """
+    return {"axes": names}
+
+
+CACHE_AXES = axes("rows", "kv_heads", "positions", "head_dim")
+ROW_AXES = axes("rows")
 
 
 @dataclasses.dataclass(frozen=True)
 class KVCacheConfig:
-    """Sizes of one KV cache. ``num_prompts * samples_per_prompt`` sequences share the prefill rows."""
+    """Sizes of one KV cache. ``num_prompts * samples_per_prompt`` sequences share the prefill rows.
+
+    ``step_alignment`` is None where all rows begin at step 0. Else each row may begin at any multiple of so
+    many steps, and attention sums the ar part in pieces of that size, in the order of their steps.
+
+    Raises:
+        ValueError: a size below 1.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -47,7 +69,7 @@ class KVCacheConfig:
     samples_per_prompt: int = 1
     dtype: Any = jnp.float32
     stacked: bool = False
-    begin_every: int | None = None  # rows begin at multiples of so many steps; None: all at step 0
+    step_alignment: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
@@ -58,15 +80,15 @@ class KVCacheConfig:
 
     @property
     def batch_size(self) -> int:
-        """Sequences: ``num_prompts * samples_per_prompt``."""
+        """Number of sequences: ``num_prompts * samples_per_prompt``."""
         return self.num_prompts * self.samples_per_prompt
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, known before anything is allocated."""
-        per_slot = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        slots = self.num_prompts * self.max_prefill_length + self.batch_size * self.max_decode_length
-        return per_slot * slots + 4 * self.num_prompts + 4 * self.batch_size + 4
+        per_position = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        positions = self.num_prompts * self.max_prefill_length + self.batch_size * self.max_decode_length
+        return per_position * positions + 4 * self.num_prompts + 4 * self.batch_size + 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +103,7 @@ class ActivationBufferConfig:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
+        """The buffer's shape."""
         return (self.num_layers, self.max_tokens, self.batch_size, self.hidden_size)
 
     @property
@@ -92,166 +115,194 @@ class ActivationBufferConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefillCache:
-    """The prompts' keys and values, right-padded; slot j of prompt p is valid where j < length[p]."""
+    """The prompts' keys and values, right-padded. Position j of prompt p is valid where j < length[p]."""
 
-    k: LayerBuffers  # [P, kv_heads, max_prefill_length, head_dim] a layer
-    v: LayerBuffers
-    length: Array  # [P] int32
+    k: LayerBuffers = dataclasses.field(
+        metadata=CACHE_AXES
+    )  # a layer: [P, kv_heads, max_prefill_length, head_dim]
+    v: LayerBuffers = dataclasses.field(metadata=CACHE_AXES)
+    length: Int32[Array, " prompts"] = dataclasses.field(metadata=ROW_AXES)
 
     @property
     def capacity(self) -> int:
-        """Prompt tokens the buffers have room for: max_prefill_length."""
+        """Number of prompt tokens that fit: max_prefill_length."""
         return _shape(self.k)[2]
 
     @property
-    def valid(self) -> Array:
-        """[P, max_prefill_length] bool: the slots that hold a prompt token."""
+    def valid(self) -> Bool[Array, "prompts positions"]:
+        """True at positions that hold a prompt token."""
         return jnp.arange(self.capacity, dtype=jnp.int32) < self.length[:, None]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ARCache:
-    """The generated tokens' keys and values, a ring: step t of all rows is in slot ``t % capacity``.
+    """The generated tokens' keys and values, a ring: step t of every row is at position ``t % capacity``.
 
-    Row b's sequence holds the steps from ``start[b]`` on; earlier ones belong to another sequence.
+    Row b's sequence holds the steps from ``start[b]`` on. Earlier steps belong to another sequence.
     """
 
-    k: LayerBuffers  # [B, kv_heads, max_decode_length, head_dim] a layer
-    v: LayerBuffers
-    index: Array  # int32 scalar: the step being made, advanced once per token, not once per layer
-    start: Array  # [B] int32: the step at which each row's sequence began
-    begin_every: int | None = dataclasses.field(default=None, metadata={"static": True})
+    k: LayerBuffers = dataclasses.field(
+        metadata=CACHE_AXES
+    )  # a layer: [B, kv_heads, max_decode_length, head_dim]
+    v: LayerBuffers = dataclasses.field(metadata=CACHE_AXES)
+    index: Int32[Array, ""] = dataclasses.field(
+        metadata=axes()
+    )  # the step being made; advances once per token
+    start: Int32[Array, " batch"] = dataclasses.field(
+        metadata=ROW_AXES
+    )  # the step at which the sequence began
+    step_alignment: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
-        """Decode steps that a sequence has room for: max_decode_length."""
+        """Number of decode steps that fit: max_decode_length."""
         return _shape(self.k)[2]
 
     @property
-    def tokens_read(self) -> Array:
-        """[B] int32: the generated tokens that each row's sequence has read."""
+    def tokens_read(self) -> Int32[Array, " batch"]:
+        """Number of generated tokens that each row's sequence has read."""
         return self.index - self.start
 
     @property
     def batch_size(self) -> int:
+        """Number of sequences."""
         return _shape(self.k)[0]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Both parts. B sequences continue P prompts; sequence b continues prompt ``b // (B // P)``."""
+    """Both parts of the cache. Sequence b of B continues prompt ``b // (B // P)`` of P."""
 
     prefill: PrefillCache
     ar: ARCache
 
     @property
     def samples_per_prompt(self) -> int:
+        """Number of sequences that continue each prompt: ``B // P``."""
         return self.ar.batch_size // self.prefill.length.shape[0]
 
     @property
-    def positions(self) -> Array:
-        """[B] int32: the position of the token that the next decode step reads."""
+    def positions(self) -> Int32[Array, " batch"]:
+        """Position in its sequence, prompt included, of the token that the next decode step reads."""
         return jnp.repeat(self.prefill.length, self.samples_per_prompt) + self.ar.tokens_read
 
 
 def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
-    """Zeroed buffers of ``config``'s sizes, nothing valid, index 0."""
+    """Creates zeroed buffers of ``config``'s sizes: nothing is valid, the index is 0."""
 
-    def buffers(rows: int, slots: int) -> LayerBuffers:
-        shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    def buffers(rows: int, positions: int) -> LayerBuffers:
+        shape = (rows, config.num_kv_heads, positions, config.head_dim)
         if config.stacked:
             return jnp.zeros((config.num_layers, *shape), config.dtype)
         return tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
 
-    prompts, prompt_slots = config.num_prompts, config.max_prefill_length
-    rows, decode_slots = config.batch_size, config.max_decode_length
+    prompts, rows = config.num_prompts, config.batch_size
+    prefill, ar = config.max_prefill_length, config.max_decode_length
     return KVCache(
-        PrefillCache(
-            buffers(prompts, prompt_slots), buffers(prompts, prompt_slots), jnp.zeros(prompts, jnp.int32)
-        ),
+        PrefillCache(buffers(prompts, prefill), buffers(prompts, prefill), jnp.zeros(prompts, jnp.int32)),
         ARCache(
-            buffers(rows, decode_slots),
-            buffers(rows, decode_slots),
+            buffers(rows, ar),
+            buffers(rows, ar),
             jnp.zeros((), jnp.int32),
             jnp.zeros(rows, jnp.int32),
-            config.begin_every,
+            config.step_alignment,
         ),
     )
 
 
-def write_prefill_cache(cache: PrefillCache, layer: int | Array, k: Array, v: Array) -> PrefillCache:
-    """Writes one layer's prompt keys and values, from slot 0.
+def write_prefill_cache(
+    cache: PrefillCache,
+    layer: int | Array,
+    k: Float[Array, "prompts kv_heads tokens head_dim"],
+    v: Float[Array, "prompts kv_heads tokens head_dim"],
+) -> PrefillCache:
+    """Writes one layer's prompt keys and values, from position 0.
 
     Args:
+        cache: the prefill part.
         layer: index of the layer; may be traced if the buffers are stacked.
-        k, v: [P, kv_heads, tokens, head_dim], keys rotated; ``tokens`` may be fewer than the slots.
+        k: rotated keys; ``tokens`` may be fewer than the cache's capacity.
+        v: values.
 
     Raises:
-        ValueError: more tokens than slots (JAX alone would clamp or fail obscurely).
+        ValueError: more tokens than positions (JAX alone would clamp or fail obscurely).
     """
     if k.shape[2] > cache.capacity:
         raise ValueError(
-            f"A prompt of {k.shape[2]} tokens does not fit the prefill cache of {cache.capacity} slots; "
+            f"A prompt of {k.shape[2]} tokens does not fit the prefill cache of {cache.capacity} positions; "
             "create the cache with a larger max_prefill_length."
         )
-    return dataclasses.replace(
-        cache, k=_write(cache.k, layer, k, slot=0), v=_write(cache.v, layer, v, slot=0)
-    )
+    return dataclasses.replace(cache, k=_write(cache.k, layer, k, 0), v=_write(cache.v, layer, v, 0))
 
 
-def update_kv_cache_ar(cache: ARCache, layer: int | Array, k: Array, v: Array) -> ARCache:
+def update_kv_cache_ar(
+    cache: ARCache,
+    layer: int | Array,
+    k: Float[Array, "batch kv_heads 1 head_dim"],
+    v: Float[Array, "batch kv_heads 1 head_dim"],
+) -> ARCache:
     """Writes one layer's key and value of one decode step at ``cache.index``, around the ring.
 
-    The index does not move here: one token passes through all layers at the same index. Advance it
-    once afterwards with :func:`advance_ar_index`. A sequence longer than the ring would overwrite its own
-    beginning, in silence; its row writes NaN, so that nothing computed from it can pass for a result.
+    The index does not move here: one token passes through all layers at the same index. Advance it once
+    afterwards with :func:`advance_ar_index`. A sequence longer than the ring would overwrite its own
+    beginning in silence. Its row writes NaN instead, so that nothing computed from it can pass for a result.
 
     Args:
+        cache: the ar part.
         layer: index of the layer; may be traced if the buffers are stacked.
-        k, v: [B, kv_heads, 1, head_dim], keys rotated.
+        k: rotated keys.
+        v: values.
     """
     fits = (cache.tokens_read < cache.capacity)[:, None, None, None]
     k, v = jnp.where(fits, k, jnp.nan), jnp.where(fits, v, jnp.nan)
-    slot = cache.index % cache.capacity
+    position = cache.index % cache.capacity
     return dataclasses.replace(
-        cache, k=_write(cache.k, layer, k, slot=slot), v=_write(cache.v, layer, v, slot=slot)
+        cache, k=_write(cache.k, layer, k, position), v=_write(cache.v, layer, v, position)
     )
 
 
 def advance_ar_index(cache: KVCache) -> KVCache:
-    """The same cache, one token further on."""
+    """Returns the same cache, one token further on."""
     return dataclasses.replace(cache, ar=dataclasses.replace(cache.ar, index=cache.ar.index + 1))
 
 
 def get_attention_kv(
     part: PrefillCache | ARCache, layer: int | Array, start: int | Array = 0, size: int | None = None
-) -> tuple[Array, Array]:
-    """One layer's keys and values in slots ``start .. start + size``, valid or not; all by default.
+) -> tuple[KeysValues, KeysValues]:
+    """Returns one layer's keys and values at positions ``start .. start + size``, valid or not.
 
-    Attention reads block by block through this, so that not even a stacked cache is ever sliced out
-    whole. ``start`` is clamped so that ``size`` slots are read.
+    Attention reads block by block through this, so that not even a stacked cache is ever sliced out whole.
 
-    Returns:
-        k, v [rows, kv_heads, size, head_dim]: rows are prompts in the prefill part, sequences in the ar part.
+    Args:
+        part: either part of the cache; its rows are prompts or sequences.
+        layer: index of the layer; may be traced if the buffers are stacked.
+        start: first position, clamped so that ``size`` positions are read.
+        size: number of positions; the whole capacity by default.
     """
     size = part.capacity if size is None else size
     return _read(part.k, layer, start, size), _read(part.v, layer, start, size)
 
 
-def create_activation_buffer(config: ActivationBufferConfig) -> Array:
-    """A zeroed buffer ``[num_layers, max_tokens, batch_size, hidden_size]``."""
+def create_activation_buffer(
+    config: ActivationBufferConfig,
+) -> Float[Array, "layers tokens batch hidden"]:
+    """Creates a zeroed buffer of ``config``'s sizes."""
     return jnp.zeros(config.shape, config.dtype)
 
 
-def update_activation_buffer(buffer: Array, activations: Array, step: int | Array) -> Array:
-    """Writes the rows of one decode step, ``activations [layers, B, hidden]``, at token ``step``."""
+def update_activation_buffer(
+    buffer: Float[Array, "layers tokens batch hidden"],
+    activations: Float[Array, "layers batch hidden"],
+    step: int | Array,
+) -> Float[Array, "layers tokens batch hidden"]:
+    """Writes the rows of one decode step at token ``step``."""
     return update_slice(buffer, activations[:, None], (0, step, 0, 0))
 
 
 def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -> Array:
-    """``lax.dynamic_update_slice`` that touches the slice alone."""
+    """Does ``lax.dynamic_update_slice`` in a form that touches the slice alone, in every dtype."""
     values = values.astype(buffer.dtype)
     if buffer.dtype.itemsize != 2:
         return lax.dynamic_update_slice(buffer, values, start)
@@ -268,7 +319,7 @@ def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -
 
 
 def _shape(buffers: LayerBuffers) -> tuple[int, ...]:
-    """(rows, kv_heads, slots, head_dim) of each layer."""
+    """Returns (rows, kv_heads, positions, head_dim) of each layer."""
     return buffers[0].shape if isinstance(buffers, tuple) else buffers.shape[1:]
 
 
@@ -285,9 +336,9 @@ def _static(layer: int | Array) -> int:
     return layer
 
 
-def _write(buffers: LayerBuffers, layer: int | Array, values: Array, slot: int | Array) -> LayerBuffers:
+def _write(buffers: LayerBuffers, layer: int | Array, values: Array, position: int | Array) -> LayerBuffers:
     if isinstance(buffers, tuple):
         layer = _static(layer)
-        new = update_slice(buffers[layer], values, (0, 0, slot, 0))
+        new = update_slice(buffers[layer], values, (0, 0, position, 0))
         return (*buffers[:layer], new, *buffers[layer + 1 :])
-    return update_slice(buffers, values[None], (layer, 0, 0, slot, 0))
+    return update_slice(buffers, values[None], (layer, 0, 0, position, 0))

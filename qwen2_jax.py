@@ -1,6 +1,6 @@
-"""The Qwen2 decoder in Flax linen: one layer body, every cache, layers unrolled or scanned.
+"""The Qwen2 decoder in Flax linen: one layer body for every cache, layers unrolled or scanned.
 
-The cache that is handed in says what a forward pass does:
+The cache that is passed in decides what a forward pass does:
 
 ===================  ============================================  =============================
 ``kv_caches``        ``input_ids``                                 logits
@@ -23,8 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Float32, Int
 
 from kvcache_utils import (
+    ActivationBufferConfig,
     KVCache,
     PrefillCache,
     advance_ar_index,
@@ -39,6 +42,7 @@ from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_laye
 
 __all__ = [
     "CheckpointError",
+    "ModelOutput",
     "QwenConfig",
     "QwenModel",
     "convert_hf_to_jax_weights",
@@ -47,19 +51,29 @@ __all__ = [
 ]
 
 FixedCache = PrefillCache | KVCache
-LayerKV = tuple[Array, Array]  # the growing cache of one layer: k, v [B, kv_heads, slots, head_dim]
+LayerKV = tuple[Array, Array]  # the growing cache of one layer: k, v [B, kv_heads, positions, head_dim]
+
+
+class ModelOutput(NamedTuple):
+    """What one forward pass returns."""
+
+    logits: Float32[Array, "batch tokens vocab"]  # with a fixed cache: of each last token, [batch, 1, vocab]
+    cache: Any  # of the kind that was passed in
+    activations: Float[Array, "layers tokens batch hidden"] | None  # None where no layer is captured
 
 
 class TokenContext(NamedTuple):
     """What every layer needs to know about the tokens of one forward pass."""
 
-    cos: Array  # [B, T, head_dim / 2] float32
-    sin: Array
-    key_valid: Array | None  # [B, slots] bool, None where every slot is valid
+    cos: Float32[Array, "batch tokens half_head_dim"]
+    sin: Float32[Array, "batch tokens half_head_dim"]
+    key_valid: Bool[Array, "batch positions"] | None  # None where every position is valid
 
 
-def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """cos and sin of the rotary angles of ``positions [B, T]``, float32 [B, T, head_dim / 2]."""
+def rope_angles(
+    positions: Int[Array, "batch tokens"], head_dim: int, theta: float
+) -> tuple[Float32[Array, "batch tokens half"], Float32[Array, "batch tokens half"]]:
+    """Computes cosine and sine of the rotary angles (Su et al. 2021), ``half`` = head_dim / 2."""
     # In numpy float32 to be bit-equal to Hugging Face's: at position 8000 one ulp is 3e-4 rad.
     inverse = 1.0 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     angles = positions[..., None].astype(jnp.float32) * inverse
@@ -67,7 +81,7 @@ def rope_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, A
 
 
 def _once(x: Array) -> Array:
-    """x as it is; XLA on CPU would compute cosines anew for every layer and head, but not a product."""
+    """Returns x; on CPU as a product, which XLA computes once, and not anew in each layer and head."""
 
     def product(x: Array) -> Array:
         return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
@@ -75,15 +89,19 @@ def _once(x: Array) -> Array:
     return lax.platform_dependent(x, cpu=product, default=lambda x: x)
 
 
-def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates x [B, T, heads, head_dim] (first half paired with second half), in float32."""
+def apply_rope(
+    x: Float[Array, "batch tokens heads head_dim"],
+    cos: Float32[Array, "batch tokens half"],
+    sin: Float32[Array, "batch tokens half"],
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Rotates queries or keys in float32. The first half of each head is paired with the second half."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+    """Divides by the root mean square (Zhang & Sennrich 2019), in float32, and multiplies by a weight."""
 
     config: QwenConfig
 
@@ -97,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """``x @ kernel (+ bias)``, kernel [in, out]."""
+    """Computes ``x @ kernel (+ bias)`` with a kernel [in, out]."""
 
     features: int
     use_bias: bool
@@ -114,7 +132,7 @@ class Linear(nn.Module):
 
 
 class QwenMLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+    """Computes SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``."""
 
     config: QwenConfig
 
@@ -129,7 +147,7 @@ class QwenMLP(nn.Module):
 
 
 class QwenAttention(nn.Module):
-    """Grouped-query attention; the only place that knows which cache is in use."""
+    """Grouped-query attention (Ainslie et al. 2023). The only place that knows which cache is in use."""
 
     config: QwenConfig
 
@@ -172,7 +190,7 @@ class QwenAttention(nn.Module):
 
 
 class QwenDecoderLayer(nn.Module):
-    """Attention and MLP with their residual additions; its output is ``blocks.{l}.hook_resid_post``."""
+    """Attention and MLP with their residual additions. Its output is ``blocks.{l}.hook_resid_post``."""
 
     config: QwenConfig
 
@@ -197,9 +215,22 @@ class QwenDecoderLayer(nn.Module):
 
 
 class QwenModel(nn.Module):
-    """Token ids to float32 logits, through whichever cache it is given (see the module's table)."""
+    """Maps token ids to float32 logits, through whichever cache it is given (see the module's table)."""
 
     config: QwenConfig
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The layers whose outputs a forward pass returns; none here, see ``qwen2_jax_with_hooks``."""
+        return ()
+
+    @nn.nowrap
+    def activation_buffer(self, tokens: int, batch: int) -> ActivationBufferConfig | None:
+        """Returns the sizes of a buffer for captured rows; None where nothing is captured."""
+        config, layers = self.config, len(self.capture_layers)
+        if not layers:
+            return None
+        return ActivationBufferConfig(layers, tokens, batch, config.hidden_size, config.dtype)
 
     def setup(self) -> None:
         config = self.config
@@ -220,16 +251,16 @@ class QwenModel(nn.Module):
 
     def __call__(
         self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
+        input_ids: Int[ArrayLike, "batch tokens"],
+        attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
-        position_offset: int | Array = 0,
-    ) -> tuple[Array, Any]:
-        """One forward pass.
+        position_offset: int | ArrayLike = 0,
+    ) -> Any:  # (logits, caches); a subclass may return more
+        """Runs one forward pass.
 
         Args:
-            input_ids: [B, T] int32; an id outside the vocabulary gives NaN.
-            attention_mask: nonzero where a slot holds a token. Growing cache: [B, past + T]; prefill:
+            input_ids: token ids; an id outside the vocabulary gives NaN.
+            attention_mask: nonzero where a position holds a token. Growing cache: [B, past + T]; prefill:
                 [P, T], right-padded. Causality applies on top. None: no padding.
             kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
             position_offset: position of ``input_ids[:, 0]``, a scalar or [B]; fixed caches know their own.
@@ -237,18 +268,19 @@ class QwenModel(nn.Module):
         Returns:
             (float32 logits, the updated caches).
         """
-        logits, kv_caches, _ = self.forward(input_ids, attention_mask, kv_caches, position_offset, ())
-        return logits, kv_caches
+        output = self.forward(input_ids, attention_mask, kv_caches, position_offset, capture_layers=())
+        return output.logits, output.cache
 
     def forward(
         self,
-        input_ids: Array,
-        attention_mask: Array | None,
-        kv_caches: Any,
-        position_offset: int | Array,
-        capture: tuple[int, ...],
-    ) -> tuple[Array, Any, list[Array]]:
-        """``__call__``, and the outputs [B, T, hidden] of the layers named in ``capture``."""
+        input_ids: Int[ArrayLike, "batch tokens"],
+        attention_mask: ArrayLike | None = None,
+        kv_caches: Any = None,
+        position_offset: int | ArrayLike = 0,
+        *,
+        capture_layers: tuple[int, ...] | None = None,
+    ) -> ModelOutput:
+        """Runs one forward pass and captures the outputs of ``capture_layers`` (the model's by default)."""
         config = self.config
         input_ids = jnp.asarray(input_ids)
         if input_ids.ndim != 2:
@@ -270,8 +302,10 @@ class QwenModel(nn.Module):
         positions = jnp.broadcast_to(start + jnp.arange(tokens, dtype=jnp.int32), input_ids.shape)
         context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid)
 
+        capture = self.capture_layers if capture_layers is None else capture_layers
         x = self.embed_tokens(input_ids)
         x, cache, grown, captured = self._run_layers(x, cache, grown, context, capture)
+        activations = jnp.stack(captured).swapaxes(1, 2) if captured else None
         if isinstance(cache, PrefillCache):
             x = jnp.take_along_axis(x, (cache.length - 1)[:, None, None], axis=1)
         x = self.norm(x)
@@ -281,10 +315,12 @@ class QwenModel(nn.Module):
             else:
                 logits = logits_f32(x, self.lm_head.kernel, tied=False)
         if isinstance(cache, KVCache):
-            return logits, advance_ar_index(cache), captured
+            return ModelOutput(logits, advance_ar_index(cache), activations)
         if isinstance(cache, PrefillCache):
-            return logits, cache, captured
-        return logits, None if config.use_fixed_cache and kv_caches is None else grown, captured
+            return ModelOutput(logits, cache, activations)
+        return ModelOutput(
+            logits, None if config.use_fixed_cache and kv_caches is None else grown, activations
+        )
 
     def _run_layers(
         self,

@@ -1,4 +1,4 @@
-"""The model that also returns the residual stream of chosen layers, stacked into one array.
+"""The Qwen2 decoder that also returns the residual stream of chosen layers, stacked into one array.
 
 Layer l is the **output of decoder block l**, after both residual additions: ``blocks.{l}.hook_resid_post``.
 That is Hugging Face's ``hidden_states[l + 1]`` for every block but the last, where Hugging Face gives
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from qwen2_core.config import QwenConfig
 from qwen2_jax import QwenModel
@@ -24,33 +24,34 @@ class QwenModelWithActivations(QwenModel):
 
     extract_layers: tuple[int, ...] = FIXED_EXTRACT_LAYERS
 
-    def __call__(  # type: ignore[override] - the result has one more part
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The layers whose outputs a forward pass returns."""
+        return self.extract_layers
+
+    def __call__(
         self,
-        input_ids: Array,
-        attention_mask: Array | None = None,
+        input_ids: Int[ArrayLike, "batch tokens"],
+        attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
-        position_offset: int | Array = 0,
+        position_offset: int | ArrayLike = 0,
         return_activations: bool = True,
-    ) -> tuple[Array, Any] | tuple[Array, Any, Array]:
-        """As ``QwenModel.__call__``, and the rows of the extracted layers.
+    ) -> Any:
+        """Runs one forward pass as ``QwenModel.__call__`` does, and returns the rows of the extracted layers.
 
         Returns:
-            (logits, kv_caches, activations [len(extract_layers), T, B, hidden] in the model's dtype),
-            or (logits, kv_caches) without ``return_activations``.
+            (logits, kv_caches, activations [len(extract_layers), T, B, hidden] in the model's dtype), or
+            (logits, kv_caches) without ``return_activations``.
         """
         layers = self.extract_layers if return_activations else ()
-        logits, kv_caches, captured = self.forward(
-            input_ids, attention_mask, kv_caches, position_offset, layers
-        )
-        if not return_activations:
-            return logits, kv_caches
-        return logits, kv_caches, jnp.stack(captured).swapaxes(1, 2)
+        output = self.forward(input_ids, attention_mask, kv_caches, position_offset, capture_layers=layers)
+        return tuple(output) if return_activations else (output.logits, output.cache)
 
 
 def create_model_with_hooks(
     config: QwenConfig, extract_layers: tuple[int, ...] = FIXED_EXTRACT_LAYERS
 ) -> QwenModelWithActivations:
-    """A model that returns the outputs of ``extract_layers`` (0-based, in the given order).
+    """Makes a model that returns the outputs of ``extract_layers`` (0-based, in the given order).
 
     Raises:
         ValueError: no layers, a layer twice, or one that the model does not have.

@@ -8,27 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from activation_store import ActivationWriter, FinishedSequence
-from arc_runner.cluster.work import Unit, Work, left
+from arc_runner.cluster.work import Unit, Work, keys_of, left
+from arc_runner.console import say
 from arc_runner.loaded_model import LoadedModel
 from arc_runner.progress import Clock, Progress
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
-from arc_runner.workload import Keyed, sampling_id
-from qwen2_core.requests import bucket_length
-from qwen2_core.sharding import layout_of
-from qwen2_engine.continuous_batching import (
-    Drawing,
-    FinishedItem,
-    Occupancy,
-    WorkItem,
-    order_items,
-    run_slots,
-)
-from qwen2_engine.decode_window import SlotShape
-from qwen2_engine.memory_plan import Stage, device_memory_budget, plan_stages, start_stage
+from qwen2_core.requests import SequenceRequest
+from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots
 
 # A shard is committed once it has one of these: enough to be read well, little enough to be lost by a crash.
 SHARD_BYTES = 64 * 2**20
@@ -37,18 +25,16 @@ SHARD_SECONDS = 60.0
 
 
 def make_continuously(
-    sequences: Sequence[Keyed],
-    generator: LoadedModel,
+    requests: Sequence[SequenceRequest],
+    model: LoadedModel,
     work: Work,
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
 ) -> None:
-    """Generates what ``work`` gives out of ``sequences`` and stores each soon after it has ended."""
-    options, model = generator.options, generator.model
-    layout = layout_of(model.config, generator.params)
-    drawing = Drawing.check(model.config, generator.eos_token_ids, options.sampling, options.random_seed)
-    units = _units(generator, sequences)
+    """Generates what ``work`` hands out of ``requests``, and stores each sequence soon after it has ended."""
+    engine = make_engine(model)
+    units = _units(engine.order(requests))
     compiling, generating = Clock(), Clock()
     progress = Progress(sum(len(_to_make(unit, writer)) for unit in units))
 
@@ -60,34 +46,23 @@ def make_continuously(
     with contextlib.closing(progress), ThreadPoolExecutor(1) as device:
         while not stop.requested:
             there = left(units, writer)
-            items = [item for unit in there for item in _to_make(unit, writer)]
-            for stage in _stages(generator, items):
-                of_stage = [unit for unit in there if _width(unit) in stage.widths]
-                taken = work.take(of_stage, stage.shape.slots * layout.groups)
+            for stage in engine.plan([request for unit in there for request in _to_make(unit, writer)]):
+                of_stage = [unit for unit in there if unit.work[0].width in stage.widths]
+                taken = work.take(of_stage, stage.shape.slots * engine.layout.data_parallel)
                 first = next(taken, None)
                 if first is None:
                     continue
                 with compiling:
-                    programs, slots = start_stage(
-                        model,
-                        generator.params,
-                        stage,
-                        capture_prompt=options.extract_prompt,
-                        eos_slots=len(drawing.eos_token_ids),
-                    )
+                    slots = engine.start(stage)
+                say(describe(slots))
                 report.programs += 1
-                report.slots = max(report.slots, programs.all_slots)
+                report.slots = max(report.slots, slots.programs.all_slots)
                 with stop.deferred(), generating:
-                    finished = run_slots(
-                        programs,
-                        slots,
-                        generator.params,
-                        (item for unit in itertools.chain([first], taken) for item in _to_make(unit, writer)),
-                        drawing,
+                    finished = slots.generate(
+                        (one for unit in itertools.chain([first], taken) for one in _to_make(unit, writer)),
                         should_stop=lambda: stop.requested,
                         on_window=count,
                     )
-                    del slots  # they are the windows' now
                     _store(finished, device, writer, report, progress)
                 if stop.requested:
                     break
@@ -99,53 +74,54 @@ def make_continuously(
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 
 
-def _units(generator: LoadedModel, sequences: Sequence[Keyed]) -> list[Unit]:
-    """Items in the order in which they are made, in units of one task and one width."""
-    options = generator.options
-    items = order_items(
-        generator.model.config,
-        (
-            WorkItem(
-                keyed.id.prompt_token_ids,
-                sampling_id(keyed.id),
-                options.max_output_tokens,
-                options.extract_prompt and keyed.id.sample_index == 0,
-                keyed,
-            )
-            for keyed in sequences
-        ),
+def make_engine(model: LoadedModel) -> ContinuousEngine:
+    """Makes the engine of a run. Its settings follow from the options alone, not from what is left to do."""
+    options = model.job.options
+    return ContinuousEngine(
+        model.model,
+        model.params,
+        slots=options.batch_size,
+        max_tokens=options.max_output_tokens,
+        eos_token_ids=model.job.eos,
+        sampling=options.sampling,
+        seed=options.random_seed,
+        cache_dtype=options.kv_cache_dtype,
+        capture_prompt=options.extract_prompt,
+        memory_budget=None if options.memory_budget is None else int(options.memory_budget * 1e9),
     )
-    grouped = itertools.groupby(items, lambda item: (bucket_length(len(item.prompt)), item.name.id.task_id))
+
+
+def describe(slots: RunningSlots) -> str:
+    """Says in a line what the slots of a stage are and which memory they take."""
+    shape, layout, memory = slots.programs.shape, slots.programs.layout, slots.memory
+    parts = {
+        "weights": memory.weights,
+        "KV cache": memory.kv_cache,
+        "windows, prefill and temporaries": memory.working,
+    }
+    detail = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    groups = f" on each of {layout.data_parallel} groups of devices" if layout.data_parallel > 1 else ""
+    each = " a device" if layout.devices > 1 else ""
+    return (
+        f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
+        f"{shape.window} steps: {memory.on_device / 1e6:.0f} MB{each} expected ({detail}); "
+        f"on the host up to {memory.host_rows / 1e6:.0f} MB of unfinished rows"
+    )
+
+
+def _units(ordered: Sequence[SequenceRequest]) -> list[Unit]:
+    """Groups requests, in the order in which they are made, by width and task."""
+    grouped = itertools.groupby(ordered, lambda request: (request.width, request.id.task_id))
     members = [list(group) for _, group in grouped]
-    return [Unit(tuple(item.name.key for item in of_unit), of_unit) for of_unit in members]
+    return [Unit(keys_of(requests), requests) for requests in members]
 
 
-def _width(unit: Unit) -> int:
-    return bucket_length(len(unit.work[0].prompt))
-
-
-def _to_make(unit: Unit, writer: ActivationWriter) -> list[WorkItem]:
-    return [item for item in unit.work if item.name.key not in writer.committed]
-
-
-def _stages(generator: LoadedModel, items: Sequence[WorkItem]) -> list[Stage]:
-    options = generator.options
-    cache_dtype = None if options.kv_cache_dtype is None else np.dtype(options.kv_cache_dtype)
-    budget = device_memory_budget(layout_of(generator.model.config, generator.params).devices)
-    if options.memory_budget is not None:
-        budget = int(options.memory_budget * 1e9)
-    return plan_stages(
-        generator.model,
-        generator.params,
-        {bucket_length(len(item.prompt)) for item in items},
-        SlotShape(options.batch_size, 1, options.max_output_tokens, cache_dtype=cache_dtype),
-        budget,
-        options.extract_prompt,
-    )
+def _to_make(unit: Unit, writer: ActivationWriter) -> list[SequenceRequest]:
+    return [request for request in unit.work if request.key not in writer.committed]
 
 
 def _store(
-    finished: Iterator[FinishedItem],
+    finished: Iterator[FinishedSequence],
     device: ThreadPoolExecutor,
     writer: ActivationWriter,
     report: Report,
@@ -157,14 +133,11 @@ def _store(
     # Signals are handled on the main thread, and only between two Python instructions: it must not be the
     # one that waits for a window.
     try:
-        while (item := device.submit(next, finished, None).result()) is not None:
-            sequence = item.item.name.id
-            shard.append(
-                FinishedSequence(sequence, item.token_ids, item.logprobs, item.finish_reason, item.rows)
-            )
-            size += 0 if item.rows is None else item.rows.nbytes
-            report.tokens_generated += len(item.token_ids)
-            progress.update(1, len(item.token_ids))
+        while (sequence := device.submit(next, finished, None).result()) is not None:
+            shard.append(sequence)
+            size += 0 if sequence.rows is None else sequence.rows.nbytes
+            report.tokens_generated += len(sequence.token_ids)
+            progress.update(1, len(sequence.token_ids))
             age = time.monotonic() - begun
             if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES or age >= SHARD_SECONDS:
                 writer.submit(shard)

@@ -33,7 +33,7 @@ def answer(
     options = job.options
     records = (patiently or at_once)(lambda: job.records(committed))
     report.sequences = len(records)
-    report.stopped_early = len(records) < len(job.sequences)
+    report.stopped_early = len(records) < len(job.requests)
     report.add_failed_sequences(records)
     if not report.processes:
         report.measure_memory()
@@ -92,7 +92,7 @@ def answer_from_store(job: Job, report: Report) -> int:
 
 
 def _exit_code(job: Job, report: Report, records: Sequence[SequenceRecord]) -> int:
-    if len(records) < len(job.sequences):
+    if len(records) < len(job.requests):
         return EXIT_RESUMABLE
     failed = report.tasks_failed or any(record.failed for record in records)
     return EXIT_TASKS_FAILED if failed else EXIT_DONE

@@ -26,10 +26,9 @@ def generate_missing(
         return
     loading = Clock()
     with loading:
-        model = LoadedModel.load(job.options, job.eos)
+        model = LoadedModel.load(job)
     report.load_seconds = loading.seconds
     if job.options.generation == "continuous":
-        make_continuously(job.sequences, model, work, writer, report, stop)
+        make_continuously(job.requests, model, work, writer, report, stop)
     else:
-        calls = plan_calls(job.prompts, job.options, lambda one: job.key_of(one) in writer.committed)
-        make_calls(calls, job.key_of, model, work, writer, report, stop)
+        make_calls(plan_calls(job.requests, job.options, writer.committed), model, work, writer, report, stop)

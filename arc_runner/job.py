@@ -11,22 +11,23 @@ from typing import Any
 from activation_store import (
     ActivationWriter,
     Patience,
-    SequenceId,
     SequenceRecord,
     StoreSettings,
     hook_name,
-    sequence_key,
 )
 from arc_puzzles import ArcTask, load_tasks
 from arc_runner.cluster.membership import ProcessInfo
+from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
 from arc_runner.options import RunOptions
 from arc_runner.preflight import check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report, failure_entries
 from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
-from arc_runner.workload import Keyed, Prompt, build_prompts
+from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.requests import SequenceRequest
+from qwen2_core.sharding import Layout
 from qwen2_core.weights import check_checkpoint
 from qwen2_jax import QwenConfig
 
@@ -35,27 +36,24 @@ _RECORDED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "safeten
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Holds what a run is asked for, checked: its prompts and the sequences to make of them."""
+    """Holds what a run is asked for, checked, and every sequence to make."""
 
     options: RunOptions
+    config: QwenConfig
+    layout: Layout
     tasks: Sequence[ArcTask]
     tokenizer: Any
     eos: tuple[int, ...]
     settings: StoreSettings
-    prompts: Sequence[Prompt]
-    sequences: Sequence[Keyed]  # in the order of the submission's attempts
-
-    def key_of(self, sequence: SequenceId) -> str:
-        """Returns the key of a sequence in the store."""
-        return sequence_key(self.settings, sequence)
+    requests: Sequence[SequenceRequest]  # in the order of the submission's attempts
 
     def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
         """Returns the records of the job's sequences that are committed, in the job's order."""
-        return [committed[one.key] for one in self.sequences if one.key in committed]
+        return [committed[key] for key in keys_of(self.requests) if key in committed]
 
     def left(self, committed: Mapping[str, SequenceRecord]) -> int:
         """Returns how many of the job's sequences are not committed yet."""
-        return sum(one.key not in committed for one in self.sequences)
+        return sum(key not in committed for key in keys_of(self.requests))
 
     def part_of(self, process: ProcessInfo) -> Job:
         """Returns the part of the job that is assigned to a process.
@@ -65,13 +63,10 @@ class Job:
         """
         if process.claims:
             return self
-        task_ids = list(dict.fromkeys(prompt.task_id for prompt in self.prompts))
+        task_ids = list(dict.fromkeys(request.id.task_id for request in self.requests))
         assigned = set(task_ids[process.index :: process.count])
-        return dataclasses.replace(
-            self,
-            prompts=[prompt for prompt in self.prompts if prompt.task_id in assigned],
-            sequences=[one for one in self.sequences if one.id.task_id in assigned],
-        )
+        own = [request for request in self.requests if request.id.task_id in assigned]
+        return dataclasses.replace(self, requests=own)
 
     def open_writer(self, process: ProcessInfo, patiently: Patience | None) -> ActivationWriter:
         """Opens the store to write as this process; see ``ActivationWriter`` for what it raises."""
@@ -100,23 +95,22 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     check_checkpoint(options.model_path, config)
     tokenizer = load_tokenizer(options.model_path, config.vocab_size)
     eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
-    prompts, failures = build_prompts(loaded.tasks, tokenizer, options, config.max_position_embeddings)
-    mesh_shape, devices = choose_devices(options, config)
+    settings = _store_settings(options, config, eos)
+    requests, failures = build_requests(
+        loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
+    )
+    layout, devices = choose_devices(options, config)
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.tasks) + len(loaded.failures)
     report.tasks_failed = failure_entries([*loaded.failures, *failures])
-    settings = _store_settings(options, config, eos)
-    ids = (prompt.sequence(sample) for prompt in prompts for sample in range(options.samples_per_prompt))
-    sequences = [Keyed(sequence_key(settings, one), one) for one in ids]
-    options = dataclasses.replace(options, mesh_shape=mesh_shape)
-    return Job(options, loaded.tasks, tokenizer, eos, settings, prompts, sequences), report
+    return Job(options, config, layout, loaded.tasks, tokenizer, eos, settings, requests), report
 
 
 def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord]) -> None:
     """Says what there is to do, and counts in the report what an earlier run has made."""
     report.sequences_resumed = len(job.records(committed))
     say(
-        f"{report.tasks} tasks, {len(job.sequences)} sequences (each test input in "
+        f"{report.tasks} tasks, {len(job.requests)} sequences (each test input in "
         f"{job.options.augmentations} augmentations x {job.options.samples_per_prompt} samples), "
         f"{report.sequences_resumed} of them done already"
     )

@@ -15,6 +15,7 @@ from arc_runner.options import RunOptions
 from arc_runner.report import report_path
 from qwen2_core.checkpoint_files import is_hub_id
 from qwen2_core.sharding import Layout, make_layout
+from qwen2_core.weights import scans_layers_by_default
 from qwen2_jax import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -64,8 +65,8 @@ def check_places(options: RunOptions) -> None:
         raise UsageError(f"--output_filepath: cannot write in {output.parent}: {error.strerror}") from error
 
 
-def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[tuple[int, int], str]:
-    """Returns the mesh to generate on, (data, model), and its name for the report.
+def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str]:
+    """Returns where to generate, and its name for the report.
 
     By default ``--generation continuous`` runs on every accelerator of this process, each with all the
     weights; the other ways and the CPU use one device.
@@ -88,9 +89,9 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[tuple[int, 
     if layout == Layout():
         if len(devices) > 1:
             say(f"using one of {len(devices)} devices ({kind})")
-        return (1, 1), kind
+        return layout, kind
     say(layout.describe(config))
-    return (data, model), f"{data} x {model} {kind}"
+    return layout, f"{data} x {model} {kind}"
 
 
 def load_config(options: RunOptions) -> QwenConfig:
@@ -100,7 +101,7 @@ def load_config(options: RunOptions) -> QwenConfig:
         CheckpointError: there is no such model, or it is not one that can be run.
         UsageError: no prompt would fit beside the answer, or the model lacks a layer to extract.
     """
-    config = QwenConfig.from_hf(options.model_path)
+    config = QwenConfig.from_hf(options.model_path).replace(scan_layers=scans_layers_by_default())
     if options.dtype is not None:
         config = config.replace(dtype=options.dtype)
     if options.max_output_tokens >= config.max_position_embeddings:

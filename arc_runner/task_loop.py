@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from activation_store import ActivationWriter, SequenceId
-from arc_runner.cluster.work import Unit, Work
+from activation_store import ActivationWriter
+from arc_runner.cluster.work import Unit, Work, keys_of
 from arc_runner.console import say
 from arc_runner.loaded_model import LoadedModel, finished_sequences
 from arc_runner.progress import Clock, Progress
@@ -20,7 +20,6 @@ from arc_runner.workload import Call
 
 def make_calls(
     calls: Sequence[Call],
-    key_of: Callable[[SequenceId], str],
     model: LoadedModel,
     work: Work,
     writer: ActivationWriter,
@@ -28,13 +27,13 @@ def make_calls(
     stop: StopRequest,
 ) -> None:
     """Makes the calls that ``work`` hands out, and stores their sequences, until all are done or ``stop``."""
-    options, compiling, generating = model.options, Clock(), Clock()
+    compiling, generating = Clock(), Clock()
     say(f"{len(calls)} calls to make")
-    units = [Unit(tuple(key_of(sequence) for sequence in call.sequences), call) for call in calls]
-    if options.generation == "task":
+    units = [Unit(keys_of(call.requests), call) for call in calls]
+    if model.job.options.generation == "task":
         with compiling:
             report.programs = model.compile(calls)
-    progress = Progress(sum(len(call.sequences) for call in calls))
+    progress = Progress(sum(len(call.requests) for call in calls))
     # Signals are handled on the main thread, and only between two Python instructions: it must not be the
     # one that sits in a call.
     with stop.deferred(), contextlib.closing(progress), ThreadPoolExecutor(1) as device:
@@ -56,10 +55,10 @@ def _make(
     unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, report: Report
 ) -> tuple[int, int]:
     """Makes a call and hands it to the writer; returns how many sequences and new tokens it has."""
-    call, capture = unit.work, model.options.extract_activations
+    call = unit.work
     generation = device.submit(model.generate, call).result()
-    new = np.array([key not in writer.committed for key in unit.keys])
-    writer.submit(lambda: finished_sequences(call, generation, capture, new))
+    new = [key not in writer.committed for key in unit.keys]
+    writer.submit(lambda: finished_sequences(call, generation, new))
     tokens = int(np.asarray(generation.lengths)[new].sum())
     report.tokens_generated += tokens
-    return len(call.sequences), tokens
+    return len(call.requests), tokens

@@ -1,18 +1,17 @@
-"""What a run will do, decided before the weights are read: tasks to prompts, prompts to compiled calls."""
+"""Decides what a run will generate, before the weights are read: tasks to requests, requests to calls."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from activation_store import SequenceId
+from activation_store import SequenceId, StoreSettings, sequence_key
 from arc_puzzles import (
     ArcTask,
-    Augmentation,
     TaskFailure,
     build_messages,
     choose_augmentations,
@@ -20,73 +19,65 @@ from arc_puzzles import (
     encode_prompt,
 )
 from arc_runner.options import RunOptions
-from qwen2_core.requests import bucket_length
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """Holds one prompt of a task: a test input, shown in one augmentation."""
-
-    task_id: str
-    test_index: int
-    augmentation: Augmentation
-    token_ids: np.ndarray  # int32 [n]
-
-    def sequence(self, sample_index: int) -> SequenceId:
-        """Returns the identity of one of the prompt's samples."""
-        return SequenceId(self.task_id, self.test_index, sample_index, str(self.augmentation), self.token_ids)
-
-
-class Keyed(NamedTuple):
-    """Holds a sequence of the run with its key in the store, which takes a while to compute."""
-
-    key: str
-    id: SequenceId
+from qwen2_core.requests import SequenceRequest
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Holds one compiled call: prompts of one task, padded to ``width`` tokens, and the samples of each."""
+    """Holds one compiled call: sequences of one task, samples of one prompt adjacent, padded to one width."""
 
-    prompts: tuple[Prompt, ...]
-    samples: range
+    requests: tuple[SequenceRequest, ...]
+    samples_per_prompt: int
     width: int
 
     @property
-    def sequences(self) -> list[SequenceId]:
-        """Returns the call's sequences in the order of its rows: samples of one prompt are adjacent."""
-        return [prompt.sequence(sample) for prompt in self.prompts for sample in self.samples]
+    def prompts(self) -> list[np.ndarray]:
+        """Returns the call's prompts, int32 [n] each."""
+        return [request.prompt_token_ids for request in self.requests[:: self.samples_per_prompt]]
 
 
-def build_prompts(
-    tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, context: int
-) -> tuple[list[Prompt], list[TaskFailure]]:
-    """Builds the prompts of every task; a task with a prompt that is too long is a failure as a whole.
+def build_requests(
+    tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, settings: StoreSettings, context: int
+) -> tuple[list[SequenceRequest], list[TaskFailure]]:
+    """Builds what is to be generated for every task, in the order of the submission's attempts.
 
-    ``context`` is the model's largest number of tokens, prompt and answer together.
+    A task with a prompt that is too long is a failure as a whole. ``context`` is the model's largest number
+    of tokens, prompt and answer together. ``settings`` are the store's: they decide each sequence's key.
     """
     encoder = create_grid_encoder(options.grid_encoder)
     variants = choose_augmentations(options.augmentations, options.random_seed)
-    prompts: list[Prompt] = []
+    requests: list[SequenceRequest] = []
     failures: list[TaskFailure] = []
     for task in tasks:
-        built = []
+        ids = []
         for variant in variants:
             augmented = task.augmented(variant)
             for test_index in range(len(task.test)):
                 messages = build_messages(augmented, test_index, encoder, options.prompt_version)
-                token_ids = encode_prompt(tokenizer, messages)
-                built.append(Prompt(task.task_id, test_index, variant, token_ids))
-        problem = _problem(built, options.max_output_tokens, context)
+                prompt = encode_prompt(tokenizer, messages)
+                for sample in range(options.samples_per_prompt):
+                    ids.append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
+        problem = _problem(ids, options.max_output_tokens, context)
         if problem:
             failures.append(TaskFailure(task.task_id, problem))
         else:
-            prompts += built
-    return prompts, failures
+            requests += [_request(sequence_id, options, settings) for sequence_id in ids]
+    return requests, failures
+
+
+def _request(sequence_id: SequenceId, options: RunOptions, settings: StoreSettings) -> SequenceRequest:
+    return SequenceRequest(
+        sequence_id.prompt_token_ids,
+        options.max_output_tokens,
+        sampling_id=sampling_id(sequence_id),
+        id=sequence_id,
+        key=sequence_key(settings, sequence_id),
+        capture_prompt=options.extract_prompt and sequence_id.sample_index == 0,  # all samples share it
+    )
 
 
 def plan_calls(
-    prompts: Sequence[Prompt], options: RunOptions, is_done: Callable[[SequenceId], bool]
+    requests: Sequence[SequenceRequest], options: RunOptions, committed: Container[str | None]
 ) -> list[Call]:
     """Plans the calls that are left to make, those of short prompts first.
 
@@ -95,19 +86,19 @@ def plan_calls(
     no padding rows. A call of which any sequence is missing is run whole: a sequence's last bits may
     depend on the shape of its batch, and a resumed run must give the same bytes.
     """
-    by_task: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_task.setdefault(prompt.task_id, []).append(prompt)
-    widths = {
-        task_id: bucket_length(max(len(prompt.token_ids) for prompt in members))
-        for task_id, members in by_task.items()
-    }
+    samples = options.samples_per_prompt
+    by_task: dict[str, list[SequenceRequest]] = {}
+    for request in requests:
+        by_task.setdefault(request.id.task_id, []).append(request)
+    widths = {task_id: max(one.width for one in members) for task_id, members in by_task.items()}
     calls = []
     for task_id in sorted(by_task, key=widths.__getitem__):
-        for samples in _ranges(options.samples_per_prompt, options.batch_size):
-            for chunk in _chunks(by_task[task_id], options.batch_size // len(samples)):
-                calls.append(Call(tuple(chunk), samples, widths[task_id]))
-    return [call for call in calls if not all(is_done(sequence) for sequence in call.sequences)]
+        prompts = [by_task[task_id][i : i + samples] for i in range(0, len(by_task[task_id]), samples)]
+        for part in _ranges(samples, options.batch_size):
+            for chunk in _chunks(prompts, options.batch_size // len(part)):
+                of_call = tuple(prompt[sample] for prompt in chunk for sample in part)
+                calls.append(Call(of_call, len(part), widths[task_id]))
+    return [call for call in calls if any(request.key not in committed for request in call.requests)]
 
 
 def sampling_id(sequence: SequenceId) -> int:
@@ -116,12 +107,12 @@ def sampling_id(sequence: SequenceId) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
-def _problem(prompts: Sequence[Prompt], new_tokens: int, context: int) -> str | None:
+def _problem(ids: Sequence[SequenceId], new_tokens: int, context: int) -> str | None:
     """Returns why the prompts cannot be run, or None."""
-    for prompt in prompts:
-        if len(prompt.token_ids) + new_tokens > context:
+    for one in ids:
+        if len(one.prompt_token_ids) + new_tokens > context:
             return (
-                f"the prompt of test {prompt.test_index} ({prompt.augmentation}) has {len(prompt.token_ids)} "
+                f"the prompt of test {one.test_index} ({one.augmentation}) has {len(one.prompt_token_ids)} "
                 f"tokens; with --max_output_tokens {new_tokens} that exceeds the model's context of {context}"
             )
     return None
@@ -133,7 +124,7 @@ def _ranges(total: int, most: int) -> Iterator[range]:
         yield range(start, min(start + most, total))
 
 
-def _chunks(prompts: list[Prompt], most: int) -> Iterator[list[Prompt]]:
+def _chunks(prompts: list[Any], most: int) -> Iterator[list[Any]]:
     """Yields the prompts in pieces whose sizes are powers of two, at most ``most``, largest first."""
     size = 1 << (most.bit_length() - 1)
     start = 0

@@ -28,18 +28,16 @@ from transformers import AutoTokenizer
 from arc_puzzles import build_messages, create_grid_encoder, encode_prompt, load_tasks
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from benchmarks.machine import PeakMemory, describe, usable_cores
-from generate_jitted import GenerateShape, bucket_length, compile_generate, pad_prompts
-from qwen2_core.requests import check_request
-from qwen2_core.sampling import Sampling
-from qwen2_engine.continuous_batching import Drawing, Occupancy, WorkItem, order_items, run_slots
-from qwen2_engine.decode_window import SlotShape
-from qwen2_engine.memory_plan import device_memory_budget, expected_bytes, plan_stages, start_stage
+from generate_jitted import GenerateShape, compile_generate, pad_prompts
+from qwen2_core.requests import PromptBatch
+from qwen2_core.sampling import Sampling, sampling_params
+from qwen2_engine import ContinuousEngine, Occupancy, SequenceRequest
 from qwen2_jax import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 ROOT = Path(__file__).parent.parent
 ENCODER = "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))"
-Batches = list[list[WorkItem]]
+Batches = list[list[SequenceRequest]]
 
 
 class Timed:
@@ -97,7 +95,7 @@ def main() -> None:
     report = {
         "machine": describe() | {"device": jax.local_devices()[0].device_kind},
         "sequences": len(items),
-        "prompt_tokens": percentiles([len(item.prompt) for item in items]),
+        "prompt_tokens": percentiles([len(item.prompt_token_ids) for item in items]),
         "answer_tokens": percentiles([item.max_tokens for item in items]),
         "batch": options.slots,
         "dtype": options.dtype,
@@ -110,7 +108,7 @@ def main() -> None:
     print(markdown(report))
 
 
-def arc_items(options: argparse.Namespace) -> list[WorkItem]:
+def arc_items(options: argparse.Namespace) -> list[SequenceRequest]:
     """A sequence for each test input, as long as its true answer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(options.checkpoint)
     encoder = create_grid_encoder(ENCODER)
@@ -120,39 +118,35 @@ def arc_items(options: argparse.Namespace) -> list[WorkItem]:
             prompt = encode_prompt(tokenizer, build_messages(task, index, encoder, "output-from-examples-v0"))
             if pair.output is not None and len(prompt) <= options.max_prompt:
                 tokens = len(tokenizer.encode(encoder.encode(pair.output))) + 1  # and the EOS
-                items.append(WorkItem(prompt, len(items), min(tokens, 1100)))
+                items.append(SequenceRequest(prompt, min(tokens, 1100), sampling_id=len(items)))
     wanted = min(options.sequences or len(items), len(items))
     return [items[i] for i in np.linspace(0, len(items) - 1, wanted).round().astype(int)]
 
 
-def measure_slots(model: Any, params: Any, items: list[WorkItem], slots: int) -> dict[str, Any]:
+def measure_slots(model: Any, params: Any, items: list[SequenceRequest], slots: int) -> dict[str, Any]:
     """Continuous generation, by the planner's stages."""
-    drawing = Drawing.check(model.config, (), Sampling(), 0)
-    widths = {bucket_length(len(item.prompt)) for item in items}
-    shape = SlotShape(slots, 1, max(item.max_tokens for item in items))
+    engine = ContinuousEngine(model, params, slots=slots)
+    ordered = engine.order(items)
     windows: list[tuple[float, Occupancy]] = []
     seconds, prefill, compile_seconds, tokens, expected, peak = 0.0, 0.0, 0.0, 0, 0, 0
-    for stage in plan_stages(model, params, widths, shape, device_memory_budget()):
-        programs, free = start_stage(model, params, stage)
-        prefills = {width: Timed(program) for width, program in programs.prefills.items()}
-        programs = dataclasses.replace(programs, prefills=prefills)
-        compile_seconds += programs.compile_seconds
+    for stage in engine.plan(ordered):
+        running = engine.start(stage)
+        prefills = {width: Timed(program) for width, program in running.programs.prefills.items()}
+        running.programs = dataclasses.replace(running.programs, prefills=prefills)
+        compile_seconds += running.programs.compile_seconds
         memory = PeakMemory()
         memory.start()
-        before = memory.read()[0] - programs.shape.cache_config(model).nbytes
-        of_stage = [item for item in items if bucket_length(len(item.prompt)) in stage.widths]
+        before = memory.read()[0] - running.memory.kv_cache
+        of_stage = [item for item in ordered if item.width in stage.widths]
         started = time.perf_counter() - seconds
-        finished = run_slots(
-            programs, free, params, of_stage, drawing,
-            on_window=lambda w, started=started: windows.append((time.perf_counter() - started, w)),
-        )  # fmt: skip
-        del free
-        tokens += sum(len(of_item.token_ids) for of_item in finished)
+        finished = running.generate(
+            of_stage, on_window=lambda w, started=started: windows.append((time.perf_counter() - started, w))
+        )
+        tokens += sum(len(sequence.token_ids) for sequence in finished)
         seconds = time.perf_counter() - started
         prefill += sum(program.seconds for program in prefills.values())
-        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        peak = max(peak, memory.read()[0] - before + weights)
-        expected = max(expected, expected_bytes(model, params, programs))
+        peak = max(peak, memory.read()[0] - before + running.memory.weights)
+        expected = max(expected, running.memory.on_device)
     live = sum(window.live_steps for _, window in windows)
     made = sum(window.steps * window.slots for _, window in windows)
     over_time = [Moment(at, window.live_steps / (window.steps * window.slots)) for at, window in windows]
@@ -170,15 +164,15 @@ def measure_static(model: Any, params: Any, batches: Batches) -> dict[str, Any]:
     over_time: list[Moment] = []
     for batch in batches:
         longest = max(item.max_tokens for item in batch)
-        ids, lengths = pad_prompts([item.prompt for item in batch])
-        request = check_request(model.config, ids, longest, prompt_lengths=lengths)
-        shape = GenerateShape(len(ids), ids.shape[1], longest, stop=False)
+        prompts = PromptBatch(*pad_prompts([item.prompt_token_ids for item in batch]))
+        traced = sampling_params(Sampling(), 0, (), model.config.vocab_size)
+        shape = GenerateShape(len(batch), prompts.input_ids.shape[1], longest, stop=False)
         program = compile_generate(model, params, shape)
         compile_seconds += program.compile_seconds
         reading = Timed(program.prefill)
         program = dataclasses.replace(program, prefill=reading)
         started = time.perf_counter()
-        out = program(params, request, Sampling())
+        out = program(params, prompts, traced, np.arange(len(batch), dtype=np.uint32))
         rows = np.asarray(out.activations)
         for row, item in enumerate(batch):  # as the runner hands them to the store
             np.ascontiguousarray(rows[:, : item.max_tokens, row])
@@ -220,12 +214,14 @@ def measure_transformers(checkpoint: Path, dtype: str, batches: Batches) -> dict
 
     for batch in batches:
         longest = max(item.max_tokens for item in batch)
-        width = max(len(item.prompt) for item in batch)
+        width = max(len(item.prompt_token_ids) for item in batch)
         ids = torch.zeros((len(batch), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, item in enumerate(batch):
-            ids[row, width - len(item.prompt) :] = torch.from_numpy(item.prompt.astype(np.int64))
-            mask[row, width - len(item.prompt) :] = 1
+            ids[row, width - len(item.prompt_token_ids) :] = torch.from_numpy(
+                item.prompt_token_ids.astype(np.int64)
+            )
+            mask[row, width - len(item.prompt_token_ids) :] = 1
         took = generate(ids, mask, longest)
         over_time += static_moments(batch, seconds, took)
         seconds += took
@@ -239,19 +235,16 @@ def simulate(sequences: int, slots: int) -> dict[str, Any]:
     config, params = load_qwen2(EXAMPLE_MODEL, dtype="float32")
     model = create_model_with_hooks(config)
     rng = np.random.default_rng(0)
-    items = order_items(
-        config,
-        (
-            WorkItem(rng.integers(0, 256, rng.integers(2, 60)), i, int(rng.integers(1, 33)))
-            for i in range(sequences)
-        ),
+    engine = ContinuousEngine(model, params, slots=slots, max_tokens=32, sampling=Sampling(0.8))
+    items = engine.order(
+        SequenceRequest(rng.integers(0, 256, rng.integers(2, 60)), int(rng.integers(1, 33)), sampling_id=i)
+        for i in range(sequences)
     )
-    (stage,) = plan_stages(model, params, {64}, SlotShape(slots, 1, 32), device_memory_budget())
-    programs, free = start_stage(model, params, stage)
-    drawing = Drawing.check(config, (), Sampling(0.8), 0)
+    (stage,) = engine.plan(items)
+    running = engine.start(stage)
     moments = []
     started = time.perf_counter()
-    for number, _ in enumerate(run_slots(programs, free, params, items, drawing), 1):
+    for number, _ in enumerate(running.generate(items), 1):
         if number % max(sequences // 10, 1) == 0:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
             on_device = sum(array.nbytes for array in jax.live_arrays())
@@ -259,7 +252,7 @@ def simulate(sequences: int, slots: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "slots": slots, "moments": moments}
 
 
-def static_moments(batch: list[WorkItem], begin: float, took: float) -> list[Moment]:
+def static_moments(batch: list[SequenceRequest], begin: float, took: float) -> list[Moment]:
     longest = max(item.max_tokens for item in batch)
     alive = [sum(item.max_tokens > step for item in batch) / len(batch) for step in range(0, longest, 16)]
     return [Moment(begin + took * (i + 1) / len(alive), share) for i, share in enumerate(alive)]

@@ -26,7 +26,7 @@ from benchmarks.machine import describe
 from generate_jitted import DecodeState, GenerateShape, decode_one, start_decode_state
 from kvcache_utils import create_kv_cache_buffers
 from qwen2_core.kernels.matmul import compiler_options
-from qwen2_core.sampling import Sampling, sequence_keys
+from qwen2_core.sampling import Sampling, sampling_params, sequence_keys
 from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -41,11 +41,11 @@ class Steps:
         self._shape = GenerateShape(batch, PROMPT, max_tokens)
         self._model, self._params = model, params
         keys = sequence_keys(jnp.uint32(0), jnp.arange(batch, dtype=jnp.uint32))
-        eos = jnp.full(8, -1, jnp.int32)
+        sampling = sampling_params(Sampling(), 0, (), model.config.vocab_size)
 
         def steps(params: Any, state: DecodeState) -> DecodeState:
             def body(_: Array, state: DecodeState) -> DecodeState:
-                return decode_one(model, params, state, state.cache.ar.index, Sampling().traced(), keys, eos)
+                return decode_one(model, params, state, state.cache.ar.index, sampling, keys)
 
             return lax.fori_loop(0, STEPS, body, state)
 

@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-import generate_jitted
 from generate_jitted import GenerateShape, lower_generate
+from qwen2_core import compilation
+from qwen2_core.compilation import AbstractParams
 from qwen2_core.config import QwenConfig
-from qwen2_engine import programs as slot_programs
+from qwen2_core.sharding import layout_of
+from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -121,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     described = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1")
     where = SingleDeviceSharding(described.devices[0])
-    generate_jitted.compiler_options = slot_programs.compiler_options = dict  # not those of the CPU
+    compilation.compiler_options = programs.compiler_options = dict  # not those of the CPU
     model = create_model_with_hooks(QwenConfig(dtype="bfloat16", scan_layers=options.scan_layers))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
@@ -130,10 +132,9 @@ def main() -> None:
         prefill, decode = lower_generate(model, params, GenerateShape(batch, 200, 1100))
         report("prefill", batch, prefill.compile(), of_step=False)
         report("decode", batch, decode.compile(), of_step=True)
-    leaves, treedef = jax.tree.flatten(params)
     for slots in options.slots:
-        shape = SlotShape(slots, 200, 1100)
-        window = slot_programs._compile_window(model, shape, 8, treedef, tuple(leaves))  # pyright: ignore[reportArgumentType]
+        shape, weights = SlotShape(slots, 200, 1100), AbstractParams.of(params)
+        window = programs.compile_window(model, shape, layout_of(model.config, params), weights)
         report("window", slots, window, of_step=True)
 
 

@@ -122,21 +122,18 @@ class JaxPeer:
             decode, steps = whole - prefill, job.growing_tokens - 1
         else:
             from generate_jitted import Sampling, pad_prompts
-            from qwen2_core.requests import check_request
+            from qwen2_core.requests import PromptBatch
+            from qwen2_core.sampling import sampling_params
 
-            ids, lengths = pad_prompts(list(job.prompts))
-            request = check_request(self.config, ids, job.new_tokens, prompt_lengths=lengths)
+            prompts = PromptBatch(*pad_prompts(list(job.prompts)))
+            traced = sampling_params(Sampling(), 0, (), self.config.vocab_size)
+            sequence_ids = np.arange(len(job.prompts), dtype=np.uint32)
             program = self._programs[contender]
-            drawing = (Sampling().traced(), request.seed, request.sequence_ids)
             (state, _), prefill = _timed(
-                lambda: jax.block_until_ready(
-                    program.prefill(self.params, request.input_ids, request.prompt_lengths, *drawing)
-                )
+                lambda: jax.block_until_ready(program.prefill(self.params, prompts, traced, sequence_ids))
             )
             out, decode = _timed(
-                lambda: jax.block_until_ready(
-                    program.decode(self.params, state, *drawing, request.eos_token_ids)
-                )
+                lambda: jax.block_until_ready(program.decode(self.params, state, traced, sequence_ids))
             )
             steps = job.new_tokens
         peak_bytes, peak_what = peak.read()

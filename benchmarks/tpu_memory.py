@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-import generate_jitted
 from generate_jitted import GenerateShape, compile_generate
+from qwen2_core import compilation
 from qwen2_core.config import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -71,7 +71,7 @@ def main() -> None:
     for batch in options.batch:
         with tempfile.TemporaryDirectory() as dump:
             # In place of the CPU's options, which are not for this compiler.
-            generate_jitted.compiler_options = lambda: {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            compilation.compiler_options = lambda: {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             program = compile_generate(model, params, GenerateShape(batch, 200, 1100))
             temporaries = heap_in_hbm(Path(dump), "run_decode")
         memory: Any = program.decode.memory_analysis()

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from kvcache_utils import KVCacheConfig
 from qwen2_core.checkpoint_files import CheckpointError, read_json_object, resolve_file
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -106,6 +107,30 @@ class QwenConfig:
     def q_heads_per_kv_head(self) -> int:
         """Returns how many query heads share one head of keys and values (grouped-query attention)."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    def kv_cache(
+        self,
+        max_prefill_length: int,
+        max_decode_length: int,
+        *,
+        num_prompts: int = 1,
+        samples_per_prompt: int = 1,
+        dtype: Any = None,
+        step_alignment: int | None = None,
+    ) -> KVCacheConfig:
+        """Returns the sizes of a KV cache for this model; its dtype is the model's by default."""
+        return KVCacheConfig(
+            num_layers=self.num_hidden_layers,
+            num_kv_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            max_prefill_length=max_prefill_length,
+            max_decode_length=max_decode_length,
+            num_prompts=num_prompts,
+            samples_per_prompt=samples_per_prompt,
+            dtype=self.dtype if dtype is None else dtype,
+            stacked=self.scan_layers,
+            step_alignment=step_alignment,
+        )
 
     def replace(self, **changes: Any) -> QwenConfig:
         """Returns a copy with some fields changed; checked like a new one."""

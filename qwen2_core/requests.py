@@ -1,65 +1,62 @@
-"""What a generation is asked to do, checked on the host before any device work.
+"""Checks what a generation is asked to do, on the host, before any device work.
 
-Inside ``jit`` nothing can complain: JAX clamps ids and slots out of range, in silence.
+Inside ``jit`` nothing can complain: JAX clamps token ids and positions out of range, in silence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt32
 
 from qwen2_core.config import QwenConfig
 
-_EOS_SLOTS = 8  # EOS ids are padded to a multiple of this, so that sets of different sizes share a program
+
+class PromptBatch(NamedTuple):
+    """Right-padded prompts as the compiled programs take them."""
+
+    input_ids: Int32[np.ndarray, "prompts width"]  # zero past each prompt's length
+    lengths: Int32[np.ndarray, " prompts"]
 
 
-class Request(NamedTuple):
-    """Checked inputs of one call, as the compiled programs take them."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequenceRequest:
+    """One sequence to generate.
 
-    input_ids: np.ndarray  # [P, P_len] int32, zero past each length
-    prompt_lengths: np.ndarray  # [P] int32
-    sequence_ids: np.ndarray  # [B] uint32
-    eos_token_ids: np.ndarray  # int32, padded with -1
-    seed: np.uint32
-
-
-def check_request(
-    config: QwenConfig,
-    input_ids: Any,
-    max_tokens: int,
-    *,
-    prompt_lengths: Any = None,
-    samples_per_prompt: int = 1,
-    eos_token_ids: Sequence[int] = (),
-    seed: int = 0,
-    sequence_ids: Any = None,
-) -> Request:
-    """The arguments of ``generate_single_task_jitted``, checked and in their final types.
-
-    Raises:
-        ValueError: one sentence that says what is wrong.
+    ``id`` and ``key`` are the caller's: they come back with the finished sequence. For a store they are its
+    ``SequenceId`` and its key there.
     """
-    ids, lengths = _check_prompts(config, input_ids, prompt_lengths, max_tokens)
-    rows = _check_rows(len(ids), samples_per_prompt, sequence_ids)
-    eos = _pack_eos(eos_token_ids, config.vocab_size)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
-    return Request(ids, lengths, rows, eos, np.uint32(seed))
+
+    prompt_token_ids: Int32[np.ndarray, " prompt"]
+    max_tokens: int
+    sampling_id: int  # random keys derive from (seed, sampling_id, step)
+    id: Any = None
+    key: str | None = None
+    capture_prompt: bool = False  # return the prompt's rows too
+
+    @property
+    def width(self) -> int:
+        """The bucket that the prompt is padded to."""
+        return bucket_length(len(self.prompt_token_ids))
 
 
 def bucket_length(length: int) -> int:
-    """The width a prompt is padded to: 64, 96, 128, then four to each power of two: 160, 192, 224, 256, ...
+    """Returns the width a prompt is padded to: 64, 96, 128, then four widths to each power of two: 160, 192,
+    224, ...
 
-    A program is compiled for each width that is used; what is padded, up to a fifth, is computed in vain.
+    Programs are compiled for each width that is used. The padding, at most a fifth, is computed in vain.
     """
     step = max(32, 1 << (length - 1).bit_length() >> 3)
     return max(64, -(-length // step) * step)
 
 
-def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads token lists to one bucket: (input_ids [P, width], prompt_lengths [P]), int32.
+def pad_prompts(
+    prompts: Sequence[Sequence[int] | np.ndarray],
+) -> tuple[Int32[np.ndarray, "prompts width"], Int32[np.ndarray, " prompts"]]:
+    """Right-pads token lists to one bucket: returns (input_ids, prompt_lengths).
 
     Raises:
         ValueError: no prompts, or an empty one.
@@ -69,30 +66,29 @@ def pad_prompts(prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarr
         raise ValueError("There are no prompts.")
     if not lengths.all():
         raise ValueError(f"Prompt {int(np.argmin(lengths))} is empty.")
-    ids = np.zeros((len(lengths), bucket_length(int(lengths.max()))), np.int32)
+    return pad_to(prompts, bucket_length(int(lengths.max())))
+
+
+def pad_to(prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> PromptBatch:
+    """Right-pads token lists, none longer than ``width``, with zeros."""
+    ids = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    return ids, lengths
+    return PromptBatch(ids, np.array([len(prompt) for prompt in prompts], np.int32))
 
 
-def eos_slots(count: int) -> int:
-    """The slots that so many EOS ids are padded to, of which a program is compiled."""
-    return -(-max(count, 1) // _EOS_SLOTS) * _EOS_SLOTS
+def check_prompts(config: QwenConfig, input_ids: Any, prompt_lengths: Any, max_tokens: int) -> PromptBatch:
+    """Checks prompts against the model, and converts them.
 
+    Args:
+        config: the model's.
+        input_ids: [P, P_len] integers, right-padded.
+        prompt_lengths: [P] integers; None: the full width.
+        max_tokens: tokens to generate at most.
 
-def _pack_eos(eos_token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """The ids as an int32 array padded with -1, which no token is."""
-    for token in eos_token_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"EOS token id {token} is outside the vocabulary of {vocab_size}.")
-    packed = np.full(eos_slots(len(eos_token_ids)), -1, np.int32)
-    packed[: len(eos_token_ids)] = list(eos_token_ids)
-    return packed
-
-
-def _check_prompts(
-    config: QwenConfig, input_ids: Any, prompt_lengths: Any, max_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
+    Raises:
+        ValueError: one sentence that says what is wrong.
+    """
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
@@ -128,10 +124,17 @@ def _check_prompts(
             f"Token id {ids[row, column]} (prompt {row}, position {column}) is outside the vocabulary of "
             f"{config.vocab_size}; does the tokenizer belong to the model?"
         )
-    return np.where(valid, ids, 0).astype(np.int32), lengths.astype(np.int32)
+    return PromptBatch(np.where(valid, ids, 0).astype(np.int32), lengths.astype(np.int32))
 
 
-def _check_rows(prompts: int, samples_per_prompt: int, sequence_ids: Any) -> np.ndarray:
+def check_sequence_ids(
+    prompts: int, samples_per_prompt: int, sequence_ids: Any
+) -> UInt32[np.ndarray, " batch"]:
+    """Checks the ids that random keys derive from, and converts them; 0..B-1 where they are None.
+
+    Raises:
+        ValueError: one sentence that says what is wrong.
+    """
     if samples_per_prompt < 1:
         raise ValueError(f"samples_per_prompt must be at least 1, not {samples_per_prompt}.")
     batch = prompts * samples_per_prompt

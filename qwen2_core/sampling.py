@@ -1,16 +1,17 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, with one random key per sequence and step."""
+"""Chooses the next token: greedy, temperature, top-k, top-p, with one random key per sequence and step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Float32, Int32, Key, UInt32
 
+_EOS_MULTIPLE = 8  # EOS ids are padded to a multiple of it, so that sets of different sizes share a program
 _ROWS_AT_ONCE = 8
 _SIGN = np.uint32(1 << 31)
 _MINUS_INFINITY = np.uint32(0x007FFFFF)  # the image of -inf: all bits of its float32 flipped
@@ -18,11 +19,14 @@ _MINUS_INFINITY = np.uint32(0x007FFFFF)  # the image of -inf: all bits of its fl
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, applied in this order (as Hugging Face does).
+    """How tokens are chosen: temperature, then top-k, then top-p, in Hugging Face's order.
 
-    ``temperature`` 0 is greedy; ``top_k`` 0 keeps every token; ``top_p`` keeps the smallest set of most
-    likely tokens whose probabilities sum to at least it. Tokens tied with the last one kept are kept.
-    All three are traced: changing them never recompiles.
+    ``temperature`` 0 is greedy. ``top_k`` 0 keeps every token. ``top_p`` keeps the smallest set of most
+    likely tokens whose probabilities sum to at least it. Tokens tied with the last one kept are kept. All
+    three become traced values: changing them never recompiles.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     temperature: float = 0.0
@@ -37,44 +41,87 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
 
-    def traced(self) -> SamplingArrays:
-        """In the device's types, at their ends: below float32's normal numbers a device may read 0."""
-        tiny, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-        temperature = 0.0 if self.temperature < tiny else min(self.temperature, largest)
-        return SamplingArrays(
-            np.float32(temperature),
-            np.int32(min(self.top_k, 2**31 - 1)),
-            np.float32(max(self.top_p, tiny)),
-        )
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """What decides tokens besides the model and the prompts, as the compiled programs take it.
+
+    Every field is a traced value. ``sampling_params`` makes one of a user's ``Sampling``, seed and EOS ids.
+    """
+
+    temperature: Float32[Array | np.ndarray, ""]
+    top_k: Int32[Array | np.ndarray, ""]
+    top_p: Float32[Array | np.ndarray, ""]
+    seed: UInt32[Array | np.ndarray, ""]
+    eos_token_ids: Int32[Array | np.ndarray, " eos_capacity"]  # padded with -1, which no token is
 
 
-class SamplingArrays(NamedTuple):
-    """``Sampling`` as scalars inside a compiled program."""
+def sampling_params(
+    sampling: Sampling, seed: int, eos_token_ids: Sequence[int], vocab_size: int
+) -> SamplingParams:
+    """Checks a call's sampling arguments and converts them to the device's types.
 
-    temperature: Array | np.float32
-    top_k: Array | np.int32
-    top_p: Array | np.float32
+    Temperature and top_p are kept within float32's normal numbers: a device may read smaller ones as 0.
+
+    Raises:
+        ValueError: a seed outside 0 to 2**32 - 1, or an EOS id outside the vocabulary.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
+    for token in eos_token_ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"EOS token id {token} is outside the vocabulary of {vocab_size}.")
+    eos = np.full(eos_capacity(len(eos_token_ids)), -1, np.int32)
+    eos[: len(eos_token_ids)] = list(eos_token_ids)
+    tiny, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    temperature = 0.0 if sampling.temperature < tiny else min(sampling.temperature, largest)
+    return SamplingParams(
+        np.array(temperature, np.float32),
+        np.array(min(sampling.top_k, 2**31 - 1), np.int32),
+        np.array(max(sampling.top_p, tiny), np.float32),
+        np.array(seed, np.uint32),
+        eos,
+    )
 
 
-def sequence_keys(seed: Array | np.uint32, sequence_ids: Array) -> Array:
-    """[B] keys from the run's seed and each sequence's own id, whatever else is in its batch."""
+def eos_capacity(count: int) -> int:
+    """Returns the number that so many EOS ids are padded to; programs are compiled for that number."""
+    return -(-max(count, 1) // _EOS_MULTIPLE) * _EOS_MULTIPLE
+
+
+def abstract_sampling_params(capacity: int = _EOS_MULTIPLE) -> SamplingParams:
+    """Returns greedy ``SamplingParams`` with room for ``capacity`` EOS ids, to compile programs for."""
+    zero, one = np.zeros((), np.float32), np.ones((), np.float32)
+    no_eos = np.full(capacity, -1, np.int32)
+    return SamplingParams(zero, np.zeros((), np.int32), one, np.zeros((), np.uint32), no_eos)
+
+
+def sequence_keys(
+    seed: UInt32[Array | np.ndarray, ""], sequence_ids: UInt32[Array | np.ndarray, " batch"]
+) -> Key[Array, " batch"]:
+    """Derives each sequence's key from the run's seed and its own id, whatever else is in its batch."""
     base = jax.random.key(seed)
     return jax.vmap(lambda sequence_id: jax.random.fold_in(base, sequence_id))(sequence_ids)
 
 
 def sample_tokens(
-    logits: Array, sampling: SamplingArrays, keys: Array, step: int | Array
-) -> tuple[Array, Array]:
-    """One token a row.
+    logits: Float32[Array, "batch vocab"],
+    sampling: SamplingParams,
+    keys: Key[Array, " batch"],
+    step: int | Int32[Array, "*batch"],
+) -> tuple[Int32[Array, " batch"], Float32[Array, " batch"]]:
+    """Chooses one token a row.
 
     Args:
-        logits: [B, vocab] float32.
-        keys: [B] from ``sequence_keys``; the step is folded in, so no key is used twice.
-        step: index of the token being chosen, a scalar or [B].
+        logits: of the token to choose.
+        sampling: how to choose.
+        keys: from ``sequence_keys``; the step is folded in, so no key is used twice.
+        step: index of the token being chosen, one for all rows or one a row.
 
     Returns:
-        token ids [B] int32, and their log-probabilities [B] float32 under the model's own distribution
-        (temperature 1, nothing filtered).
+        token ids, and their log-probabilities under the model's own distribution (temperature 1, nothing
+        filtered).
     """
     steps = jnp.broadcast_to(step, keys.shape)
     peak = jnp.max(logits, -1)  # every further reading of 152k logits shows in a step's time
@@ -90,7 +137,7 @@ def sample_tokens(
 
 
 def _first(values: Array, peak: Array) -> Array:
-    """The first index of ``peak``, the largest along the last axis, int32; the last where one is NaN."""
+    """Returns the first index of ``peak``, the largest value of the last axis; the last index for NaN."""
     # A plain reduction over float32 indices (exact below 2**24): XLA on CPU runs argmax, and a minimum of
     # integers, as scalar code, which takes 11 and 19 ms for 32 rows of a vocabulary; maximum and this, 4.
     last = values.shape[-1] - 1
@@ -98,8 +145,8 @@ def _first(values: Array, peak: Array) -> Array:
     return jnp.min(jnp.where(values == peak[..., None], index, last), -1).astype(jnp.int32)
 
 
-def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: SamplingArrays) -> Array:
-    """One token of one row ``[vocab]``, by the Gumbel trick over what top-k and top-p keep."""
+def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: SamplingParams) -> Array:
+    """Draws one token of one row ``[vocab]`` by the Gumbel trick, over what top-k and top-p keep."""
     noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32)
     # Relative to the largest: a tiny temperature takes all others to -inf, and none to +inf.
     scaled = (logits - peak) / sampling.temperature
@@ -107,10 +154,11 @@ def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: Samplin
     return _first(scores, jnp.max(scores))
 
 
-def _threshold(logits: Array, peak: Array, sampling: SamplingArrays) -> Array:
-    """The smallest logit kept by top-k and then, at the temperature, top-p; -inf where all are.
+def _threshold(logits: Array, peak: Array, sampling: SamplingParams) -> Array:
+    """Returns the smallest logit that top-k and then, at the temperature, top-p keep; -inf where all are
+    kept.
 
-    Both are found exactly: the k-th largest logit, and then the one at which the probability reaches p.
+    Both are found exactly: the k-th largest logit, then the one at which the summed probability reaches p.
     Nothing is stored beside the logits; sorting 152k of them would take as long as a decode step.
     """
     top_k = jnp.float32(sampling.top_k)
@@ -124,11 +172,12 @@ def _threshold(logits: Array, peak: Array, sampling: SamplingArrays) -> Array:
 
 
 def _largest_with(
-    logits: Array, needed: Array, weights: Callable[[], Array], wanted: Array | np.bool_
+    logits: Array, needed: Array | np.ndarray, weights: Callable[[], Array], wanted: Array | np.ndarray
 ) -> Array:
-    """The largest logit above or at which the weights sum to ``needed``; -inf if it is not ``wanted``.
+    """Returns the largest logit at or above which the weights sum to ``needed``; -inf if it is not
+    ``wanted``.
 
-    Found bit by bit, in the order-preserving integer image of float32.
+    It is found bit by bit, in an integer image of float32 that keeps the order.
     """
 
     def refine(i: Array, found: Array) -> Array:
@@ -140,7 +189,7 @@ def _largest_with(
 
 
 def _as_float(image: Array) -> Array:
-    """The float32 of an ordered image; those below the image of -inf (NaNs) count as -inf."""
+    """Converts an ordered image back to float32. Images below that of -inf, of NaNs, count as -inf."""
     image = jnp.maximum(image, _MINUS_INFINITY)
     negative = image >> 31 == 0
     return lax.bitcast_convert_type(jnp.where(negative, ~image, image ^ _SIGN), jnp.float32)

@@ -1,4 +1,4 @@
-"""Where arrays are: a mesh of one process's devices, ``data`` times ``model``, and what is split over it.
+"""Says where arrays are: on one device, or on a mesh of one process's devices, ``data`` times ``model``.
 
     config, params = load_qwen2("Qwen/Qwen2.5-7B-Instruct", mesh_shape=(1, 4))    # over four devices
     out = generate_single_task_jitted(create_model_with_hooks(config), params, ...)   # as on one
@@ -7,20 +7,22 @@
 each group (``shard_map``), with its own loops, so that no group ever waits for, or hears of, another.
 
 ``model``: the devices of a group split the weights by attention heads, MLP columns and vocabulary
-(Megatron-LM, Shoeybi et al. 2019) and the KV cache by heads; XLA puts the sums between devices where they
+(Megatron-LM, Shoeybi et al. 2019), and the KV cache by heads. XLA puts the sums between devices where they
 belong. What does not divide is whole on each device, and ``Layout.describe`` says so. The residual stream,
 and so every captured row, is whole on every device.
 
-The weights' place decides: ``layout_of`` reads it off them, and everything else follows.
+The weights' place decides: ``layout_of`` reads it off them, and everything else follows. The axes of a loop's
+state are named in its dataclass fields (``kvcache_utils.axes``).
 
-A TPU keeps two axes of an array in tiles of 8 x 128, padded. Which two, XLA would choose by the sizes alone,
-and where the loop wants others, copy the whole cache or all activations on the way in and out (17 MB a task
-at batch 128, 28 MB at 100, beside 45 MB of buffers). So those of a loop's state are given, by ``axes_of``.
+A TPU keeps two axes of an array in tiles of 8 x 128, padded. XLA chooses which two by the sizes alone. Where
+the loop wants others, it copies the whole cache or all activations on the way in and out (17 MB a task at
+batch 128, 28 MB at 100, beside 45 MB of buffers). So ``axes_of`` gives the order of a loop's state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,17 +41,21 @@ _LANES = 128  # of a TPU: what its minor axis is padded to
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """What the axes of an array of a program are, and their order in a TPU's memory."""
+    """Logical names of an array's axes, and their order in a TPU's memory.
 
-    names: PartitionSpec  # "rows" are sequences or prompts
-    tpu_order: tuple[int, ...] | None = None  # from major to minor; XLA's choice by default
+    The names are "rows" (sequences or prompts), "heads", "mlp" and "vocab"; None for any other axis. The
+    order is from major to minor; None leaves it to XLA.
+    """
+
+    names: PartitionSpec
+    tpu_order: tuple[int, ...] | None = None
 
 
 WHOLE = Axes(PartitionSpec())
 ROWS = Axes(PartitionSpec("rows"))
 ACTIVATIONS = Axes(PartitionSpec(None, None, "rows"))  # [layers, tokens, rows, hidden]
 
-# What the axes of a weight are, by its module and its own name; all others are whole on each device.
+# Axes of a weight by its module and its own name. All other weights are whole on each device.
 _WEIGHTS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("embed_tokens", "embedding"): ("vocab", None),
     ("lm_head", "kernel"): (None, "vocab"),
@@ -64,32 +70,33 @@ _WEIGHTS: dict[tuple[str, ...], tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One device (no mesh), or a mesh and which parts of the model are split over its ``model`` axis."""
+    """Placement on one device (no mesh), or on a mesh, with the parts of the model that its devices split."""
 
     mesh: Mesh | None = None
     split: frozenset[str] = frozenset()  # of "heads", "mlp", "vocab"
     chip: SingleDeviceSharding | None = None  # the one device, if it is a TPU
 
     @property
-    def groups(self) -> int:
-        """How many times ``model`` devices there are, each time with rows of its own."""
+    def data_parallel(self) -> int:
+        """Number of groups of ``model`` devices; each group generates its own rows."""
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
     def devices(self) -> int:
+        """Number of devices of all groups."""
         return 1 if self.mesh is None else self.mesh.size
 
     def kv_heads(self, config: QwenConfig) -> int:
-        """KV heads of which a device holds keys and values."""
-        shares = self.devices // self.groups if "heads" in self.split else 1
+        """Returns the number of KV heads whose keys and values each device holds."""
+        shares = self.devices // self.data_parallel if "heads" in self.split else 1
         return config.num_key_value_heads // shares
 
     def place_weight(self, path: tuple[str, ...], array: np.ndarray) -> Array:
-        """A weight, from the host straight to where it belongs, each part to its device."""
+        """Puts a weight from the host straight to where it belongs, each part to its device."""
         return jax.device_put(array, self.weight_sharding(path, array.ndim))
 
     def weight_sharding(self, path: tuple[str, ...], ndim: int) -> NamedSharding | None:
-        """Where the weight at ``path`` of the parameter tree belongs; None: on the default device."""
+        """Returns where the weight at ``path`` of the parameter tree belongs; None: on the default device."""
         if self.mesh is None:
             return None
         axes = _WEIGHTS.get(path[-2:], ())
@@ -98,12 +105,13 @@ class Layout:
     def jit(
         self, function: Callable[..., Any], in_axes: Any, out_axes: Any, donate_argnums: Sequence[int] = ()
     ) -> Any:
-        """``jax.jit``, run by each group on its own rows.
+        """Returns ``jax.jit(function)``, run by each group on its own rows.
 
         Args:
             function: traced with the sizes of one group.
-            in_axes, out_axes: ``Axes``, or pytrees of them, one for each argument and each result; of weights
-                WHOLE.
+            in_axes: ``Axes`` or a pytree of them for each argument; WHOLE for weights.
+            out_axes: the same for each result.
+            donate_argnums: as of ``jax.jit``.
         """
         places = _map_axes(self._place, out_axes)
         if self.mesh is None:
@@ -119,20 +127,20 @@ class Layout:
         return jax.jit(by_group, donate_argnums=donate_argnums, out_shardings=places)
 
     def struct(self, shape: tuple[int, ...], dtype: Any, axes: Axes = WHOLE) -> jax.ShapeDtypeStruct:
-        """An argument of ``jit``'s function, over all groups; ``shape`` is that of one group."""
+        """Returns an abstract argument of ``jit``'s function; ``shape`` is that of one group."""
         sizes = list(shape)
         if "rows" in axes.names:
-            sizes[axes.names.index("rows")] *= self.groups
+            sizes[axes.names.index("rows")] *= self.data_parallel
         return jax.ShapeDtypeStruct(tuple(sizes), dtype, sharding=self._place(axes))
 
     def structs(self, state: Any) -> Any:
-        """``struct`` of a whole loop state."""
+        """Returns ``struct`` of every array of a loop's state."""
         return jax.tree.map(
             lambda leaf, axes: self.struct(leaf.shape, leaf.dtype, axes), state, axes_of(state)
         )
 
     def describe(self, config: QwenConfig) -> str:
-        """The mesh in a line, and what of the model is not split although it could be asked for."""
+        """Describes the mesh in a line, and names the parts of the model that it cannot split."""
         assert self.mesh is not None
         data, model = self.mesh.shape[DATA], self.mesh.shape[MODEL]
         text = f"{data * model} devices: {data} groups of {model}"
@@ -148,9 +156,9 @@ class Layout:
         return f"{text}, which split the weights but for {' and '.join(whole)}, no multiple of {model}"
 
     def _spec(self, axes: PartitionSpec, mesh_axes: tuple[str, ...] = (DATA, MODEL)) -> PartitionSpec:
-        """Named axes as those of the mesh, of which only ``mesh_axes`` are meant."""
-        meant = {"rows": DATA} | dict.fromkeys(self.split, MODEL)
-        found = [meant.get(name) for name in axes]  # pyright: ignore[reportArgumentType]
+        """Maps named axes to those of the mesh, of which only ``mesh_axes`` are used."""
+        mapped = {"rows": DATA} | dict.fromkeys(self.split, MODEL)
+        found = [mapped.get(name) for name in axes]  # pyright: ignore[reportArgumentType]
         return PartitionSpec(*(name if name in mesh_axes else None for name in found))
 
     def _sharding(self, axes: PartitionSpec) -> NamedSharding:
@@ -158,7 +166,7 @@ class Layout:
         return NamedSharding(self.mesh, self._spec(axes))
 
     def _place(self, axes: Axes) -> Any:
-        """On which devices and, on TPUs, in which order; None: on the default device."""
+        """Returns the devices and, on TPUs, the order in memory; None: the default device."""
         sharding = self.chip if self.mesh is None else self._sharding(axes.names)
         if axes.tpu_order is None or not _is_tpu(sharding):
             return sharding
@@ -168,7 +176,7 @@ class Layout:
 def make_layout(
     config: QwenConfig, mesh_shape: tuple[int, int], devices: Sequence[Any] | None = None
 ) -> Layout:
-    """``mesh_shape`` (data, model) devices of this process, the first by default.
+    """Makes the layout of ``mesh_shape`` (data, model) devices of this process, the first ones by default.
 
     Raises:
         ValueError: fewer devices than that, or nothing in the model that could be split so.
@@ -191,7 +199,7 @@ def make_layout(
 
 
 def layout_of(config: QwenConfig, params: Any) -> Layout:
-    """Where weights are, loaded by ``load_qwen2`` or as abstract arrays."""
+    """Reads the layout off weights, loaded by ``load_qwen2`` or abstract arrays."""
     sharding = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (DATA, MODEL):
         return _layout(config, sharding.mesh)  # pyright: ignore[reportArgumentType]
@@ -201,31 +209,37 @@ def layout_of(config: QwenConfig, params: Any) -> Layout:
 
 
 def axes_of(state: Any) -> Any:
-    """The axes of a loop's state, a pytree of dataclasses, as ``Layout.jit`` takes them.
+    """Returns the axes of a loop's state, a dataclass whose fields name them, as ``Layout.jit`` takes them.
 
     Args:
-        state: with the shapes of one group.
+        state: arrays or abstract arrays with the shapes of one group.
     """
-
-    def axes(path: tuple[Any, ...], leaf: Any) -> Axes:
-        field = next(key.name for key in reversed(path) if hasattr(key, "name"))
-        if field in ("k", "v"):
-            return _axes_of_cache(leaf.shape)
-        if field == "activations":
-            # The last two are tiled. A single row would be padded to two; its tokens are not.
-            order = (0, 1, 2, 3) if leaf.shape[2] > 1 else (0, 2, 1, 3)
-            return dataclasses.replace(ACTIVATIONS, tpu_order=order)
-        return WHOLE if field == "index" else ROWS
-
-    return jax.tree_util.tree_map_with_path(axes, state)
+    axes = {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        if dataclasses.is_dataclass(value):
+            axes[field.name] = axes_of(value)
+        elif "axes" in field.metadata:
+            axes[field.name] = jax.tree.map(functools.partial(_axes, field.metadata["axes"]), value)
+    return dataclasses.replace(state, **axes)
 
 
-def _axes_of_cache(shape: tuple[int, ...]) -> Axes:
-    """Of keys or values, [rows, kv_heads, slots, head_dim], with an axis of layers before them if stacked."""
-    *major, slots, head_dim = range(len(shape))
-    minor = (slots, head_dim) if shape[-1] % _LANES == 0 else (head_dim, slots)
-    stacked = (None,) * (len(shape) - 4)
-    return Axes(PartitionSpec(*stacked, "rows", "heads"), (*major, *minor))
+def _axes(names: tuple[str | None, ...], leaf: Any) -> Axes:
+    sharded: dict[str | None, str] = {"rows": "rows", "kv_heads": "heads"}
+    in_front = (None,) * (len(leaf.shape) - len(names))  # layers of a stacked cache
+    return Axes(PartitionSpec(*in_front, *map(sharded.get, names)), _tpu_order(names, leaf.shape))
+
+
+def _tpu_order(names: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Returns the order that a loop wants: its last two axes lie in the chip's tiles."""
+    if names[-2:] == ("positions", "head_dim"):
+        *major, positions, head_dim = range(len(shape))
+        minor = (positions, head_dim) if shape[-1] % _LANES == 0 else (head_dim, positions)
+        return (*major, *minor)
+    if names == ("layers", "tokens", "rows", "hidden"):
+        # A single row would be padded to two; its tokens are not.
+        return (0, 1, 2, 3) if shape[2] > 1 else (0, 2, 1, 3)
+    return None
 
 
 def _is_tpu(sharding: Sharding | None) -> bool:
@@ -233,7 +247,7 @@ def _is_tpu(sharding: Sharding | None) -> bool:
 
 
 def bytes_on_device(leaf: Any) -> int:
-    """Of a weight, on each device that has a part of it."""
+    """Returns a weight's bytes on each device that has a part of it."""
     sharding = getattr(leaf, "sharding", None)
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return math.prod(shape) * leaf.dtype.itemsize
@@ -245,7 +259,7 @@ def _layout(config: QwenConfig, mesh: Mesh) -> Layout:
 
 
 def _parts(config: QwenConfig) -> dict[str, tuple[str, int, str]]:
-    """What can be split: its name for the reader, and how many of what it has."""
+    """Returns what can be split: its name for a reader, its size, and the unit of that."""
     return {
         "heads": ("attention", config.num_key_value_heads, "KV heads"),
         "mlp": ("MLP", config.intermediate_size, "columns"),

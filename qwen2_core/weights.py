@@ -129,14 +129,30 @@ def load_qwen2(
         raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
     config_path = resolve_file(path_or_hub_id, "config.json", revision=revision)
     if scan_layers is None:
-        scan_layers = jax.default_backend() == "tpu"
+        scan_layers = scans_layers_by_default()
     config = QwenConfig.from_hf(config_path.parent).replace(scan_layers=scan_layers)
     if dtype is not None:
         config = config.replace(dtype=dtype)
     layout = make_layout(config, mesh_shape)
+    return config, load_params(path_or_hub_id, config, layout, revision=revision)
+
+
+def scans_layers_by_default() -> bool:
+    """Tells whether ``load_qwen2`` stacks the layers' weights by default: on TPUs."""
+    return jax.default_backend() == "tpu"
+
+
+def load_params(
+    path_or_hub_id: str | Path, config: QwenConfig, layout: Layout, *, revision: str | None = None
+) -> Params:
+    """Reads a checkpoint's weights to where ``layout`` says, for a config that was read before.
+
+    Raises:
+        CheckpointError: as ``load_qwen2``.
+    """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
         _check_stored(stored, config)
-        return config, _build_tree(config, stored.read, layout)
+        return _build_tree(config, stored.read, layout)
 
 
 def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:

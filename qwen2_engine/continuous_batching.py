@@ -1,195 +1,228 @@
 """Continuous generation: slots that are never left empty while there is work.
 
-    items = [WorkItem(prompt, sequence_id=i, max_tokens=1100) for i, prompt in enumerate(prompts)]
-    for finished in generate_continuous(model, params, items, slots=32, eos_token_ids=[eos]):
-        finished.item, finished.token_ids, finished.rows        # in the order in which sequences end
+    engine = ContinuousEngine(model, params, slots=32, eos_token_ids=[eos])
+    requests = [SequenceRequest(prompt, 1100, sampling_id=i, id=i) for i, prompt in enumerate(prompts)]
+    for finished in engine.run(requests):
+        finished.id, finished.token_ids, finished.rows        # in the order in which sequences end
 
 Tokens, log-probabilities and rows are those of ``generate_single_task_jitted`` for each sequence alone
-(``sequence_ids=[item.sequence_id]``), and the same to the last bit in whichever slot, beside whichever
-others and in whichever order they are made, for a given number of slots.
+(``sequence_ids=[request.sampling_id]``). For a given number of slots they are the same to the last bit in
+whichever slot, beside whichever others and in whichever order they are made.
 
-While one window of steps computes, the rows of the one before are copied to the host and whoever iterates
+While one window of steps computes, the rows of the window before are copied to the host, and whoever iterates
 has the device's time for what was finished in it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
-from qwen2_core.config import QwenConfig
-from qwen2_core.requests import bucket_length, check_request
-from qwen2_core.sampling import Sampling, SamplingArrays
+from activation_store.format import FinishedSequence
+from qwen2_core.requests import SequenceRequest, check_prompts, pad_to
+from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
-from qwen2_engine.decode_window import STEP_PIECE, PrefilledPrompt, SlotShape, SlotState, Window
-from qwen2_engine.memory_plan import device_memory_budget, plan_stages, start_stage
-from qwen2_engine.programs import SlotPrograms
+from qwen2_engine.decode_window import STEP_ALIGNMENT, PrefilledPrompt, SlotShape, SlotState, Window
+from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory, Stage, device_memory_budget
+from qwen2_engine.programs import SlotPrograms, compile_slots
 from qwen2_jax import QwenModel
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class WorkItem:
-    """One sequence to generate."""
-
-    prompt: np.ndarray  # int32 [n]
-    sequence_id: int  # what its random keys derive from
-    max_tokens: int
-    capture_prompt: bool = False  # hand over the prompt's rows too
-    name: Any = None  # the caller's own, handed back
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FinishedItem:
-    """A sequence that has ended, on the host; n tokens, EOS included, and as many rows."""
-
-    item: WorkItem
-    token_ids: np.ndarray  # [n] int32
-    logprobs: np.ndarray  # [n] float32
-    finish_reason: str  # "stop" | "length"
-    rows: np.ndarray | None  # [layers, n or prompt + n, hidden]; None for a model without hooks
+logger = logging.getLogger(__name__)
 
 
 class Occupancy(NamedTuple):
-    """One window, as it was used."""
+    """How one window's slots were used."""
 
     slots: int
     steps: int  # made by every slot
     live_steps: int  # in which a slot's sequence was alive, over all slots
-    prompts: int  # different ones read before it
+    prompts: int  # different prompts that were read before it
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """What decides tokens besides the model, as the programs take it."""
+class ContinuousEngine:
+    """Generates sequences of one model in slots that take the next one as soon as theirs has ended."""
 
-    sampling: SamplingArrays
-    seed: np.uint32
-    eos_token_ids: np.ndarray  # int32, padded with -1
+    def __init__(
+        self,
+        model: QwenModel,
+        params: Any,
+        *,
+        slots: int = 8,
+        max_tokens: int | None = None,
+        window: int = STEP_ALIGNMENT,
+        eos_token_ids: Sequence[int] = (),
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        seed: int = 0,
+        cache_dtype: Any = None,
+        capture_prompt: bool = False,
+        memory_budget: int | None = None,
+    ) -> None:
+        """Checks the settings; nothing is compiled or allocated yet.
 
-    @classmethod
-    def check(
-        cls, config: QwenConfig, eos_token_ids: Sequence[int], sampling: Sampling, seed: int
-    ) -> Drawing:
-        """Raises: ValueError, as ``generate_single_task_jitted``."""
-        request = check_request(config, np.zeros((1, 1), int), 1, eos_token_ids=eos_token_ids, seed=seed)
-        return cls(sampling.traced(), request.seed, request.eos_token_ids)
+        Args:
+            model: rows are captured if it is one of ``create_model_with_hooks``.
+            params: the parameter tree. Everything runs where the weights are.
+            slots: sequences at once, on each group of devices of a mesh; fewer where memory is short.
+            max_tokens: generated tokens that a slot has room for; by default the longest of each plan's
+                requests.
+            window: steps between two refills, a multiple of 16. Half a window is wasted for each sequence
+                that
+                ends. Another window may change last bits, as the cache's size follows it.
+            eos_token_ids: ids that end a sequence.
+            sampling: how tokens are chosen; greedy by default.
+            seed: 0 to 2**32 - 1. Random keys derive from (seed, the request's sampling_id, step).
+            cache_dtype: of the KV cache; the model's by default.
+            capture_prompt: allows requests to ask for their prompt's rows.
+            memory_budget: bytes on each device; by default ``memory_plan.device_memory_budget``.
+
+        Raises:
+            ValueError: a setting that cannot be.
+        """
+        self.model, self.params = model, params
+        self.layout = layout_of(model.config, params)
+        self._sampling = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
+        self._max_tokens = max_tokens
+        self._shape = SlotShape(
+            slots,
+            prompt_width=1,
+            max_tokens=max_tokens or 1,
+            window=window,
+            cache_dtype=None if cache_dtype is None else np.dtype(cache_dtype),
+            capture_prompt=capture_prompt and bool(model.capture_layers),
+            eos_capacity=len(self._sampling.eos_token_ids),
+        )
+        self._budget = device_memory_budget(self.layout.devices) if memory_budget is None else memory_budget
+        self._planner = MemoryPlanner(model, params, self.layout)
+
+    def run(
+        self,
+        requests: Iterable[SequenceRequest],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_window: Callable[[Occupancy], None] = lambda _: None,
+    ) -> Iterator[FinishedSequence]:
+        """Generates all requests and yields each as it ends.
+
+        Args:
+            requests: what to generate.
+            should_stop: asked before each window. Where it returns True, the sequences that have ended by
+                then
+                are the last ones.
+            on_window: called with each window's use.
+
+        Raises:
+            ValueError: at once, for a request that cannot be done, as ``generate_single_task_jitted``.
+        """
+        ordered = self.order(requests)
+        stages = self.plan(ordered)
+
+        def generate() -> Iterator[FinishedSequence]:
+            for stage in stages:
+                if should_stop():
+                    return
+                of_stage = [request for request in ordered if request.width in stage.widths]
+                yield from self.start(stage).generate(of_stage, should_stop=should_stop, on_window=on_window)
+
+        return generate()
+
+    def order(self, requests: Iterable[SequenceRequest]) -> list[SequenceRequest]:
+        """Checks requests and sorts them from short prompts to long, those of one prompt together.
+
+        So a prompt is read once, and prompts of similar length share the slots: a step costs what the longest
+        of its prompts costs.
+
+        Raises:
+            ValueError: a request that cannot be done, as ``generate_single_task_jitted``.
+        """
+        groups: dict[bytes, list[SequenceRequest]] = {}
+        for request in requests:
+            prompt = np.asarray(request.prompt_token_ids)
+            checked = check_prompts(self.model.config, prompt[None], None, request.max_tokens).input_ids[0]
+            if self._max_tokens is not None and request.max_tokens > self._max_tokens:
+                raise ValueError(
+                    f"max_tokens {request.max_tokens} exceeds the engine's max_tokens of {self._max_tokens}."
+                )
+            if request.capture_prompt and self.model.capture_layers and not self._shape.capture_prompt:
+                raise ValueError(
+                    "A request asks for its prompt's rows: make the engine with capture_prompt=True."
+                )
+            request = dataclasses.replace(request, prompt_token_ids=checked)
+            groups.setdefault(checked.tobytes(), []).append(request)
+        ordered = sorted(groups.values(), key=lambda group: group[0].width)
+        return [request for group in ordered for request in group]
+
+    def plan(self, requests: Sequence[SequenceRequest]) -> list[Stage]:
+        """Returns the stages that requests are generated in, short prompts first (``memory_plan``)."""
+        longest = max((request.max_tokens for request in requests), default=1)
+        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
+        return self._planner.stages({request.width for request in requests}, shape, self._budget)
+
+    def start(self, stage: Stage) -> RunningSlots:
+        """Compiles a stage's programs and makes its slots, all free.
+
+        A window of free slots is run. It computes nothing but takes all the memory that a window takes. If
+        that is not there, half as many slots are tried, and a warning is logged.
+        """
+        programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths)
+        try:
+            slots = programs.create()
+            slots, _ = jax.block_until_ready(programs.window(self.params, slots, programs.idle_sampling))
+            memory = self._planner.memory(programs)
+            return RunningSlots(programs, slots, self.params, self._sampling, memory)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error) or stage.shape.slots == 1:
+                raise
+        half = dataclasses.replace(stage.shape, slots=stage.shape.slots // 2)
+        logger.warning("memory ran out with %d slots: trying %d", stage.shape.slots, half.slots)
+        return self.start(dataclasses.replace(stage, shape=half))
 
 
-def generate_continuous(
-    model: QwenModel,
-    params: Any,
-    items: Iterable[WorkItem],
-    *,
-    slots: int = 8,
-    window: int = STEP_PIECE,
-    eos_token_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-    seed: int = 0,
-    cache_dtype: Any = None,
-    memory_budget: int | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_window: Callable[[Occupancy], None] = lambda _: None,
-) -> Iterator[FinishedItem]:
-    """Generates ``items`` in up to ``slots`` at once; yields each as it ends.
-
-    Args:
-        slots: on each group of devices, where the weights are on a mesh of several (``device_mesh``).
-        model: rows are captured where it is one of ``create_model_with_hooks``.
-        window: steps between two refills, a multiple of 16. Short ones waste fewer steps of slots whose
-            sequence has ended, about half a window each.
-        memory_budget: bytes; by default ``slot_plan.device_memory_budget``. Fewer slots are used where all
-            would take more.
-        should_stop, on_window: as in ``run_slots``.
-
-    Raises:
-        ValueError: at once, as ``generate_single_task_jitted``.
-    """
-    drawing = Drawing.check(model.config, eos_token_ids, sampling, seed)
-    ordered = order_items(model.config, items)
-    capture_prompt = any(item.capture_prompt for item in ordered)
-    longest = max((item.max_tokens for item in ordered), default=1)
-    shape = SlotShape(slots, 1, longest, window, None if cache_dtype is None else np.dtype(cache_dtype))
-    widths = {bucket_length(len(item.prompt)) for item in ordered}
-    devices = layout_of(model.config, params).devices
-    budget = device_memory_budget(devices) if memory_budget is None else memory_budget
-    stages = plan_stages(model, params, widths, shape, budget, capture_prompt)
-
-    def run() -> Iterator[FinishedItem]:
-        for stage in stages:
-            if should_stop():
-                return
-            programs, free = start_stage(
-                model, params, stage, capture_prompt=capture_prompt, eos_slots=len(drawing.eos_token_ids)
-            )
-            of_stage = [item for item in ordered if bucket_length(len(item.prompt)) in stage.widths]
-            yield from run_slots(
-                programs, free, params, of_stage, drawing, should_stop=should_stop, on_window=on_window
-            )
-
-    return run()
-
-
-def order_items(config: QwenConfig, items: Iterable[WorkItem]) -> list[WorkItem]:
-    """Checked, from short prompts to long, those of one prompt together so that it is read once.
-
-    Prompts of similar length are then in the slots at the same time: a step costs what the longest costs.
-
-    Raises:
-        ValueError: an item that cannot be done, as ``generate_single_task_jitted``.
-    """
-    groups: dict[bytes, list[WorkItem]] = {}
-    for item in items:
-        request = check_request(config, np.asarray(item.prompt)[None], item.max_tokens)
-        item = dataclasses.replace(item, prompt=request.input_ids[0])
-        groups.setdefault(item.prompt.tobytes(), []).append(item)
-    ordered = sorted(groups.values(), key=lambda group: bucket_length(len(group[0].prompt)))
-    return [item for group in ordered for item in group]
-
-
-def run_slots(
-    programs: SlotPrograms,
-    slots: SlotState,
-    params: Any,
-    items: Iterable[WorkItem],
-    drawing: Drawing,
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_window: Callable[[Occupancy], None] = lambda _: None,
-) -> Iterator[FinishedItem]:
-    """Generates ``items``, in their order, in ``slots`` that are all free; yields each as it ends.
-
-    Args:
-        items: from ``order_items``; taken from the iterable as slots become free.
-        should_stop: asked before each window; where it says so, the sequences that have ended by then are
-            the last ones.
-    """
-    return _Driver(programs, slots, params, iter(items), drawing, should_stop, on_window).run()
-
-
-class _Live:
+class _RunningSequence:
     """A sequence in a slot, and what has been copied of it so far."""
 
-    def __init__(self, item: WorkItem, prompt_rows: np.ndarray | None) -> None:
-        self.item = item
-        self.token_ids: list[np.ndarray] = []
-        self.logprobs: list[np.ndarray] = []
-        self.rows: list[np.ndarray] = [] if prompt_rows is None else [prompt_rows]
+    def __init__(self, request: SequenceRequest) -> None:
+        self.request = request
+        self._token_ids: list[np.ndarray] = []
+        self._logprobs: list[np.ndarray] = []
+        self._rows: np.ndarray | None = None  # [layers, room for all tokens, hidden]
+        self._rows_filled = 0
 
-    def finish(self, eos_token_ids: np.ndarray) -> FinishedItem:
-        token_ids = np.concatenate(self.token_ids)
+    def add_tokens(self, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
+        self._token_ids.append(token_ids.copy())
+        self._logprobs.append(logprobs.copy())
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        """Copies ``rows`` [layers, tokens, hidden] to where they stay until they are on disk."""
+        if self._rows is None:
+            prompt = len(self.request.prompt_token_ids) if self.request.capture_prompt else 0
+            room = prompt + self.request.max_tokens
+            self._rows = _fresh((rows.shape[0], room, rows.shape[2]), rows.dtype)
+        end = self._rows_filled + rows.shape[1]
+        self._rows[:, self._rows_filled : end] = rows
+        self._rows_filled = end
+
+    def finish(self, eos_token_ids: np.ndarray) -> FinishedSequence:
+        token_ids = np.concatenate(self._token_ids)
         reason = "stop" if token_ids[-1] in eos_token_ids else "length"
-        rows = np.concatenate(self.rows, axis=1) if self.rows else None
-        return FinishedItem(self.item, token_ids, np.concatenate(self.logprobs), reason, rows)
+        rows = None if self._rows is None else self._rows[:, : self._rows_filled]
+        request = self.request
+        return FinishedSequence(
+            request.id, token_ids, np.concatenate(self._logprobs), reason, rows, key=request.key
+        )
 
 
 class _Share(NamedTuple):
     """A sequence's part of a window."""
 
-    live: _Live
+    sequence: _RunningSequence
     slot: int
     tokens: int
     ended: bool
@@ -201,122 +234,142 @@ class _ReadPrompts(NamedTuple):
     rows: Array | None  # [layers, width, groups, hidden]
 
 
-class _Driver:
+class RunningSlots:
+    """The slots of one stage, on the device, and the loop that refills them."""
+
     def __init__(
         self,
         programs: SlotPrograms,
         slots: SlotState,
         params: Any,
-        items: Iterator[WorkItem],
-        drawing: Drawing,
-        should_stop: Callable[[], bool],
-        on_window: Callable[[Occupancy], None],
+        sampling: SamplingParams,
+        memory: SlotMemory,
     ) -> None:
-        self._programs, self._slots, self._params = programs, slots, params
-        self._items = items
-        self._waiting: WorkItem | None = None  # taken from items, for the next round
-        self._drawing, self._should_stop, self._on_window = drawing, should_stop, on_window
-        self._live: list[_Live | None] = [None] * programs.all_slots
+        self.programs, self.memory = programs, memory
+        self._slots, self._params, self._sampling = slots, params, sampling
+        self._running: list[_RunningSequence | None] = [None] * programs.all_slots
+        self._requests: Iterator[SequenceRequest] = iter(())
+        self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
         self._read: _ReadPrompts | None = None
         self._prompts_read = 0
 
-    def run(self) -> Iterator[FinishedItem]:
+    def generate(
+        self,
+        requests: Iterable[SequenceRequest],
+        *,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_window: Callable[[Occupancy], None] = lambda _: None,
+    ) -> Iterator[FinishedSequence]:
+        """Generates requests in their order and yields each as it ends.
+
+        Args:
+            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free.
+            should_stop: as of ``ContinuousEngine.run``.
+            on_window: as of ``ContinuousEngine.run``.
+        """
+        self._requests = iter(requests)
         activations, shares = None, []
         while True:
-            stopping = self._should_stop()
+            stopping = should_stop()
             if not stopping:
                 self._refill()
             window = None
-            if not stopping and any(self._live):
+            if not stopping and any(self._running):
                 window = self._dispatch()
             yield from self._copy_out(activations, shares)
             if window is None:
                 return
-            activations, shares = window.activations, self._settle(window)
+            activations, shares = window.activations, self._settle(window, on_window)
 
     def _refill(self) -> None:
-        """Gives free slots the next items, in rounds of at most one for each group of devices."""
-        drawing, groups = self._drawing, self._programs.layout.groups
+        """Gives free slots the next requests, in rounds of at most one for each group of devices."""
+        groups = self.programs.layout.data_parallel
         while chosen := self._choose():
             idle = next(iter(chosen.values()))  # what a group reads that has no free slot
-            read = self._prompts([chosen.get(group, idle)[1].prompt for group in range(groups)])
+            read = self._prompts([chosen.get(group, idle)[1] for group in range(groups)])
             slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
             sequence_ids = np.zeros(groups, np.uint32)
-            for group, (slot, item) in chosen.items():
-                slots[group], limits[group] = slot, item.max_tokens
-                sequence_ids[group] = item.sequence_id & 0xFFFFFFFF
-            self._slots = self._programs.insert(
-                self._slots, read.prompts, slots, sequence_ids, limits, drawing.sampling, drawing.seed
+            for group, (slot, request) in chosen.items():
+                slots[group], limits[group] = slot, request.max_tokens
+                sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
+            self._slots = self.programs.insert(
+                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling
             )
-            for group, (slot, item) in chosen.items():
-                rows = None
-                if item.capture_prompt and read.rows is not None:
-                    rows = np.array(np.asarray(read.rows)[:, : len(item.prompt), group])
-                self._live[group * self._programs.shape.slots + slot] = _Live(item, rows)
+            for group, (slot, request) in chosen.items():
+                sequence = _RunningSequence(request)
+                if request.capture_prompt and read.rows is not None:
+                    sequence.add_rows(np.asarray(read.rows)[:, : len(request.prompt_token_ids), group])
+                self._running[group * self.programs.shape.slots + slot] = sequence
 
-    def _choose(self) -> dict[int, tuple[int, WorkItem]]:
-        """By group of devices its first free slot and the item for it; prompts of one width alone."""
-        chosen: dict[int, tuple[int, WorkItem]] = {}
+    def _choose(self) -> dict[int, tuple[int, SequenceRequest]]:
+        """Returns by group its first free slot and the request for it; prompts of one width alone."""
+        chosen: dict[int, tuple[int, SequenceRequest]] = {}
         widths: set[int] = set()
-        for group in range(self._programs.layout.groups):
-            first = group * self._programs.shape.slots
-            slots = self._live[first : first + self._programs.shape.slots]
+        for group in range(self.programs.layout.data_parallel):
+            first = group * self.programs.shape.slots
+            slots = self._running[first : first + self.programs.shape.slots]
             if None not in slots:
                 continue
-            item, self._waiting = self._waiting or next(self._items, None), None
-            if item is None:
+            request, self._waiting = self._waiting or next(self._requests, None), None
+            if request is None:
                 break
-            widths.add(bucket_length(len(item.prompt)))
+            widths.add(request.width)
             if len(widths) > 1:
-                self._waiting = item
+                self._waiting = request
                 break
-            chosen[group] = (slots.index(None), item)
+            chosen[group] = (slots.index(None), request)
         return chosen
 
-    def _prompts(self, prompts: list[np.ndarray]) -> _ReadPrompts:
-        """A prompt for each group, read now unless they were the last ones too."""
+    def _prompts(self, requests: list[SequenceRequest]) -> _ReadPrompts:
+        """Reads a prompt for each group, unless they were the last ones too."""
+        prompts = [request.prompt_token_ids for request in requests]
         token_ids = [prompt.tobytes() for prompt in prompts]
         if self._read is None or self._read.token_ids != token_ids:
             self._read = None  # makes room for the next one
-            input_ids = np.zeros((len(prompts), bucket_length(len(prompts[0]))), np.int32)
-            for row, prompt in zip(input_ids, prompts, strict=True):
-                row[: len(prompt)] = prompt
-            lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-            read = self._programs.prefills[input_ids.shape[1]](self._params, input_ids, lengths)
+            width = requests[0].width
+            read = self.programs.prefills[width](self._params, *pad_to(prompts, width))
             self._read = _ReadPrompts(token_ids, *read)
             self._prompts_read += len(set(token_ids))
         return self._read
 
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
-        drawing = self._drawing
-        self._slots, window = self._programs.window(
-            self._params, self._slots, drawing.sampling, drawing.seed, drawing.eos_token_ids
-        )
+        self._slots, window = self.programs.window(self._params, self._slots, self._sampling)
         return window
 
-    def _settle(self, window: Window) -> list[_Share]:
+    def _settle(self, window: Window, on_window: Callable[[Occupancy], None]) -> list[_Share]:
         """Waits for a window, takes its small results, and frees the slots whose sequence has ended."""
         token_ids, logprobs = np.asarray(window.token_ids), np.asarray(window.logprobs)
         counts, ended = np.asarray(window.counts), np.asarray(window.ended)
         shares = []
-        for slot, live in enumerate(self._live):
-            if live is None:
+        for slot, sequence in enumerate(self._running):
+            if sequence is None:
                 continue
             count = int(counts[slot])
-            live.token_ids.append(token_ids[slot, :count].copy())
-            live.logprobs.append(logprobs[slot, :count].copy())
-            shares.append(_Share(live, slot, count, bool(ended[slot])))
+            sequence.add_tokens(token_ids[slot, :count], logprobs[slot, :count])
+            shares.append(_Share(sequence, slot, count, bool(ended[slot])))
             if ended[slot]:
-                self._live[slot] = None
-        self._on_window(Occupancy(len(counts), int(counts.max()), int(counts.sum()), self._prompts_read))
+                self._running[slot] = None
+        on_window(Occupancy(len(counts), int(counts.max()), int(counts.sum()), self._prompts_read))
         self._prompts_read = 0
         return shares
 
-    def _copy_out(self, activations: Array | None, shares: list[_Share]) -> Iterator[FinishedItem]:
+    def _copy_out(self, activations: Array | None, shares: list[_Share]) -> Iterator[FinishedSequence]:
         rows = None if activations is None else np.asarray(activations)
         for share in shares:
             if rows is not None:
-                share.live.rows.append(rows[:, : share.tokens, share.slot].copy())
+                share.sequence.add_rows(rows[:, : share.tokens, share.slot])
             if share.ended:
-                yield share.live.finish(self._drawing.eos_token_ids)
+                yield share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
+
+
+def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns memory that takes room only where it is written, and is given back once it is dropped."""
+    return (
+        np.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), np.uint8).view(dtype).reshape(shape)
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "resource_exhausted" in text or "out of memory" in text

@@ -1,13 +1,12 @@
-"""Windows of decode steps over slots that are refilled: the compiled programs of continuous generation.
+"""Windows of decode steps over slots that are refilled: the traced functions of continuous generation.
 
-A slot is a row of the batch. ``run_window`` makes W steps of all slots; what it returns is as large as the
-window, however long the sequences are. Between two windows ``insert`` gives slots whose sequence has ended
-a new one, from the prompt that ``prefill_prompt`` has read.
+A slot is a row of the batch. ``run_window`` makes W steps of all slots. What it returns is as large as the
+window, however long the sequences are. Between two windows ``insert`` gives a slot whose sequence has ended a
+new one, from the prompt that ``prefill_prompt`` has read.
 
-What a sequence computes depends on nothing but itself and on the number of slots. It begins at a multiple
-of the window, which is a multiple of the pieces that attention sums alone (``STEP_PIECE``); its prompt
-is read alone; its random keys are those of its own id and its own steps. Functions here are traced;
-``continuous`` compiles them and decides what goes where.
+What a sequence computes depends on nothing but itself and on the number of slots. It begins at a multiple of
+``STEP_ALIGNMENT`` steps, which are the pieces that attention sums alone; its prompt is read alone; its random
+keys are those of its own id and its own steps.
 """
 
 from __future__ import annotations
@@ -18,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
 from generate_jitted import DecodeState, decode_one, prefill_with_cache, start_decode_state
 from kvcache_utils import (
+    ROW_AXES,
     KVCache,
     KVCacheConfig,
     LayerBuffers,
@@ -29,80 +30,95 @@ from kvcache_utils import (
     update_slice,
 )
 from qwen2_core.kernels.attention import DECODE_KEYS
-from qwen2_core.sampling import SamplingArrays, sample_tokens, sequence_keys
+from qwen2_core.sampling import SamplingParams, sample_tokens, sequence_keys
 from qwen2_jax import QwenModel
 
-STEP_PIECE = 16  # sequences begin at multiples of it
+STEP_ALIGNMENT = 16  # sequences begin at multiples of so many steps
 
 
 @dataclasses.dataclass(frozen=True)
 class SlotShape:
-    """Sizes of the programs: ``slots`` rows, prompts of up to ``prompt_width`` tokens, W ``window`` steps."""
+    """Sizes of the programs of one group of devices.
+
+    ``slots`` sequences at once, prompts of up to ``prompt_width`` tokens, ``window`` steps between two
+    refills.
+
+    Raises:
+        ValueError: no slots, or a window that is no multiple of ``STEP_ALIGNMENT``.
+    """
 
     slots: int
     prompt_width: int
     max_tokens: int
-    window: int = STEP_PIECE
+    window: int = STEP_ALIGNMENT
     cache_dtype: Any = None  # the model's by default
+    capture_prompt: bool = False  # prefills return the prompt's rows too
+    eos_capacity: int = 8
 
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ValueError(f"slots must be at least 1, not {self.slots}.")
-        if self.window < 1 or self.window % STEP_PIECE:
-            raise ValueError(f"window must be a multiple of {STEP_PIECE}, not {self.window}.")
+        if self.window < 1 or self.window % STEP_ALIGNMENT:
+            raise ValueError(f"window must be a multiple of {STEP_ALIGNMENT}, not {self.window}.")
 
-    def cache_config(self, model: QwenModel, slots: int | None = None) -> KVCacheConfig:
-        """The cache of all slots, or of so many; both parts in whole blocks, so that no last one is cut."""
-        config = model.config
-        return KVCacheConfig(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            max_prefill_length=_round_up(self.prompt_width, DECODE_KEYS),
-            max_decode_length=_round_up(self.max_tokens, self.window),
-            num_prompts=self.slots if slots is None else slots,
-            dtype=config.dtype if self.cache_dtype is None else self.cache_dtype,
-            stacked=config.scan_layers,
-            begin_every=STEP_PIECE,
+    @property
+    def one_prompt(self) -> SlotShape:
+        """The shape that prefills are compiled for: one prompt, whatever the slots and their windows."""
+        return dataclasses.replace(self, slots=1, max_tokens=1, window=STEP_ALIGNMENT, eos_capacity=8)
+
+    def cache_config(self, model: QwenModel) -> KVCacheConfig:
+        """Returns the sizes of the cache, both parts in whole blocks, so that the last block is not cut."""
+        return model.config.kv_cache(
+            _round_up(self.prompt_width, DECODE_KEYS),
+            _round_up(self.max_tokens, self.window),
+            num_prompts=self.slots,
+            dtype=self.cache_dtype,
+            step_alignment=STEP_ALIGNMENT,
         )
+
+    def prompt_cache_config(self, model: QwenModel) -> KVCacheConfig:
+        """Returns the sizes of the cache that a prompt is read into: as wide as a slot's, no decode part."""
+        return dataclasses.replace(self.cache_config(model), num_prompts=1, max_decode_length=1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SlotState:
-    """What goes from window to window, updated in place: each slot's sequence, or the ended one it had."""
+    """What passes from window to window, updated in place: each slot's sequence, or the ended one it had."""
 
     cache: KVCache
-    next_token: Array  # [B] int32: chosen, not yet read
-    next_logprob: Array  # [B] float32
-    ended: Array  # [B] bool: the slot is free
-    sequence_ids: Array  # [B] uint32: what random keys derive from
-    limits: Array  # [B] int32: the sequence's max_tokens
+    next_token: Int32[Array, " slots"] = dataclasses.field(metadata=ROW_AXES)  # chosen, not yet read
+    next_logprob: Float32[Array, " slots"] = dataclasses.field(metadata=ROW_AXES)
+    ended: Bool[Array, " slots"] = dataclasses.field(metadata=ROW_AXES)  # True: the slot is free
+    sequence_ids: UInt32[Array, " slots"] = dataclasses.field(
+        metadata=ROW_AXES
+    )  # random keys derive from them
+    limits: Int32[Array, " slots"] = dataclasses.field(metadata=ROW_AXES)  # the sequence's max_tokens
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What W steps gave, zero past each slot's ``counts``."""
+    """What the steps of one window returned; zero past each slot's ``counts``."""
 
-    token_ids: Array  # [B, W] int32
-    logprobs: Array  # [B, W] float32
-    counts: Array  # [B] int32: steps in which the slot's sequence was alive, from the first
-    ended: Array  # [B] bool: after them
-    activations: Array | None  # [layers, W, B, hidden]
+    token_ids: Int32[Array, "slots steps"]
+    logprobs: Float32[Array, "slots steps"]
+    counts: Int32[Array, " slots"]  # steps, from the first, in which the slot's sequence was alive
+    ended: Bool[Array, " slots"]  # after these steps
+    activations: Float[Array, "layers steps slots hidden"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PrefilledPrompt:
-    """One prompt, read: what any slot needs to continue it."""
+    """One prompt that has been read: all that a slot needs to continue it."""
 
-    cache: PrefillCache  # of one row, as wide as the slots'
-    logits: Array  # [1, vocab] float32
+    cache: PrefillCache  # of one row, as wide as a slot's
+    logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=ROW_AXES)
 
 
 def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
-    """Slots that are all free."""
+    """Creates slots that are all free."""
     slots = shape.slots
     return SlotState(
         cache=create_kv_cache_buffers(shape.cache_config(model)),
@@ -115,43 +131,47 @@ def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
 
 
 def empty_prompt(model: QwenModel, shape: SlotShape) -> PrefilledPrompt:
-    """A prompt's buffers, nothing read."""
-    config = dataclasses.replace(shape.cache_config(model, 1), max_decode_length=1)
-    cache = create_kv_cache_buffers(config).prefill
+    """Creates a prompt's buffers with nothing read."""
+    cache = create_kv_cache_buffers(shape.prompt_cache_config(model)).prefill
     return PrefilledPrompt(cache, jnp.zeros((1, model.config.vocab_size), jnp.float32))
 
 
 def prefill_prompt(
-    model: QwenModel, shape: SlotShape, capture_prompt: bool, params: Any, input_ids: Array, length: Array
-) -> tuple[PrefilledPrompt, Array | None]:
-    """Reads one prompt, ``input_ids`` [1, width] and ``length`` [1], by itself: no other shows in its bits.
+    model: QwenModel,
+    shape: SlotShape,
+    params: Any,
+    input_ids: Int32[Array, "1 width"],
+    length: Int32[Array, 1],
+) -> tuple[PrefilledPrompt, Float[Array, "layers width 1 hidden"] | None]:
+    """Reads one prompt by itself, so that no other prompt shows in its bits.
 
     Returns:
-        the prompt, and with ``capture_prompt`` its rows [layers, width, 1, hidden].
+        the prompt, and its rows if the shape asks for them.
     """
-    cache = create_kv_cache_buffers(dataclasses.replace(shape.cache_config(model, 1), max_decode_length=1))
-    logits, cache, rows = prefill_with_cache(model, params, input_ids, length, cache)
-    return PrefilledPrompt(cache.prefill, logits), rows if capture_prompt else None
+    cache = create_kv_cache_buffers(shape.prompt_cache_config(model))
+    logits, cache, rows = prefill_with_cache(
+        model, params, input_ids, length, cache, capture=shape.capture_prompt
+    )
+    return PrefilledPrompt(cache.prefill, logits), rows
 
 
 def insert(
     state: SlotState,
     prompt: PrefilledPrompt,
-    slot: Array,
-    sequence_id: Array,
-    limit: Array,
-    sampling: SamplingArrays,
-    seed: Array,
+    slot: Int32[Array, 1],
+    sequence_id: UInt32[Array, 1],
+    limit: Int32[Array, 1],
+    sampling: SamplingParams,
 ) -> SlotState:
-    """Gives ``slot`` [1] a new sequence: a copy of the prompt, and its first token, drawn with its own key.
+    """Gives ``slot`` a new sequence: a copy of the prompt, and its first token, drawn with its own key.
 
-    Nothing changes where the slot is -1. The whole row is written, what is not valid with zeros: a value
-    that is not finite, left by a sequence that failed, would spoil its successors even where attention gives
-    it no weight.
+    Nothing changes where the slot is -1. The whole row is written, what is not valid with zeros: a value that
+    is not finite, left by a sequence that failed, would spoil its successors even where attention gives it no
+    weight.
     """
 
     def inserted() -> SlotState:
-        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(seed, sequence_id), 0)
+        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(sampling.seed, sequence_id), 0)
         prefill, ar = state.cache.prefill, state.cache.ar
         prefill = PrefillCache(
             _set_row(prefill.k, prompt.cache.k, slot[0]),
@@ -179,20 +199,11 @@ def insert(
 
 
 def run_window(
-    model: QwenModel,
-    window: int,
-    params: Any,
-    slots: SlotState,
-    sampling: SamplingArrays,
-    seed: Array,
-    eos_token_ids: Array,
+    model: QwenModel, shape: SlotShape, params: Any, slots: SlotState, sampling: SamplingParams
 ) -> tuple[SlotState, Window]:
-    """``window`` steps of all slots, fewer where all sequences end before.
-
-    Args:
-        eos_token_ids: int32, padded with -1.
-    """
-    keys = sequence_keys(seed, slots.sequence_ids)
+    """Makes a window of decode steps of all slots, fewer where all sequences end before."""
+    window = shape.window
+    keys = sequence_keys(sampling.seed, slots.sequence_ids)
     begin = slots.cache.ar.index
     cache = _idle_free_slots(slots.cache, slots.ended)
     state = start_decode_state(
@@ -203,7 +214,7 @@ def run_window(
         return (state.cache.ar.index < begin + window) & ~jnp.all(state.ended)
 
     def body(state: DecodeState) -> DecodeState:
-        state = decode_one(model, params, state, state.cache.ar.index - begin, sampling, keys, eos_token_ids)
+        state = decode_one(model, params, state, state.cache.ar.index - begin, sampling, keys)
         spent = state.cache.ar.tokens_read >= slots.limits
         return dataclasses.replace(state, ended=state.ended | spent)
 
@@ -221,14 +232,14 @@ def run_window(
 
 
 def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:
-    """Free slots hold an empty prompt and begin now: attention reads nothing on their account."""
+    """Gives free slots an empty prompt and lets them begin now, so that attention reads nothing for them."""
     prefill = dataclasses.replace(cache.prefill, length=jnp.where(free, 0, cache.prefill.length))
     ar = dataclasses.replace(cache.ar, start=jnp.where(free, cache.ar.index, cache.ar.start))
     return KVCache(prefill, ar)
 
 
 def _set_row(buffers: LayerBuffers, row: LayerBuffers, slot: Array) -> LayerBuffers:
-    """``buffers`` with the row of each layer at ``slot`` replaced by the only one of ``row``."""
+    """Replaces each layer's row at ``slot`` by the only row of ``row``."""
     if isinstance(buffers, tuple):
         return tuple(
             update_slice(layer, new, (slot, 0, 0, 0)) for layer, new in zip(buffers, row, strict=True)

@@ -1,7 +1,8 @@
-"""The executables of continuous generation, compiled side by side from the weights' shapes alone; cached.
+"""Compiles the programs of continuous generation side by side, from the weights' shapes alone; cached.
 
-On a mesh of D groups of devices (``device_mesh``) every array of slots or prompts is that of all groups, one
-group after the other; each has as many slots as the shape says, and reads a prompt of its own at a time.
+On a mesh of D groups of devices (``qwen2_core.sharding``) every array of slots or prompts is that of all
+groups, one group after the other. Each group has as many slots as the shape says, and reads a prompt of its
+own at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from qwen2_core.kernels.matmul import compiler_options
-from qwen2_core.sampling import Sampling
-from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of, layout_of
+from qwen2_core.compilation import AbstractParams, compiler_options
+from qwen2_core.sampling import SamplingParams, abstract_sampling_params
+from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
 from qwen2_engine.decode_window import (
     SlotShape,
     Window,
@@ -37,33 +37,41 @@ _WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS)  # pyright: igno
 
 @dataclasses.dataclass(frozen=True)
 class SlotPrograms:
-    """The executables of one shape; each takes over the slots it is given and nothing else."""
+    """The executables of one shape. ``insert`` and ``window`` take over the memory of the slots they are
+    given.
+
+    ========  ==============================================================================  ================
+    program   arguments                                                                       results
+    ========  ==============================================================================  ================
+    create                                                                                    slots
+    prefills  by width: params, input_ids [D, width], lengths [D]                             prompts, rows
+    insert    slots, prompts, slot [D] in each group or -1, sequence_id [D], limit [D],       slots
+              sampling
+    window    params, slots, sampling                                                         slots, window
+    ========  ==============================================================================  ================
+    """
 
     shape: SlotShape  # of one group
     layout: Layout
-    create: jax.stages.Compiled  # () -> slots
-    prefills: Mapping[
-        int, jax.stages.Compiled
-    ]  # by width: (params, ids [D, width], lengths [D]) -> (prompts, rows)
-    # (slots, prompts, slot [D] within each group or -1, sequence_id [D], limit [D], sampling, seed) -> slots
+    create: jax.stages.Compiled
+    prefills: Mapping[int, jax.stages.Compiled]
     insert: jax.stages.Compiled
-    window: jax.stages.Compiled  # (params, slots, sampling, seed, eos_ids) -> (slots, window)
-    eos_slots: int
+    window: jax.stages.Compiled
     compile_seconds: float
 
     @property
-    def idle_drawing(self) -> tuple[Any, ...]:
-        """The window's last arguments where no slot is in use."""
-        return Sampling().traced(), np.uint32(0), np.full(self.eos_slots, -1, np.int32)
+    def all_slots(self) -> int:
+        """Number of slots of all groups."""
+        return self.shape.slots * self.layout.data_parallel
 
     @property
-    def all_slots(self) -> int:
-        """Of all groups."""
-        return self.shape.slots * self.layout.groups
+    def idle_sampling(self) -> SamplingParams:
+        """The sampling arguments of a window in which no slot is in use."""
+        return abstract_sampling_params(self.shape.eos_capacity)
 
     @property
     def working_bytes(self) -> int:
-        """The most that is needed on a device at any time besides the weights and the slots themselves."""
+        """Bytes needed at most on a device at any time, besides the weights and the slots themselves."""
         window, results = _temporary_bytes(self.window), _result_bytes(self.window)
         prompt = max(_result_bytes(prefill) for prefill in self.prefills.values())
         return max(
@@ -74,13 +82,7 @@ class SlotPrograms:
 
 
 def compile_slots(
-    model: QwenModel,
-    params: Any,
-    shape: SlotShape,
-    widths: tuple[int, ...],
-    *,
-    capture_prompt: bool = False,
-    eos_slots: int = 8,
+    model: Any, params: Any, layout: Layout, shape: SlotShape, widths: tuple[int, ...]
 ) -> SlotPrograms:
     """Compiles all that slots of one shape need for prompts padded to ``widths``.
 
@@ -89,78 +91,72 @@ def compile_slots(
     """
     if max(widths) > shape.prompt_width:
         raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
-    leaves, treedef = jax.tree.flatten(params)
-    abstract = tuple(
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
-        for leaf in leaves
-    )
-    weights, layout = (treedef, abstract), layout_of(model.config, params)
-    # A prompt is read alone, whatever the slots and their windows.
-    alone = SlotShape(1, shape.prompt_width, 1, cache_dtype=shape.cache_dtype)
+    weights = AbstractParams.of(params)
     jobs: list[Callable[[], jax.stages.Compiled]] = [
-        lambda: _compile_create(model, shape, layout),  # pyright: ignore[reportArgumentType]
-        lambda: _compile_insert(model, shape, layout),  # pyright: ignore[reportArgumentType]
-        functools.partial(_compile_window, model, shape, eos_slots, *weights),
-        *(functools.partial(_compile_prefill, model, alone, w, capture_prompt, *weights) for w in widths),
+        functools.partial(compile_create, model, shape, layout),
+        functools.partial(compile_insert, model, shape, layout),
+        functools.partial(compile_window, model, shape, layout, weights),
+        *(functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, w) for w in widths),
     ]
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside the GIL
         create, inserting, window, *prefills = pool.map(lambda job: job(), jobs)
     seconds = time.perf_counter() - started
-    by_width = dict(zip(widths, prefills, strict=True))
-    return SlotPrograms(shape, layout, create, by_width, inserting, window, eos_slots, seconds)
+    return SlotPrograms(
+        shape, layout, create, dict(zip(widths, prefills, strict=True)), inserting, window, seconds
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
-    slots = _slots(model, shape)
-    return layout.jit(functools.partial(create_slots, model, shape), (), axes_of(slots)).lower().compile()
+def compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
+    """Compiles the program that makes slots, all free."""
+    axes = axes_of(_slots(model, shape))
+    return layout.jit(functools.partial(create_slots, model, shape), (), axes).lower().compile()
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_prefill(
-    model: QwenModel, shape: SlotShape, width: int, capture_prompt: bool, treedef: Any, leaves: Any
+def compile_prefill(
+    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, width: int
 ) -> jax.stages.Compiled:
-    params = jax.tree.unflatten(treedef, leaves)
-    layout = layout_of(model.config, params)
+    """Compiles the program that reads a prompt padded to ``width``."""
     program = layout.jit(
-        functools.partial(prefill_prompt, model, shape, capture_prompt),
+        functools.partial(prefill_prompt, model, shape),
         in_axes=(WHOLE, ROWS, ROWS),
         out_axes=(axes_of(_prompt(model, shape)), ACTIVATIONS),
     )
     input_ids, lengths = layout.struct((1, width), jnp.int32, ROWS), layout.struct((1,), jnp.int32, ROWS)
-    return _compile(program.lower(params, input_ids, lengths))
+    return _compile(program.lower(params.tree, input_ids, lengths))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
+def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
+    """Compiles the program that gives a free slot of each group a new sequence."""
     slots, prompt = _slots(model, shape), _prompt(model, shape)
     program = layout.jit(
         insert,
-        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, WHOLE),
+        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE),
         out_axes=axes_of(slots),
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
-    drawing = (Sampling().traced(), layout.struct((), jnp.uint32))
-    return _compile(program.lower(layout.structs(slots), layout.structs(prompt), *by_group, *drawing))
+    sampling = abstract_sampling_params(shape.eos_capacity)
+    return _compile(program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_window(
-    model: QwenModel, shape: SlotShape, eos_slots: int, treedef: Any, leaves: Any
+def compile_window(
+    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams
 ) -> jax.stages.Compiled:
-    params = jax.tree.unflatten(treedef, leaves)
-    layout, slots = layout_of(model.config, params), _slots(model, shape)
+    """Compiles the program that makes a window of steps of all slots."""
+    slots = _slots(model, shape)
     program = layout.jit(
-        functools.partial(run_window, model, shape.window),
-        in_axes=(WHOLE, axes_of(slots), WHOLE, WHOLE, WHOLE),
+        functools.partial(run_window, model, shape),
+        in_axes=(WHOLE, axes_of(slots), WHOLE),
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
-    eos_token_ids = layout.struct((eos_slots,), jnp.int32)
-    drawing = (Sampling().traced(), layout.struct((), jnp.uint32), eos_token_ids)
-    return _compile(program.lower(params, layout.structs(slots), *drawing))
+    sampling = abstract_sampling_params(shape.eos_capacity)
+    return _compile(program.lower(params.tree, layout.structs(slots), sampling))
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -181,6 +177,6 @@ def _temporary_bytes(program: jax.stages.Compiled) -> int:
 
 
 def _result_bytes(program: jax.stages.Compiled) -> int:
-    """Of what is returned, but for what was updated in place."""
+    """Returns the bytes of the results, without those that were updated in place."""
     memory: Any = program.memory_analysis()
     return memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -1,7 +1,7 @@
 """The old generation path: a Python loop over a growing cache, one dispatch for each operation of the model.
 
-It is kept as the reference that the compiled path is tested against, and for ``--generation python``.
-It takes the same arguments and returns the same ``Generation``, slowly.
+It is the reference that the compiled path is tested against, and ``--generation python``. It takes the same
+arguments and returns the same ``Generation``, slowly.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from generate_jitted import Generation
-from qwen2_core.requests import check_request
-from qwen2_core.sampling import Sampling, sample_tokens, sequence_keys
-from qwen2_jax import QwenModel
+from qwen2_core.requests import check_prompts, check_sequence_ids
+from qwen2_core.sampling import Sampling, sample_tokens, sampling_params, sequence_keys
+from qwen2_jax import ModelOutput, QwenModel
 
 _sample = jax.jit(sample_tokens)
 
@@ -35,52 +35,52 @@ def generate_single_task_python(
     sequence_ids: Any = None,
     extract_prompt: bool = False,
 ) -> Generation:
-    """``generate_single_task_jitted`` without compilation; every sample has its own copy of its prompt.
+    """Generates as ``generate_single_task_jitted`` does, without compilation; activations where the model
+    captures.
+
+    Every sample has its own copy of its prompt.
 
     Raises:
         ValueError: as ``generate_single_task_jitted``.
     """
-    request = check_request(
-        model.config,
-        input_ids,
-        max_tokens,
-        prompt_lengths=prompt_lengths,
-        samples_per_prompt=samples_per_prompt,
-        eos_token_ids=eos_token_ids,
-        seed=seed,
-        sequence_ids=sequence_ids,
-    )
-    growing = model.clone(config=model.config.replace(use_fixed_cache=False))
-    variables = {"params": params}
-    ids = np.repeat(request.input_ids, samples_per_prompt, axis=0)
-    lengths = np.repeat(request.prompt_lengths, samples_per_prompt)
+    config = model.config
+    prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens)
+    own_ids = check_sequence_ids(len(prompts.lengths), samples_per_prompt, sequence_ids)
+    traced = sampling_params(sampling, seed, eos_token_ids, config.vocab_size)
+    growing = model.clone(config=config.replace(use_fixed_cache=False))
+    ids = np.repeat(prompts.input_ids, samples_per_prompt, axis=0)
+    lengths = np.repeat(prompts.lengths, samples_per_prompt)
     batch, width = ids.shape
-    keys = sequence_keys(request.seed, jnp.asarray(request.sequence_ids))
+    keys = sequence_keys(traced.seed, jnp.asarray(own_ids))
+
+    def forward(*inputs: Any) -> ModelOutput:
+        output: Any = growing.apply({"params": params}, *inputs, method=growing.forward)
+        return ModelOutput(*output)
 
     mask = np.arange(width) < lengths[:, None]
-    logits, caches, prompt_rows = growing.apply(variables, jnp.asarray(ids), mask)  # type: ignore[misc]
+    logits, caches, prompt_rows = forward(jnp.asarray(ids), mask)
     last = jnp.take_along_axis(logits, jnp.asarray(lengths - 1)[:, None, None], axis=1)[:, 0]
-    token, logprob = _sample(last, sampling.traced(), keys, 0)
+    token, logprob = _sample(last, traced, keys, 0)
 
     tokens = np.zeros((batch, max_tokens), np.int32)
     logprobs = np.zeros((batch, max_tokens), np.float32)
     counts, ended = np.zeros(batch, np.int32), np.zeros(batch, bool)
-    rows = np.zeros((prompt_rows.shape[0], max_tokens, batch, prompt_rows.shape[3]), prompt_rows.dtype)
+    buffer = growing.activation_buffer(max_tokens, batch)
+    rows = None if buffer is None else np.zeros(buffer.shape, buffer.dtype)
     for step in range(max_tokens):
         mask = np.concatenate([mask, np.ones((batch, 1), bool)], axis=1)
-        logits, caches, activations = growing.apply(  # type: ignore[misc]
-            variables, token[:, None], mask, caches, lengths + step
-        )
+        logits, caches, activations = forward(token[:, None], mask, caches, lengths + step)
         live = ~ended
         tokens[live, step], logprobs[live, step] = np.asarray(token)[live], np.asarray(logprob)[live]
-        rows[:, step, live] = np.asarray(activations)[:, 0, live]
+        if rows is not None:
+            rows[:, step, live] = np.asarray(activations)[:, 0, live]
         counts += live
-        ended |= live & np.isin(tokens[:, step], request.eos_token_ids)
+        ended |= live & np.isin(tokens[:, step], traced.eos_token_ids)
         if ended.all():
             break
-        token, logprob = _sample(logits[:, 0], sampling.traced(), keys, step + 1)
+        token, logprob = _sample(logits[:, 0], traced, keys, step + 1)
     prompt = None
-    if extract_prompt:
+    if extract_prompt and prompt_rows is not None:
         valid = (np.arange(width) < lengths[:, None])[::samples_per_prompt].T
         prompt = jnp.where(valid[None, :, :, None], prompt_rows[:, :, ::samples_per_prompt], 0)
     return Generation(
@@ -88,6 +88,6 @@ def generate_single_task_python(
         lengths=jnp.asarray(counts),
         finished=jnp.asarray(ended),
         logprobs=jnp.asarray(logprobs),
-        activations=jnp.asarray(rows),
+        activations=None if rows is None else jnp.asarray(rows),
         prompt_activations=prompt,
     )

@@ -36,6 +36,7 @@ import generate_jitted
 from activation_store import verify_coverage, verify_store
 from arc_runner import continuous_loop
 from arc_runner.loaded_model import LoadedModel
+from qwen2_engine import ContinuousEngine
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
 DONE, RESUMABLE = 0, 75
@@ -256,8 +257,8 @@ def test_sequences_that_are_computed_again_are_neither_stored_nor_counted_twice(
 def test_the_clock_of_generation_leaves_out_what_compiles_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    start = continuous_loop.start_stage
-    monkeypatch.setattr(continuous_loop, "start_stage", lambda *a, **k: (time.sleep(1), start(*a, **k))[1])
+    start = ContinuousEngine.start
+    monkeypatch.setattr(ContinuousEngine, "start", lambda *args: (time.sleep(1), start(*args))[1])
     started = time.perf_counter()
     assert run_main(four(tmp_path)).code == DONE
     wall = time.perf_counter() - started

@@ -19,7 +19,8 @@ from generate_jitted import (
     generate_single_task_jitted,
     pad_prompts,
 )
-from qwen2_core.requests import check_request
+from qwen2_core.requests import check_prompts, check_sequence_ids
+from qwen2_core.sampling import sampling_params
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenModel
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -161,12 +162,12 @@ def test_the_loop_ends_when_every_row_has_ended(greedy: Any):
     model, params = built()
     ids, lengths = pad_right(PROMPTS, width=48)
     eos = greedy.token_ids[:, 0]
-    request = check_request(model.config, ids, STEPS, prompt_lengths=lengths, eos_token_ids=eos)
+    prompts = check_prompts(model.config, ids, lengths, STEPS)
+    sampling, own_ids = sampling_params(Sampling(), 0, eos, TINY.vocab), check_sequence_ids(3, 1, None)
     shape = GenerateShape(3, 48, STEPS, capture_prompt=True)
     program = compile_generate(model, params, shape)
-    drawing = (Sampling().traced(), request.seed, request.sequence_ids)
-    state, _ = program.prefill(params, request.input_ids, request.prompt_lengths, *drawing)
-    state = program.decode(params, state, *drawing, request.eos_token_ids)
+    state, _ = program.prefill(params, prompts, sampling, own_ids)
+    state = program.decode(params, state, sampling, own_ids)
     assert int(state.cache.ar.index) == 1
     np.testing.assert_array_equal(state.lengths, 1)
 

@@ -104,7 +104,7 @@ def test_a_prompt_is_written_from_slot_0_and_nothing_else_changes(stacked: bool)
 @LAYOUTS
 def test_a_prompt_longer_than_the_buffer_is_refused(stacked: bool):
     k, v = values(rows=2, tokens=11)
-    with pytest.raises(ValueError, match="11 tokens does not fit the prefill cache of 10 slots"):
+    with pytest.raises(ValueError, match="11 tokens does not fit the prefill cache of 10 positions"):
         write_prefill_cache(cache_of(stacked).prefill, 0, k, v)
 
 

@@ -30,10 +30,12 @@ from generate_jitted import (
     prefill_with_cache,
 )
 from kvcache_utils import create_kv_cache_buffers
+from qwen2_core import compilation
+from qwen2_core.compilation import AbstractParams
 from qwen2_core.config import QwenConfig
 from qwen2_core.kernels.matmul import compiler_options
-from qwen2_core.sharding import make_layout
-from qwen2_engine import programs as slot_programs
+from qwen2_core.sharding import layout_of, make_layout
+from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
 
@@ -270,7 +272,7 @@ def tpu() -> Iterator[Any]:
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # somebody else on this machine may be compiling too
         }.items():
             environment.setenv(name, value)
-        for module in (generate_jitted, slot_programs):
+        for module in (compilation, programs):
             environment.setattr(module, "compiler_options", dict)  # this process's platform is the CPU
         yield devices
 
@@ -309,11 +311,14 @@ def test_no_program_on_a_tpu_lays_the_state_out_anew(
     """At batch 100 XLA would choose another order for activations than the loop's, at 128 for the cache."""
     model, params = real_on(tpu("v4:2x2x1"))
     lower_generate(model, params, GenerateShape(batch, 200, 1100))[1].compile(writing_to(tmp_path / "decode"))
-    monkeypatch.setattr(slot_programs, "compiler_options", lambda: writing_to(tmp_path / "window"))
-    leaves, treedef = jax.tree.flatten(params)
-    slot_programs._compile_window(model, SlotShape(batch, 200, 1100), 8, treedef, tuple(leaves))
+    monkeypatch.setattr(programs, "compiler_options", lambda: writing_to(tmp_path / "window"))
+    compile_window(model, params, SlotShape(batch, 200, 1100))
     for program in ("decode", "window"):
         assert heap_in_hbm(tmp_path / program) < 1.1 * batch * MB
+
+
+def compile_window(model: Any, params: Any, shape: SlotShape) -> jax.stages.Compiled:
+    return programs.compile_window(model, shape, layout_of(model.config, params), AbstractParams.of(params))
 
 
 def writing_to(dump: Path) -> Any:
@@ -340,8 +345,7 @@ def test_eight_tpus_decode_without_a_word_to_each_other(tpu: Any):
 
     def window(mesh_shape: tuple[int, int]) -> jax.stages.Compiled:
         model, params = real_on(eight, mesh_shape)
-        leaves, treedef = jax.tree.flatten(params)
-        return slot_programs._compile_window(model, shape, 8, treedef, tuple(leaves))
+        return compile_window(model, params, shape)
 
     parallel, split = window((8, 1)), window((4, 2))
     collectives = r"(all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("

@@ -13,6 +13,7 @@ from arc_runner.cluster.claims import Claims
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.console import say
 from arc_runner.signals import StopRequest
+from qwen2_core.requests import SequenceRequest
 
 POLL_SECONDS = 2.0
 _QUIET_SECONDS = 30.0
@@ -31,6 +32,11 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         return hashlib.sha256("".join(self.keys).encode()).hexdigest()[:32]
+
+
+def keys_of(requests: Sequence[SequenceRequest]) -> tuple[str, ...]:
+    """Returns the requests' keys in the store, which name a unit."""
+    return tuple(request.key for request in requests if request.key is not None)
 
 
 class Work(Protocol):

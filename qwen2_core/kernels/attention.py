@@ -196,15 +196,15 @@ def _accumulate_prompt(
 def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array) -> PartialSoftmax:
     """Merges the decode steps' part, around its ring: from the oldest sequence's first step to this one.
 
-    Where rows begin at different steps, those are multiples of ``begin_every``. Then each block is summed in
+    Where rows begin at different steps, those are multiples of ``step_alignment``. Each block is summed in
     pieces of so many steps, which are merged in their order. A piece that holds nothing of a row's sequence
     changes not a bit of that row. So neither the place in the ring nor the other rows change a bit of a
-    sequence, if the ring's capacity is a multiple of ``begin_every``.
+    sequence, if the ring's capacity is a multiple of ``step_alignment``.
     """
     capacity = part.capacity
     keys = min(DECODE_KEYS, capacity)
     blocks = -(-capacity // keys)
-    piece = part.begin_every or keys
+    piece = part.step_alignment or keys
     pieces = keys // piece if keys % piece == 0 else 1
 
     def block_of(step: Array) -> Array:

@@ -44,7 +44,7 @@ def gpu_attention(
     prompt_scores = by_row(_masked(prompt_scores, head_dim, cache.prefill.valid))
     scores = einsum_f32("rkgd,rkld->rkgl", q_rows, k)
     steps = jnp.arange(cache.ar.capacity, dtype=jnp.int32)
-    if cache.ar.begin_every is None:
+    if cache.ar.step_alignment is None:
         written = cache.ar.index - (cache.ar.index - steps) % cache.ar.capacity  # the step at each position
         scores = _masked(scores, head_dim, written >= cache.ar.start[:, None])
     else:

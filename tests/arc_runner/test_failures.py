@@ -17,7 +17,6 @@ from runner_cases import (
     write_tasks,
 )
 
-from arc_runner import continuous_loop
 from arc_runner.loaded_model import LoadedModel
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
@@ -34,7 +33,7 @@ def test_a_device_that_runs_out_of_memory_ends_the_run_in_a_sentence(
 
     monkeypatch.setattr(LoadedModel, "compile", lambda _, calls: len(calls))
     monkeypatch.setattr(LoadedModel, "generate", generate)
-    monkeypatch.setattr(continuous_loop, "start_stage", generate)
+    monkeypatch.setattr(ContinuousEngine, "start", generate)
     outcome = run_main(tmp_path, generation=generation)
     assert outcome.code == RESUMABLE
     assert outcome.err == (

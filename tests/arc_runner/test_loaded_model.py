@@ -10,6 +10,7 @@ from runner_cases import arguments, four
 
 from arc_runner import loaded_model
 from arc_runner.command_line import parse_options
+from arc_runner.job import prepare
 from arc_runner.loaded_model import LoadedModel
 
 
@@ -18,7 +19,8 @@ from arc_runner.loaded_model import LoadedModel
 def test_bfloat16_without_the_cpu_kernel_is_said_with_the_reason(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(loaded_model, "why_not", lambda: "the reason")
-    LoadedModel.load(parse_options(arguments(four(tmp_path), dtype=dtype)), ())
+    monkeypatch.setattr(loaded_model, "unavailable_reason", lambda: "the reason")
+    job, _ = prepare(parse_options(arguments(four(tmp_path), dtype=dtype)))
+    LoadedModel.load(job)
     said = capsys.readouterr().out
     assert ("bfloat16 is multiplied by XLA" in said and "the reason" in said) == (dtype == "bfloat16")

@@ -17,7 +17,7 @@ from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
 from qwen2_core.kernels import attention
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.gpu_attention import gpu_attention
-from qwen2_engine.decode_window import STEP_PIECE
+from qwen2_engine.decode_window import STEP_ALIGNMENT
 
 HEAD_DIM = 8
 GARBAGE = 1e4  # where no token is: finite, and large enough to ruin every sum that it enters
@@ -215,7 +215,7 @@ def test_a_stacked_cache_gives_what_separate_layers_give(attend: Attend):
 
 # --- The ring of decode steps -------------------------------------------------------------------------------
 
-PIECE = STEP_PIECE
+PIECE = STEP_ALIGNMENT
 
 
 def ring_of(config: KVCacheConfig, starts: list[int], index: int, seed: int, filler: float) -> KVCache:
@@ -257,7 +257,7 @@ def test_rows_that_began_at_different_steps_attend_each_to_its_own(
     index = int(capacity * laps) + capacity * 2 // 3
     ages = [0, 1, capacity // 2, capacity - 2, capacity - 1]
     starts = [max(index - age, 0) for age in ages]
-    config = dataclasses.replace(sizes(1, capacity, prompts=5), begin_every=PIECE)
+    config = dataclasses.replace(sizes(1, capacity, prompts=5), step_alignment=PIECE)
     cache = ring_of(config, starts, index, seed=4, filler=GARBAGE)
     q = normal(np.random.default_rng(5), 5, 4, HEAD_DIM)
     out = attend(q, cache, 0)
@@ -275,7 +275,7 @@ def test_rows_that_began_at_different_steps_attend_each_to_its_own(
 def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(
     attend: Attend, age: int, starts: list[int], mates: list[int], filler: float
 ):
-    config = dataclasses.replace(sizes(1, 320, prompts=5), begin_every=PIECE)
+    config = dataclasses.replace(sizes(1, 320, prompts=5), step_alignment=PIECE)
     q = normal(np.random.default_rng(6), 5, 4, HEAD_DIM)
     outs = []
     for start, of_mates in zip(starts, (mates[:4], mates[4:]), strict=True):

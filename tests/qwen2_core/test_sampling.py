@@ -6,12 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from qwen2_core.sampling import Sampling, sample_tokens, sequence_keys
+from qwen2_core.sampling import Sampling, SamplingParams, sample_tokens, sampling_params, sequence_keys
 
 DRAWS = 20_000
 
 sample = jax.jit(sample_tokens)
 keys_of = jax.jit(sequence_keys)
+
+
+def traced(sampling: Sampling) -> SamplingParams:
+    return sampling_params(sampling, 0, (), vocab_size=1)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -36,7 +40,7 @@ def exact_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 def draw(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Tokens of ``DRAWS`` sequences that all see the same logits."""
     keys = keys_of(np.uint32(1), np.arange(DRAWS, dtype=np.uint32))
-    tokens, _ = sample(np.tile(logits, (DRAWS, 1)), sampling.traced(), keys, 0)
+    tokens, _ = sample(np.tile(logits, (DRAWS, 1)), traced(sampling), keys, 0)
     return np.asarray(tokens)
 
 
@@ -99,7 +103,7 @@ def test_greedy_is_the_largest_logit_the_first_of_equals_and_needs_no_luck():
     outs = []
     for seed in (0, 1):
         keys = keys_of(np.uint32(seed), np.arange(50, dtype=np.uint32))
-        outs.append(np.asarray(sample(logits, Sampling().traced(), keys, seed)[0]))
+        outs.append(np.asarray(sample(logits, traced(Sampling()), keys, seed)[0]))
     np.testing.assert_array_equal(outs[0], logits.argmax(-1))
     np.testing.assert_array_equal(outs[0], outs[1])
     assert outs[0].dtype == np.int32
@@ -110,7 +114,7 @@ def test_greedy_is_the_largest_logit_the_first_of_equals_and_needs_no_luck():
 def test_logprobs_are_the_models_own_whatever_the_filter(sampling: Sampling):
     logits = np.random.default_rng(2).normal(scale=3, size=(50, 30)).astype(np.float32)
     keys = keys_of(np.uint32(3), np.arange(50, dtype=np.uint32))
-    tokens, logprobs = sample(logits, sampling.traced(), keys, 5)
+    tokens, logprobs = sample(logits, traced(sampling), keys, 5)
     np.testing.assert_allclose(logprobs, np.log(softmax(logits))[np.arange(50), tokens], atol=1e-5)
 
 
@@ -122,7 +126,7 @@ def uniform_tokens(seed: int, ids: list[int], step: int | list[int]) -> list[int
     keys = keys_of(np.uint32(seed), np.array(ids, np.uint32))
     logits = np.zeros((len(ids), 100_000), np.float32)
     tokens, _ = sample(
-        logits, Sampling(1.0).traced(), keys, np.broadcast_to(np.array(step, np.int32), len(ids))
+        logits, traced(Sampling(1.0)), keys, np.broadcast_to(np.array(step, np.int32), len(ids))
     )
     return np.asarray(tokens).tolist()
 
@@ -170,5 +174,5 @@ def test_greedy_takes_the_first_of_equal_logits_in_a_whole_vocabulary():
     logits[0, [151935, 151934]] = 1.5
     logits[1, 77_777] = -1.0
     keys = keys_of(np.uint32(0), np.arange(3, dtype=np.uint32))
-    tokens, _ = sample(logits, Sampling().traced(), keys, 0)
+    tokens, _ = sample(logits, traced(Sampling()), keys, 0)
     np.testing.assert_array_equal(tokens, [151934, 77_777, 0])

@@ -16,11 +16,10 @@ import pytest
 from lively import Lively, pad_right
 
 import generate_jitted
-from generate_jitted import GenerateShape, empty_decode_state, generate_single_task_jitted
-from qwen2_core import sharding as device_mesh
+from generate_jitted import GenerateShape, generate_single_task_jitted
+from qwen2_core import sharding
 from qwen2_core.sharding import axes_of
-from qwen2_engine import programs as slot_programs
-from qwen2_engine.continuous_batching import WorkItem, generate_continuous
+from qwen2_engine import ContinuousEngine, SequenceRequest, programs
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 MODEL = Lively(layers=2, extract=(0, 1))
@@ -40,13 +39,11 @@ def test_generation_on_eight_devices():
 @pytest.fixture
 def orders_of_a_tpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A CPU can keep arrays as a TPU is told to."""
-    compiled = [
-        getattr(slot_programs, f"_compile_{name}") for name in ("create", "prefill", "insert", "window")
-    ]
+    compiled = [getattr(programs, f"compile_{name}") for name in ("create", "prefill", "insert", "window")]
     compiled.append(generate_jitted._compile)
     for cache in compiled:
         cache.cache_clear()
-    monkeypatch.setattr(device_mesh, "_is_tpu", lambda sharding: sharding is not None)
+    monkeypatch.setattr(sharding, "_is_tpu", lambda sharding: sharding is not None)
     yield
     for cache in compiled:
         cache.cache_clear()
@@ -60,12 +57,10 @@ def by_one_call(model: Any, params: Any) -> list[Any]:
 
 
 def continuously(model: Any, params: Any) -> list[Any]:
-    items = [
-        WorkItem(prompt, number, max_tokens=24) for number, prompt in enumerate(MODEL.prompts((5, 9, 3)))
-    ]
-    finished = sorted(
-        generate_continuous(model, params, items, slots=2), key=lambda one: one.item.sequence_id
-    )
+    prompts = MODEL.prompts((5, 9, 3))
+    requests = [SequenceRequest(prompt, 24, sampling_id=i, id=i) for i, prompt in enumerate(prompts)]
+    finished: list[Any] = list(ContinuousEngine(model, params, slots=2).run(requests))
+    finished.sort(key=lambda one: one.id)
     return [array for one in finished for array in (one.token_ids, one.logprobs, one.rows)]
 
 
@@ -91,9 +86,9 @@ def test_the_order_of_the_state_in_memory_changes_nothing(
 def test_the_order_of_the_state_on_a_tpu(scan_layers: bool, rows: int, head_dim: int):
     """Slots last in the cache, as a head of less than 128 would be padded; hidden last in activations."""
     config = MODEL.config(scan_layers=scan_layers, hidden_size=MODEL.heads * head_dim)
-    shape = GenerateShape(rows, 9, 24).cache_config(config)
     model = create_model_with_hooks(config, MODEL.extract)
-    axes = axes_of(jax.eval_shape(lambda: empty_decode_state(model, shape)))
+    shape = GenerateShape(rows, 9, 24)
+    axes = axes_of(jax.eval_shape(lambda: generate_jitted._empty_state(model, shape)))
     *major, slots, head = range(5 if scan_layers else 4)
     keys = axes.cache.ar.k if scan_layers else axes.cache.ar.k[0]
     assert keys.tpu_order == (*major, *((slots, head) if head_dim == 128 else (head, slots)))

@@ -11,9 +11,10 @@ import pytest
 from lively import Lively
 
 from qwen2_core.config import QwenConfig
-from qwen2_engine import memory_plan as slot_plan
+from qwen2_core.sharding import Layout
+from qwen2_engine import ContinuousEngine, continuous_batching
 from qwen2_engine.decode_window import SlotShape
-from qwen2_engine.memory_plan import Stage, expected_bytes, plan_stages, start_stage
+from qwen2_engine.memory_plan import MemoryPlanner, Stage
 from qwen2_engine.programs import compile_slots
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -28,11 +29,11 @@ def built() -> tuple[Any, Any]:
     return TINY.build(scan_layers=True)
 
 
-def real_plan(gigabytes: float, slots: int = 32, **kwargs: Any) -> list[tuple[int, tuple[int, ...]]]:
+def real_plan(gigabytes: float, slots: int = 32) -> list[tuple[int, tuple[int, ...]]]:
     """(slots, widths) of each stage for Qwen2.5-0.5B in bfloat16."""
     model = create_model_with_hooks(QwenConfig(dtype="bfloat16"))
     shape = SlotShape(slots, 1, 1100)
-    stages = plan_stages(model, REAL_WEIGHTS, WIDTHS, shape, int(gigabytes * 1e9), **kwargs)
+    stages = MemoryPlanner(model, REAL_WEIGHTS, Layout()).stages(WIDTHS, shape, int(gigabytes * 1e9))
     assert all(stage.shape.prompt_width == max(stage.widths) for stage in stages)
     assert all(stage.shape.max_tokens == 1100 for stage in stages)
     return [(stage.shape.slots, stage.widths) for stage in stages]
@@ -71,30 +72,20 @@ def test_the_estimate_is_that_of_the_compiled_programs():
     config = lively.config(scan_layers=True)
     model = create_model_with_hooks(config, lively.extract)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jax.numpy.zeros((1, 1), int)))["params"]
-    shape = SlotShape(16, 1024, 256)
-    exact = expected_bytes(model, params, compile_slots(model, params, shape, (1024,)))
-    estimate = slot_plan._estimate(model, params, shape, 16, 1024, False)
-    estimate -= slot_plan.host_row_bytes(model, shape)
-    assert abs(estimate / exact - 1) < 0.1
-
-
-def test_the_plan_is_said_before_anything_runs(capfd: pytest.CaptureFixture[str]):
-    programs, _ = start_stage(*built(), STAGE)
-    said = capfd.readouterr().out
-    assert said.startswith("64 slots for prompts of up to 512 tokens, windows of 16 steps: ")
-    assert f"{expected_bytes(*built(), programs) / 1e6:.0f} MB expected (weights" in said
+    shape, planner = SlotShape(16, 1024, 256), MemoryPlanner(model, params, Layout())
+    exact = planner.memory(compile_slots(model, params, Layout(), shape, (1024,)))
+    estimate = planner.estimate(shape) - exact.host_rows  # on CPU it counts the host's rows too
+    assert abs(estimate / exact.on_device - 1) < 0.1
 
 
 def test_the_expected_bytes_are_those_that_live_arrays_take():
     """All that lasts; temporaries come and go inside the programs."""
     model, params = built()
     before = sum(array.nbytes for array in jax.live_arrays())
-    programs, slots = start_stage(model, params, STAGE)
+    slots = ContinuousEngine(model, params).start(STAGE)
     taken = sum(array.nbytes for array in jax.live_arrays()) - before
-    kept = expected_bytes(model, params, programs) - programs.working_bytes
-    kept -= sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert abs(taken / kept - 1) < 0.01
-    assert slots.ended.all()
+    assert abs(taken / slots.memory.kv_cache - 1) < 0.01
+    assert slots.memory.weights == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 class Failing:
@@ -112,21 +103,18 @@ class Failing:
     "error", [jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), MemoryError()]
 )
 def test_when_memory_runs_out_half_the_slots_are_tried_and_that_is_said(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def limited(model: Any, params: Any, shape: SlotShape, *args: Any, **kwargs: Any) -> Any:
-        programs = compile_slots(model, params, shape, *args, **kwargs)
+    def limited(model: Any, params: Any, layout: Layout, shape: SlotShape, *args: Any) -> Any:
+        programs = compile_slots(model, params, layout, shape, *args)
         if shape.slots <= 32:
             return programs
         return dataclasses.replace(programs, window=Failing(programs.window, error))
 
-    monkeypatch.setattr(slot_plan, "compile_slots", limited)
-    programs, _ = start_stage(*built(), STAGE)
-    assert programs.shape.slots == 32
-    said = capfd.readouterr().out.splitlines()
-    assert [line for line in said if "ran out" in line] == [
-        "memory ran out with 64 slots: trying 32",
-    ]
+    monkeypatch.setattr(continuous_batching, "compile_slots", limited)
+    slots = ContinuousEngine(*built()).start(STAGE)
+    assert slots.programs.shape.slots == 32
+    assert caplog.messages == ["memory ran out with 64 slots: trying 32"]
 
 
 def test_an_error_that_fewer_slots_would_not_mend_is_raised(monkeypatch: pytest.MonkeyPatch):
@@ -136,6 +124,6 @@ def test_an_error_that_fewer_slots_would_not_mend_is_raised(monkeypatch: pytest.
         programs = compile_slots(*args, **kwargs)
         return dataclasses.replace(programs, window=Failing(programs.window, error))
 
-    monkeypatch.setattr(slot_plan, "compile_slots", broken)
+    monkeypatch.setattr(continuous_batching, "compile_slots", broken)
     with pytest.raises(jax.errors.JaxRuntimeError, match="fell off"):
-        start_stage(*built(), STAGE)
+        ContinuousEngine(*built()).start(STAGE)

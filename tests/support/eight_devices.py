@@ -17,14 +17,14 @@ import pytest
 from lively import Lively, assert_lively, pad_right, row_errors
 from runner_cases import LAYERS, assert_refused, digests, four, report, run_main, store_of, submission
 
-from activation_store import verify_store
+from activation_store import FinishedSequence, verify_store
 from generate_jitted import Generation, Sampling, generate_single_task_jitted
 from qwen2_core.config import QwenConfig
 from qwen2_core.sharding import Layout, bytes_on_device, layout_of, make_layout
 from qwen2_core.weights import load_qwen2
-from qwen2_engine.continuous_batching import FinishedItem, WorkItem, generate_continuous
+from qwen2_engine import ContinuousEngine, SequenceRequest
 from qwen2_engine.decode_window import SlotShape
-from qwen2_engine.memory_plan import describe, expected_bytes
+from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory
 from qwen2_engine.programs import SlotPrograms, compile_slots
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -50,14 +50,15 @@ def loaded(mesh_shape: tuple[int, int]) -> tuple[Any, Any]:
 
 
 @functools.cache
-def items() -> tuple[WorkItem, ...]:
+def items() -> tuple[SequenceRequest, ...]:
     """48 sequences, more than slots: two samples of 24 prompts, in two buckets by turns, of mixed limits."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 65, 24) + np.tile([0, 64], 12)
     prompts = SPLIT.prompts(tuple(int(n) for n in lengths))
     limits = np.concatenate([[LONGEST], rng.integers(1, LONGEST + 1, 47)])
     return tuple(
-        WorkItem(prompts[i // 2], i, int(limits[i]), capture_prompt=i % 6 == 0, name=i) for i in range(48)
+        SequenceRequest(prompts[i // 2], int(limits[i]), sampling_id=i, id=i, capture_prompt=i % 6 == 0)
+        for i in range(48)
     )
 
 
@@ -67,19 +68,24 @@ def widths_on(mesh_shape: tuple[int, int]) -> tuple[int, ...]:
 
 
 @functools.cache
-def generated(mesh_shape: tuple[int, int]) -> dict[int, FinishedItem]:
-    work = [item for item in items() if len(item.prompt) <= max(widths_on(mesh_shape))]
-    finished = generate_continuous(
-        *loaded(mesh_shape), work, slots=SLOTS, eos_token_ids=EOS, sampling=SAMPLING, seed=4
-    )
-    return {one.item.name: one for one in finished}
+def generated(mesh_shape: tuple[int, int]) -> dict[int, FinishedSequence]:
+    work = [item for item in items() if len(item.prompt_token_ids) <= max(widths_on(mesh_shape))]
+    settings: dict[str, Any] = {"eos_token_ids": EOS, "sampling": SAMPLING, "seed": 4, "capture_prompt": True}
+    finished: list[Any] = list(ContinuousEngine(*loaded(mesh_shape), slots=SLOTS, **settings).run(work))
+    return {one.id: one for one in finished}
 
 
 @functools.cache
 def programs(mesh_shape: tuple[int, int]) -> SlotPrograms:
     widths = widths_on(mesh_shape)
-    shape = SlotShape(SLOTS, max(widths), LONGEST)
-    return compile_slots(*loaded(mesh_shape), shape, widths, capture_prompt=True)
+    shape = SlotShape(SLOTS, max(widths), LONGEST, capture_prompt=True)
+    model, params = loaded(mesh_shape)
+    return compile_slots(model, params, layout_of(model.config, params), shape, widths)
+
+
+def memory(mesh_shape: tuple[int, int]) -> SlotMemory:
+    model, params = loaded(mesh_shape)
+    return MemoryPlanner(model, params, layout_of(model.config, params)).memory(programs(mesh_shape))
 
 
 # --- Where the weights are ----------------------------------------------------------------------------------
@@ -190,11 +196,9 @@ def test_slots_are_updated_in_place_on_each_device(mesh_shape: tuple[int, int]):
 
 
 def test_the_plan_is_for_each_device():
-    one, split = (expected_bytes(*loaded(shape), programs(shape)) for shape in ((1, 1), (2, 4)))
-    assert split < 0.5 * one
-    line = describe(*loaded((2, 4)), programs((2, 4)))
-    assert line.startswith("4 slots on each of 2 groups of devices for prompts of up to 64 tokens")
-    assert f"{split / 1e6:.0f} MB a device expected" in line
+    one, split = memory((1, 1)), memory((2, 4))
+    assert split.on_device < 0.5 * one.on_device
+    assert split.host_rows == 2 * one.host_rows  # of both groups
 
 
 # --- One call -----------------------------------------------------------------------------------------------
@@ -202,7 +206,7 @@ def test_the_plan_is_for_each_device():
 
 def one_call(prompts: int) -> Generation:
     """Two samples of the first prompts, on a mesh of 2 x 4."""
-    ids, lengths = pad_right([item.prompt for item in items()[: 2 * prompts : 2]], width=128)
+    ids, lengths = pad_right([item.prompt_token_ids for item in items()[: 2 * prompts : 2]], width=128)
     out = generate_single_task_jitted(
         *loaded((2, 4)),
         ids,
@@ -221,7 +225,7 @@ def test_one_call_on_a_mesh_is_that_of_one_device():
     out = one_call(4)
     for row, item in enumerate(items()[:8]):
         expected = generated((1, 1))[row]
-        n, prompt = len(expected.token_ids), len(item.prompt) if item.capture_prompt else 0
+        n, prompt = len(expected.token_ids), len(item.prompt_token_ids) if item.capture_prompt else 0
         assert n == min(out.lengths[row], item.max_tokens)
         np.testing.assert_array_equal(out.token_ids[row, :n], expected.token_ids)
         assert out.activations is not None

@@ -159,7 +159,7 @@ def slow(owner, name):
         return original(*args)
     setattr(owner, name, slowed)
 slow(loaded_model.LoadedModel, "generate")
-slow(continuous_batching._Driver, "_dispatch")
+slow(continuous_batching.RunningSlots, "_dispatch")
 del sys.argv[1:4]
 runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
