@@ -1,4 +1,4 @@
-"""Reading config.json: both spellings of Transformers, and everything that is refused, by name."""
+"""Reading config.json: both spellings of Transformers, and everything that is refused by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SPELLINGS = pytest.mark.parametrize("hf", [FOUR, FIVE], ids=["transformers 4", "
 
 
 @SPELLINGS
-def test_both_spellings_are_the_defaults_which_are_qwen_0_5b(hf: dict[str, Any]):
+def test_both_spellings_of_qwen_0_5b_read_as_the_defaults(hf: dict[str, Any]):
     expected = QwenConfig(dtype="bfloat16", sliding_window=hf["sliding_window"])
     assert QwenConfig.from_hf(hf) == expected
     assert expected.head_dim == 64
@@ -53,7 +53,7 @@ def test_both_spellings_are_the_defaults_which_are_qwen_0_5b(hf: dict[str, Any])
 
 
 @SPELLINGS
-def test_a_directory_a_path_and_an_object_read_alike(hf: dict[str, Any], tmp_path: Path):
+def test_a_directory_a_string_and_a_config_object_read_alike(hf: dict[str, Any], tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     expected = QwenConfig.from_hf(hf)
     assert QwenConfig.from_hf(tmp_path) == expected
@@ -64,12 +64,12 @@ def test_a_directory_a_path_and_an_object_read_alike(hf: dict[str, Any], tmp_pat
 @pytest.mark.parametrize(
     "change", [{"rope_theta": 10000}, {"rope_theta": None, "rope_parameters": {"rope_theta": 10000}}], ids=str
 )
-def test_another_rope_theta_is_read_from_either_place(change: dict[str, Any]):
+def test_rope_theta_is_read_in_either_spelling(change: dict[str, Any]):
     hf = {key: value for key, value in (FOUR | change).items() if value is not None}
     assert QwenConfig.from_hf(hf).rope_theta == 10000.0
 
 
-def test_what_a_config_leaves_out_is_what_transformers_takes_it_for():
+def test_missing_optional_keys_have_the_defaults_of_transformers():
     hf = {key: FOUR[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
     config = QwenConfig.from_hf(hf | {"num_hidden_layers": 2, "num_attention_heads": 14})
     assert config.num_key_value_heads == 14
@@ -114,17 +114,19 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_what_is_not_implemented_is_refused_by_name(hf: dict[str, Any], change: dict[str, Any], message: str):
+def test_features_that_are_not_implemented_are_refused_by_name(
+    hf: dict[str, Any], change: dict[str, Any], message: str
+):
     with pytest.raises(CheckpointError, match=message):
         QwenConfig.from_hf(hf | change)
 
 
-def test_a_rope_of_the_default_type_is_no_scaling():
+def test_rope_scaling_of_the_default_type_is_accepted():
     assert QwenConfig.from_hf(FOUR | {"rope_scaling": None}) == QwenConfig.from_hf(FOUR)
     assert QwenConfig.from_hf(FOUR | {"rope_scaling": {"rope_type": "default"}}) == QwenConfig.from_hf(FOUR)
 
 
-def test_a_missing_key_is_named():
+def test_missing_required_keys_are_named():
     with pytest.raises(CheckpointError, match="lacks hidden_size, num_hidden_layers; is it a Qwen2"):
         QwenConfig.from_hf(
             {key: value for key, value in FOUR.items() if key not in ("hidden_size", "num_hidden_layers")}
@@ -139,13 +141,13 @@ def test_a_missing_key_is_named():
         ("\xff", "is not valid JSON"),
     ],
 )
-def test_a_config_that_is_no_json_object(text: str, message: str, tmp_path: Path):
+def test_a_config_that_is_no_json_object_is_refused(text: str, message: str, tmp_path: Path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=message):
         QwenConfig.from_hf(tmp_path)
 
 
-def test_nothing_there(tmp_path: Path):
+def test_a_missing_directory_config_or_hub_model_is_named(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"There is no model directory .*/nowhere"):
         QwenConfig.from_hf(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
