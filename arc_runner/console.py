@@ -17,7 +17,7 @@ MODULE = "distributed_kv_cached_inference.py"
 
 def started_as_script() -> bool:
     """Tells whether this process was started by the installed script ``qwen2-arc-run``."""
-    return Path(sys.argv[0]).stem == SCRIPT
+    return bool(sys.argv) and Path(sys.argv[0]).stem == SCRIPT  # embedded, Python may have no argv
 
 
 def command_name() -> str:
