@@ -4,7 +4,7 @@
 DIRECTORY/
   manifest.json                        StoreSettings (must be equal to continue) and provenance (may differ)
   host-00000/index.jsonl               one SequenceRecord per line
-  host-00000/shard-000000.safetensors  the rows of one batch (layout: activation_shard.py)
+  host-00000/shard-000000.safetensors  the rows of one batch (layout: shard.py)
 ```
 """
 
@@ -34,20 +34,20 @@ _HOST = re.compile(r"host-(\d+)")
 
 
 class StoreError(ValueError):
-    """A store cannot be opened, continued or read as asked; the message is one sentence for the user."""
+    """Says in one sentence why a store cannot be opened, continued or read as asked."""
 
 
 class StoreWriteError(StoreError):
-    """Writing failed (disk full, permission lost, ...); what was committed before is safe."""
+    """Says why writing failed (disk full, permission lost, ...); what was committed before is safe."""
 
 
 def hook_name(layer: int) -> str:
-    """The name of decoder block `layer`'s output: `hook_name(10) == "blocks.10.hook_resid_post"`."""
+    """Returns the name of decoder block `layer`'s output: `hook_name(10) == "blocks.10.hook_resid_post"`."""
     return f"blocks.{layer}.hook_resid_post"
 
 
 def hook_layer(name: str) -> int:
-    """The layer of a hook name; StoreError for any other name."""
+    """Returns the layer of a hook name; raises StoreError for any other name."""
     match = _HOOK.fullmatch(name)
     if match is None:
         raise StoreError(f"{name!r} is not a hook name of the form blocks.<layer>.hook_resid_post")
@@ -55,28 +55,34 @@ def hook_layer(name: str) -> int:
 
 
 def host_name(host_index: int) -> str:
+    """Returns the name of a host folder: `host_name(7) == "host-00007"`."""
     return f"host-{host_index:05d}"
 
 
 def host_number(name: str) -> int | None:
-    """`host_number("host-00007") == 7`; None for a name that is no host folder."""
+    """Returns the index in a host folder's name: `host_number("host-00007") == 7`; None for other names."""
     match = _HOST.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 def shard_name(number: int) -> str:
+    """Returns the name of a shard: `shard_name(12) == "shard-000012.safetensors"`."""
     return f"shard-{number:06d}.safetensors"
 
 
 def shard_number(name: str) -> int | None:
-    """`shard_number("shard-000012.safetensors") == 12`; None for a name that is no shard."""
+    """Returns the number in a shard's name: `shard_number("shard-000012.safetensors") == 12`, else None."""
     match = _SHARD.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What must be equal for a directory to be continued: everything that decides the stored bytes."""
+    """Everything that decides the stored bytes: a directory is continued only under equal settings.
+
+    Raises:
+        StoreError: a dtype, width or hook name that no store can have.
+    """
 
     model_fingerprint: str  # sha256 hex over weights and config
     hook_names: tuple[str, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
@@ -103,7 +109,7 @@ class StoreSettings:
             raise StoreError(f"a hook name is given twice: {', '.join(self.hook_names)}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; sampling values as floats, so that 0 and 0.0 are the same setting."""
+        """Returns plain JSON values; sampling values are floats, so that 0 and 0.0 are the same setting."""
         values = asdict(self)
         values["hook_names"] = list(self.hook_names)
         values["eos_token_ids"] = sorted(int(token) for token in self.eos_token_ids)
@@ -112,7 +118,7 @@ class StoreSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StoreSettings":
-        """The inverse of `to_json`; StoreError when a field is missing or unknown."""
+        """Returns the settings that `to_json` gave; raises StoreError when a field is missing or unknown."""
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             odd = ", ".join(sorted(set(values) ^ expected))
@@ -123,7 +129,7 @@ class StoreSettings:
         return cls(**plain)
 
     def differences(self, asked: "StoreSettings") -> list[str]:
-        """One phrase per field in which `asked` differs from these settings; [] when they are equal."""
+        """Returns one phrase per field in which `asked` differs from these settings; [] for equal ones."""
         mine, theirs = self.to_json(), asked.to_json()
         return [
             f"{name} is {json.dumps(mine[name])} there and {json.dumps(theirs[name])} here"
@@ -134,7 +140,7 @@ class StoreSettings:
 
 @dataclass(frozen=True)
 class SequenceId:
-    """What a sequence is, known before it is generated."""
+    """Names a sequence before it is generated: its puzzle, its sample and its prompt."""
 
     task_id: str
     test_index: int
@@ -160,7 +166,9 @@ class FinishedSequence:
 
 
 class SequenceRecord(NamedTuple):
-    """One index line. `host` is not in the line: it is the folder the line was found in.
+    """What one index line says of a committed sequence.
+
+    `host` is not in the line: it is the folder the line was found in.
 
     A failed sequence has `n_rows == 0`, no shard (`shard == ""`) and says in `failure` where it broke.
     """
@@ -205,16 +213,17 @@ class SequenceRecord(NamedTuple):
 
     @property
     def failed(self) -> bool:
+        """Whether the sequence was not finite, so that nothing of it is stored."""
         return self.finish_reason == "failed"
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN."""
+    """Returns the one JSON text of a value: sorted keys, no spaces; raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
-    """What resume compares: 32 hex digits over everything that decides the sequence, and its name.
+    """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
     Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ.
     """
@@ -230,6 +239,7 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
 
 
 def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> bytes:
+    """Returns the manifest's text; raises ValueError where `provenance` is not JSON."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings.to_json(),
@@ -239,7 +249,7 @@ def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> b
 
 
 def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
-    """(settings, provenance); StoreError when the text is damaged or of another schema version."""
+    """Returns (settings, provenance); raises StoreError for a damaged text or another schema version."""
     try:
         manifest = json.loads(data)
         version, settings, provenance = (
@@ -259,13 +269,13 @@ _DECODER = json.JSONDecoder()
 
 
 def encode_line(record: SequenceRecord) -> bytes:
-    """The record's index line, newline included."""
+    """Returns the record's index line, newline included."""
     values = dict(zip(_LINE_FIELDS, record, strict=False))
     return (json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 
 def line_key(line: bytes) -> bytes | None:
-    """The 16 bytes of a line's key without parsing the rest; None when it looks like no index line."""
+    """Returns the 16 bytes of a line's key without parsing the rest; None for what is no index line."""
     if not (line.startswith(b'{"key":"') and line.endswith(b"}")):
         return None
     try:
@@ -275,7 +285,7 @@ def line_key(line: bytes) -> bytes | None:
 
 
 def decode_line(line: bytes, host: int) -> SequenceRecord:
-    """The record of an index line, with or without its newline; StoreError when it is not one."""
+    """Returns the record of an index line, with or without its newline; StoreError when it is not one."""
     try:
         text = line.decode()
         values, end = _DECODER.raw_decode(text)  # not json.loads, which is twice as slow on bytes

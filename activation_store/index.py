@@ -1,6 +1,7 @@
-"""The index lines of all hosts, held as key and place only: about 150 bytes a sequence.
+"""Finding a sequence by its key among the index lines of all hosts.
 
-Lines are parsed when they are asked for, so that a million of them open in seconds.
+Only each line's key and its position in the file are held, about 150 bytes a sequence. Lines are parsed when
+they are asked for, so that a million of them open in seconds.
 """
 
 import threading
@@ -15,7 +16,7 @@ _WINDOW = 1 << 24  # bytes of an index held at a time
 
 
 def index_lines(files: StoreFiles, name: str, size: int) -> Iterator[bytes]:
-    """The lines in the first `size` bytes of an index, newlines included; the last one may be torn."""
+    """Yields the lines in the first `size` bytes of an index, newlines included; the last one may be torn."""
     rest = b""
     for offset in range(0, size, _WINDOW):
         data = files.read(name, offset, min(size, offset + _WINDOW))
@@ -37,10 +38,10 @@ class _Segment:
 
 
 class SequenceIndex(Mapping[str, SequenceRecord]):
-    """Every committed sequence by key, failed ones included, in the order of hosts and commits.
+    """A mapping from key to record of every committed sequence, failed ones included.
 
-    Of two lines with one key the first found counts. A half-written last line is not read until it is whole.
-    Safe to read from one thread while another calls `refresh`.
+    Its order is that of hosts and commits. Of two lines with one key the first found counts. A half-written
+    last line is not read until it is whole. One thread may read it while another calls `refresh`.
     """
 
     def __init__(self, files: StoreFiles) -> None:
@@ -59,13 +60,17 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         self.damaged: list[str] = []  # "host-00003/index.jsonl, byte 1234" for each line that is none
 
     def refresh(self, host: int | None = None) -> int:
-        """Read what was appended since the last call, by one host or by all; how many sequences are new."""
+        """Reads what one host, or all, appended since the last call; returns how many sequences are new.
+
+        Raises:
+            OSError: the store is away (FileNotFoundError) or cannot be read; nothing is forgotten then.
+        """
         with self._lock:
             before = len(self._ordinals)
             hosts = self._files.hosts() if host is None else [host]
             found = {name: (of, status) for of in hosts for name, status in self._files.indexes(of).items()}
             if host is None and not (found and self._segments.keys() <= found.keys()):
-                self._files.read(MANIFEST)  # FileNotFoundError: not the indexes are gone, but the store
+                self._files.read(MANIFEST)  # raises FileNotFoundError where the whole store is away
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0
@@ -77,7 +82,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             return len(self._ordinals) - before
 
     def _was_rewritten(self, found: Mapping[str, FileStatus]) -> bool:
-        """Whether a resume has dropped damaged sequences and written an index anew."""
+        """Returns whether a resume has dropped damaged sequences and written an index anew."""
         return any(
             name not in found
             or found[name].inode != segment.status.inode
@@ -123,7 +128,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         return decode_line(line, segment.host)
 
     def records(self) -> Iterator[SequenceRecord]:
-        """All records in order, reading each index file in large pieces: much quicker than key by key."""
+        """Yields all records in order, reading index files in large pieces: much quicker than key by key."""
         with self._lock:  # the arrays are only ever appended to, or replaced as a whole
             segments = [self._segments[name] for name in self._segment_names]
             segment_of, offset_of, length_of = self._segment_of, self._offset_of, self._length_of

@@ -1,4 +1,4 @@
-"""Taking over `layer_{l}_batch_{n}.pkl` files of the old code base.
+"""Making a store of `layer_{l}_batch_{n}.pkl` files, as older code for this model wrote them.
 
 A pickle can run any program when it is loaded, so these are read by an unpickler that knows plain Python
 containers, numbers and strings, and numpy arrays of numbers, and refuses everything else.
@@ -48,7 +48,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How pickle protocols 0 to 2 write the bytes of an array."""
+    """Decodes the bytes of an array as pickle protocols 0 to 2 write them."""
     if encoding != "latin1":
         raise StoreError(f"it encodes text as {encoding!r}")
     return text.encode("latin1")
@@ -63,7 +63,7 @@ class LegacyItem(NamedTuple):
 
 
 def read_legacy(path: str | Path) -> list[LegacyItem]:
-    """The items of one file; StoreError when it holds anything else, before that is created."""
+    """Returns the items of one file; raises StoreError, before it is created, for anything else."""
     path = Path(path)
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -98,10 +98,19 @@ def _items(content: Any) -> Iterator[LegacyItem]:
 
 
 def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -> int:
-    """Make a store of all `layer_{l}_batch_{n}.pkl` in `source`; how many sequences it has.
+    """Makes a store of all `layer_{l}_batch_{n}.pkl` files in a directory.
 
-    `hidden_size` is the model's: rows of any other width are refused, as are layers that do not hold the
-    same sequences.
+    Args:
+        source: the directory of the pickles.
+        directory: the new store.
+        hidden_size: the model's; rows of any other width are refused.
+
+    Returns:
+        How many sequences were imported.
+
+    Raises:
+        StoreError: there are no such files, one holds anything else, their layers do not hold the same
+            sequences, or the store has sequences already.
     """
     files: dict[int, dict[int, Path]] = {}  # batch -> layer -> file
     for path in Path(source).glob("*.pkl"):
@@ -140,7 +149,7 @@ def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -
 
 
 def _sequences(layers: list[tuple[Path, list[LegacyItem]]], seen: Counter[str]) -> list[FinishedSequence]:
-    """The items of a batch, one list a layer, as sequences; a task's n-th item is its sample n."""
+    """Returns the items of a batch, one list a layer, as sequences; a task's n-th item is its sample n."""
     first_path, first_items = layers[0]
     sequences = []
     for place, item in enumerate(first_items):

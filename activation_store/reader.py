@@ -1,4 +1,4 @@
-"""Reading a store back: which sequences there are, and their rows as memory maps, one layer at a time."""
+"""Reading a store: which sequences there are, and their rows as memory maps, one layer at a time."""
 
 import hashlib
 import itertools
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int32
 
 from activation_store.format import (
     DTYPES,
@@ -34,18 +35,18 @@ _DIGESTED = ("token_ids", "positions", "logprobs", "is_generated")
 
 
 class RowColumns(NamedTuple):
-    """What is known of each row beside its activations; all arrays have one entry per row."""
+    """Token, position and so on of each row; all arrays have one entry per row."""
 
-    token_ids: np.ndarray  # int32, the token that was read
-    positions: np.ndarray  # int32, its place in the sequence, prompt included
-    is_generated: np.ndarray  # bool
-    logprobs: np.ndarray  # float32, NaN on prompt rows
-    norms: np.ndarray  # float32, Euclidean norm of the row in the layer asked for
+    token_ids: Int32[np.ndarray, " rows"]  # the token that was read
+    positions: Int32[np.ndarray, " rows"]  # its place in the sequence, prompt included
+    is_generated: Bool[np.ndarray, " rows"]
+    logprobs: Float32[np.ndarray, " rows"]  # NaN on prompt rows
+    norms: Float32[np.ndarray, " rows"]  # Euclidean norm of the row in the layer asked for
 
 
 @dataclass(frozen=True)
 class RowFilter:
-    """Which rows of a sequence to read.
+    """Chooses which rows of a sequence to read.
 
     Nothing is deleted from a store: attention sinks are left out here, the first token of a prompt with
     `first_position=1`, others by their norm with `max_norm` (compare `ActivationStore.statistics`).
@@ -58,7 +59,7 @@ class RowFilter:
     max_norm: float | None = None
 
     def row_range(self, record: SequenceRecord) -> tuple[int, int]:
-        """The rows [start, stop) of a sequence that pass by kind and position, counted from its first row."""
+        """Returns the rows [start, stop) that pass by kind and position, from 0 for the sequence's first."""
         first_stored = record.prompt_length - record.prompt_rows
         stop_position = record.prompt_length + record.generated_length
         if self.stop_position is not None:
@@ -69,7 +70,7 @@ class RowFilter:
 
 
 class ActivationStore:
-    """A store opened for reading; `directory` is a path or an fsspec URL. It may still be written to.
+    """A store opened for reading, while it may still be written to; `directory` is a path or an fsspec URL.
 
     >>> store = ActivationStore("activations")
     >>> for record in store.sequences(task_ids={"007bbfb7"}):
@@ -95,10 +96,11 @@ class ActivationStore:
         return ActivationStore, (self.directory,)  # memory maps and locks do not travel to worker processes
 
     def __len__(self) -> int:
-        """How many sequences there are, failed ones included."""
+        """Returns how many sequences there are, failed ones included."""
         return len(self.index)
 
     def __getitem__(self, key: str) -> SequenceRecord:
+        """Returns the record of a sequence key; raises KeyError where it is not stored."""
         return self.index[key]
 
     def sequences(
@@ -110,10 +112,14 @@ class ActivationStore:
         where: Callable[[SequenceRecord], bool] | None = None,
         failed: bool = False,
     ) -> Iterator[SequenceRecord]:
-        """The sequences that pass every filter given, in stored order.
+        """Yields the sequences that pass every filter given, in stored order.
 
-        `solved` keeps those known to be right (True) or wrong (False), from `write_outcomes`. Sequences that
-        failed have no rows; they are listed, and only they, with `failed=True`.
+        Args:
+            task_ids: keeps these tasks.
+            augmentations: keeps these augmentations.
+            solved: keeps those known, from `write_outcomes`, to be right (True) or wrong (False).
+            where: keeps those for which it returns True.
+            failed: yields only the sequences that failed, which have no rows, instead of the others.
         """
         outcomes = self.outcomes() if solved is not None else {}
         for record in self.index.records():
@@ -132,24 +138,27 @@ class ActivationStore:
         return DTYPES[self.settings.dtype]
 
     def require_layer(self, layer: int) -> int:
-        """The place of a layer among the stored ones; StoreError when it is not stored."""
+        """Returns a layer's index among the stored ones; raises StoreError when it is not stored."""
         if layer not in self.layers:
             stored = ", ".join(map(str, self.layers)) or "none"
             raise StoreError(f"layer {layer} is not in {self.directory}; its layers: {stored}")
         return self.layers.index(layer)
 
-    def rows(self, record: SequenceRecord, layer: int) -> np.ndarray:
-        """The output of decoder block `layer` for a sequence: [n_rows, hidden], stored dtype, read-only.
+    def rows(self, record: SequenceRecord, layer: int) -> Float[np.ndarray, "n_rows hidden"]:
+        """Returns the output of decoder block `layer` for a sequence, in the stored dtype, read-only.
 
-        A view into the file's memory map for a local store: nothing is read before it is used, and other
-        layers never are.
+        Row r was computed from the token that `columns` names for it. In a local store it is a view into the
+        file's memory map: nothing is read before it is used, and other layers never are.
+
+        Raises:
+            StoreError: the layer is not stored, or the sequence failed.
         """
         self.require_layer(layer)
         self._require_rows(record)
         return self._shard(record).layer(hook_name(layer))[record.row_start : _end(record)]
 
     def columns(self, record: SequenceRecord, layer: int) -> RowColumns:
-        """Token, position and so on of each row that `rows` returns."""
+        """Returns token, position and so on of each row that `rows` returns."""
         place = self.require_layer(layer)
         self._require_rows(record)
         at = slice(record.row_start, _end(record))
@@ -162,7 +171,7 @@ class ActivationStore:
         sequences: Iterable[SequenceRecord] | None = None,
         rows: RowFilter | None = None,
     ) -> Iterator[tuple[np.ndarray, RowColumns, SequenceRecord]]:
-        """(rows, columns, record) of each sequence, in stored order, sequences without any row left out.
+        """Yields (rows, columns, record) of each sequence in order; sequences without any row are left out.
 
         `rows` are views as in `ActivationStore.rows`; only filtering by norm copies.
         """
@@ -184,7 +193,7 @@ class ActivationStore:
     def _shards_ahead(
         self, hook: str, sequences: Iterable[SequenceRecord]
     ) -> Iterator[tuple[Shard, list[SequenceRecord]]]:
-        """The sequences by shard; the rows of the next few are on their way from disk while one is used."""
+        """Yields the sequences by shard, while the rows of the next few are read from disk."""
 
         def opened(group: tuple[Any, Iterator[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
             records = list(group[1])
@@ -201,24 +210,24 @@ class ActivationStore:
         groups = itertools.groupby(kept, key=lambda record: (record.host, record.shard))
         return ahead(map(prefetched, ahead(map(opened, groups), SHARDS_AHEAD)), SHARDS_AHEAD)
 
-    def prompt_token_ids(self, record: SequenceRecord) -> np.ndarray:
-        """The prompt, int32 [prompt_length]; kept whether or not its rows are."""
+    def prompt_token_ids(self, record: SequenceRecord) -> Int32[np.ndarray, " prompt_length"]:
+        """Returns the prompt, which is kept whether or not its rows are."""
         self._require_rows(record)
         start = record.prompt_start
         return self._shard(record).column("prompt_token_ids")[start : start + record.prompt_length]
 
-    def generated_tokens(self, record: SequenceRecord) -> np.ndarray:
-        """The generated tokens, int32 [generated_length], EOS included."""
+    def generated_tokens(self, record: SequenceRecord) -> Int32[np.ndarray, " generated_length"]:
+        """Returns the generated tokens, EOS included."""
         return self._generated(record, "token_ids")
 
-    def generated_logprobs(self, record: SequenceRecord) -> np.ndarray:
-        """Their log-probabilities, float32 [generated_length]."""
+    def generated_logprobs(self, record: SequenceRecord) -> Float32[np.ndarray, " generated_length"]:
+        """Returns the log-probability of each generated token, in nats."""
         return self._generated(record, "logprobs")
 
     def sequence_digest(self, record: SequenceRecord) -> str:
-        """sha256 over a sequence: its rows of all layers, tokens, positions, log-probabilities and its end.
+        """Returns the sha256 of a sequence: its rows of all layers, tokens, positions and log-probabilities.
 
-        Two runs agree byte for byte when their digests do, wherever their shards put the sequence.
+        Its key and its end count too. Two runs agree byte for byte when their digests do, wherever their shards put the sequence.
         """
         digest = hashlib.sha256(f"{record.key} {record.finish_reason} {record.failure}".encode())
         if record.n_rows:
@@ -231,7 +240,7 @@ class ActivationStore:
         return digest.hexdigest()
 
     def statistics(self, layer: int, group: str = "generated") -> LayerStatistics:
-        """Statistics of a layer over all stored "generated" or "prompt" rows, merged from the shards'.
+        """Returns statistics of a layer over all stored "generated" or "prompt" rows.
 
         The first token of a prompt is an attention sink that outweighs the others in the "prompt" group.
         """
@@ -256,7 +265,7 @@ class ActivationStore:
         return merged
 
     def outcomes(self) -> dict[str, bool]:
-        """Whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told."""
+        """Returns whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told."""
         try:
             return json.loads(self.files.read(OUTCOMES))
         except FileNotFoundError:
@@ -267,7 +276,7 @@ class ActivationStore:
             raise StoreError(f"sequence {record.key} failed and has nothing stored: {record.failure}")
 
     def open_shard(self, path: str, size: int) -> Shard:
-        """The shard at `SequenceRecord.path`, of `shard_bytes` bytes; the last few stay open."""
+        """Opens the shard at `SequenceRecord.path`, of `shard_bytes` bytes; the last few stay open."""
         with self._shards_lock:
             if path in self._shards:
                 self._shards.move_to_end(path)
@@ -294,7 +303,7 @@ class ActivationStore:
 
 
 def ahead(items: Iterable[Item], distance: int) -> Iterator[Item]:
-    """The items in order, each drawn `distance` items before it is yielded."""
+    """Yields the items in order, each drawn `distance` items before it is yielded."""
     waiting: deque[Item] = deque()
     for item in items:
         waiting.append(item)
@@ -304,14 +313,14 @@ def ahead(items: Iterable[Item], distance: int) -> Iterator[Item]:
 
 
 def _known(shard: Shard, place: int) -> tuple[np.ndarray, ...]:
-    """Tokens, positions, log-probabilities and norms of all rows of a shard."""
+    """Returns tokens, positions, log-probabilities and one layer's norms of all rows of a shard."""
     return *(shard.column(name) for name in ("token_ids", "positions", "logprobs")), shard.column("norms")[
         place
     ]
 
 
 def _columns(known: tuple[np.ndarray, ...], at: slice, prompt_length: int) -> RowColumns:
-    """What is known of the rows `at` of a shard, which are those of one sequence."""
+    """Returns the columns of the rows `at` of a shard, which are those of one sequence."""
     token_ids, positions, logprobs, norms = known
     of_rows = positions[at]
     # Not the stored is_generated, which lies at the file's other end.
@@ -323,7 +332,7 @@ def _end(record: SequenceRecord) -> int:
 
 
 def write_outcomes(directory: str | os.PathLike[str], outcomes: Mapping[str, bool]) -> None:
-    """Record which sequences, by key, solved their puzzle; earlier outcomes of other keys are kept.
+    """Records which sequences, by key, solved their puzzle; earlier outcomes of other keys are kept.
 
     Call it from one process. `ActivationStore.sequences(solved=...)` filters by it.
     """

@@ -1,4 +1,4 @@
-"""A store in an object store, behind any fsspec URL; and the choice between that and a local directory."""
+"""A store in an object store, behind any fsspec URL, and the choice between that and a local directory."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,11 @@ from activation_store.store_files import (
 
 
 def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
-    """The files of a store: a path, `file://` or any other fsspec URL such as `gs://bucket/run`."""
+    """Returns the files of a store at a path, a `file://` URL or any other fsspec URL such as `gs://bucket/run`.
+
+    Raises:
+        StoreError: no file system is known for the URL, or its library is missing.
+    """
     location = os.fspath(directory)
     if "://" not in location:
         return LocalFiles(Path(location), location)
@@ -38,7 +42,7 @@ def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
 
 
 class RemoteFile:
-    """An object, of which ranges are fetched when they are asked for."""
+    """An object whose ranges are fetched when they are asked for."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
@@ -54,11 +58,11 @@ class RemoteFile:
         into[:] = data
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Nothing: a request would have to be waited for."""
+        """Does nothing: a request would have to be waited for."""
 
 
 class RemoteFiles:
-    """An object store. One object per shard and per index commit, created once and never changed.
+    """A store's files as objects: one per shard and per index commit, created once and never changed.
 
     There is no lock: a second writer on the same host index is refused when it creates an object that exists.
     """

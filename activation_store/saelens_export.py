@@ -1,4 +1,4 @@
-"""Handing stored rows to SAELens: a dataset on disk as its cached-activations loader expects it.
+"""Writing stored rows as a dataset that SAELens loads as cached activations.
 
 That is a Hugging Face dataset (`datasets.load_from_disk`) with one float32 column of shape
 [context_size, hidden] named after the hook, and a column `token_ids` of context_size int32 each. Load it with
@@ -27,10 +27,24 @@ def export_saelens(
     context_size: int,
     rows: RowFilter | None = None,
 ) -> int:
-    """Write one layer to the new directory `output`; how many windows there are.
+    """Writes one layer to the new directory `output` as windows of `context_size` rows.
 
     Windows follow each other through the store without a gap: a sequence that ends within a window is
     followed by the next one. The rows after the last whole window (fewer than context_size) are left out.
+
+    Args:
+        store: the store to read.
+        layer: which layer's rows.
+        output: a directory that does not exist yet.
+        context_size: rows in a window.
+        rows: which rows to take, by default all.
+
+    Returns:
+        How many windows were written.
+
+    Raises:
+        StoreError: the layer is not stored, the directory exists, there is not one window, or the library
+            `datasets` is not installed.
     """
     store.require_layer(layer)
     if context_size < 1:
@@ -67,7 +81,7 @@ def export_saelens(
 def _windows(
     store: ActivationStore, layer: int, context_size: int, chosen: RowFilter | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(float32 [context_size, hidden], int32 [context_size]) over all rows, end to end."""
+    """Yields rows, float32 [context_size, hidden], and their tokens, int32 [context_size], end to end."""
     rows = np.empty((context_size, store.settings.hidden_size), np.float32)
     token_ids = np.empty(context_size, np.int32)
     filled = 0

@@ -31,7 +31,7 @@ FRAMEWORKS = ("numpy", "jax", "torch")
 
 
 class RowBatch(NamedTuple):
-    """Rows of one layer and what they are: arrays of the framework asked for, one entry per row."""
+    """Rows of one layer and what each of them is, as arrays of the framework asked for."""
 
     rows: Any  # [n, hidden] in the stored dtype
     token_ids: Any  # int32 [n]
@@ -46,7 +46,7 @@ _Pool = tuple[tuple[np.ndarray, ...], np.ndarray]  # columns of RowBatch, and th
 
 @dataclass
 class _Place:
-    """What has been handed out: whole epochs, whole pools of this epoch, rows of the current pool."""
+    """How much has been handed out: whole epochs, whole pools of this epoch, rows of the current pool."""
 
     epoch: int = 0
     pool: int = 0
@@ -54,11 +54,21 @@ class _Place:
 
 
 class ShuffledBatches:
-    """An iterable over one epoch of batches; iterating again goes on where the last iteration stopped.
+    """Iterates over one epoch of batches; iterating again goes on where the last iteration stopped.
 
-    `rows` and `sequences` choose what is read. `reader` of `readers` gets its own part of the rows; parts are
-    equal to within a few blocks of 128 to 255 rows. `framework` is "numpy", "jax" or "torch". The last batch
-    of an epoch may be smaller.
+    Args:
+        store: the store to read; what is committed later is not seen.
+        layer: which layer's rows.
+        batch_size: rows in a batch; the last batch of an epoch may be smaller.
+        seed: decides the order together with the epoch, `reader` and `readers`.
+        sequences: the sequences to read, by default all.
+        rows: which of their rows to read, by default all.
+        reader, readers: this is reader 0 to readers - 1, which gets its own part of the rows; parts are equal
+            to within a few blocks of 128 to 255 rows.
+        framework: "numpy", "jax" or "torch", the type of a batch's arrays.
+
+    Raises:
+        StoreError: the layer is not stored, or an argument is out of range.
 
     >>> batches = ShuffledBatches(store, layer=12, batch_size=4096, rows=RowFilter(prompt=False))
     >>> for batch in batches:
@@ -99,10 +109,12 @@ class ShuffledBatches:
         self._content = hashlib.sha256(content).hexdigest()
 
     def _cut(self, sequences: Iterable[SequenceRecord], chosen: RowFilter) -> tuple[np.ndarray, np.ndarray]:
-        """Runs of a sequence's rows, int64 [runs, 4]: sequence, shard, first and end row in it.
+        """Cuts the chosen rows into runs and blocks.
 
-        And the first run of each block, int64 [blocks + 1]: the next runs of a shard until they have
-        BLOCK_ROWS rows, so that short sequences cost no more than long ones.
+        Returns:
+            The runs, int64 [runs, 4]: sequence, shard, first and end row in the shard. And the first run of
+            each block, int64 [blocks + 1]. A block is the next runs of a shard until they have BLOCK_ROWS
+            rows, so that short sequences cost no more than long ones.
         """
         runs, blocks = array("q"), array("q")
         shard_numbers: dict[str, int] = {}
@@ -127,11 +139,11 @@ class ShuffledBatches:
         return np.array(runs, np.int64).reshape(-1, 4), np.array(blocks, np.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where we are, as plain values; the batch size may differ when going on from there."""
+        """Returns how far the iteration has come, as plain values, which fit any batch size."""
         return {**self._identity(), **asdict(self._place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; StoreError when it is of other rows, another seed or another reader."""
+        """Goes on from `state_dict()`; raises StoreError for a state of other rows, seed or reader."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise StoreError(f"the saved state is of other batches: {name} was {state[name]}, is {value}")
@@ -146,18 +158,18 @@ class ShuffledBatches:
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Start at the beginning of an epoch."""
+        """Starts at the beginning of an epoch."""
         self._place = _Place(epoch)
 
     def split(self, part: int, parts: int) -> Self:
-        """The share of one of `parts` workers in this reader's rows, from the current epoch's beginning."""
+        """Returns one of `parts` workers' share of this reader's rows, from the current epoch's beginning."""
         mine = copy.copy(self)
         mine._reader, mine._readers = self._reader * parts + part, self._readers * parts
         mine._place = _Place(self._place.epoch)
         return mine
 
     def torch_dataset(self) -> Any:
-        """A `torch.utils.data.IterableDataset` of these batches, for `DataLoader(dataset, batch_size=None)`.
+        """Returns a torch `IterableDataset` of these batches, for `DataLoader(dataset, batch_size=None)`.
 
         Each worker of the loader reads its own share.
         """
@@ -196,7 +208,7 @@ class ShuffledBatches:
             yield self._batch(parts)
 
     def _pools(self, epoch: int) -> list[np.ndarray]:
-        """This reader's runs in the epoch's order of blocks, as groups of about POOL_ROWS rows."""
+        """Returns this reader's runs in the epoch's order of blocks, as groups of about POOL_ROWS rows."""
         order = _permutation(len(self._blocks) - 1, self._seed, epoch)[self._reader :: self._readers]
         if not len(order):
             return []
@@ -207,7 +219,7 @@ class ShuffledBatches:
         return np.split(runs, np.flatnonzero(np.diff(pool_of)) + 1)
 
     def _load(self, runs: np.ndarray, epoch: int, number: int, buffer: np.ndarray) -> _Pool:
-        """The columns of RowBatch for all rows of a pool, and the order in which to hand the rows out."""
+        """Reads a pool; returns the columns of RowBatch and the order in which to hand rows out."""
         runs = runs[np.lexsort((runs[:, 2], runs[:, 1]))]  # in stored order: kind to the disk
         lengths = runs[:, 3] - runs[:, 2]
         count = int(lengths.sum())
@@ -233,7 +245,7 @@ class ShuffledBatches:
         return (rows, token_ids, positions, is_generated, sequences), order
 
     def _shards_ahead(self, runs: np.ndarray) -> Iterator[_Pieces]:
-        """Runs in stored order by shard; the rows of the next few are on their way from disk meanwhile."""
+        """Yields runs in stored order by shard, while the rows of the next few are read from disk."""
         hook = hook_name(self.layer)
         columns = (
             ("token_ids", "positions") if self._max_norm is None else ("token_ids", "positions", "norms")
@@ -262,7 +274,7 @@ class ShuffledBatches:
 
 
 def _pieces(runs: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(shard, its rows [first, end), neighbouring runs as one piece) for runs in stored order."""
+    """Yields (shard, its rows [first, end), neighbouring runs as one piece) for runs in stored order."""
     shard, first, end = runs[:, 1], runs[:, 2], runs[:, 3]
     starts = np.r_[True, (shard[1:] != shard[:-1]) | (first[1:] != end[:-1])]
     stops = np.r_[starts[1:], True]
@@ -276,7 +288,7 @@ def _row_count(runs: np.ndarray) -> int:
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """As `np.empty`, whose memory begins at an odd address: reading a file into that takes twice as long."""
+    """Returns an array at a multiple of ALIGNMENT; reading a file to an odd address takes twice as long."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
@@ -284,14 +296,14 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def _take(column: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """`column[chosen]` for places that are known to exist, a third quicker for wide rows."""
+    """Returns `column[chosen]` for indices that are known to exist, a third quicker for wide rows."""
     return column.take(
         chosen, axis=0, out=np.empty((len(chosen), *column.shape[1:]), column.dtype), mode="clip"
     )
 
 
 def _permutation(count: int, *seed: int) -> np.ndarray:
-    """A permutation of range(count); of raw generator output, which numpy promises never to change."""
+    """Returns a permutation of range(count) from raw numbers, which numpy promises never to change."""
     return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
 
 

@@ -17,7 +17,7 @@ class SplitBatches(Protocol):
 
 
 class TorchBatches(torch.utils.data.IterableDataset[Any]):
-    """Batches that the workers of a DataLoader share out among themselves.
+    """Yields batches that the workers of a DataLoader share out among themselves.
 
     Each worker starts at the beginning of the epoch that `set_epoch` last named, so call it before every
     epoch, as with torch's DistributedSampler. Without workers the batches also go on from a saved state.
