@@ -227,7 +227,8 @@ class ActivationStore:
     def sequence_digest(self, record: SequenceRecord) -> str:
         """Returns the sha256 of a sequence: its rows of all layers, tokens, positions and log-probabilities.
 
-        Its key and its end count too. Two runs agree byte for byte when their digests do, wherever their shards put the sequence.
+        Its key and its end count too. Two runs agree byte for byte when their digests do, wherever their
+        shards put the sequence.
         """
         digest = hashlib.sha256(f"{record.key} {record.finish_reason} {record.failure}".encode())
         if record.n_rows:

@@ -112,7 +112,7 @@ def test_ctrl_c_is_a_word_and_exit_code_130(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_whoever_reads_the_findings_may_leave(directory: Path):
+def test_a_reader_of_the_output_that_goes_away_is_no_error(directory: Path):
     """As in ``... | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)

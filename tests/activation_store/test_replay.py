@@ -115,7 +115,7 @@ def test_the_tiny_model_is_lively_enough_to_tell_faults(run: Run):
         assert len(set(one.token_ids.tolist())) > STEPS // 2
 
 
-def test_rows_shifted_by_one(tmp_path: Path, run: Run):
+def test_rows_shifted_by_one_are_found(tmp_path: Path, run: Run):
     def shift(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([rows[:, 1:], rows[:, -1:]], axis=1)
 
@@ -124,7 +124,7 @@ def test_rows_shifted_by_one(tmp_path: Path, run: Run):
     assert all("task0" in line and "the rows are those of position +1" in line for line in found)
 
 
-def test_neighbouring_layers_swapped(tmp_path: Path, run: Run):
+def test_swapped_neighbouring_layers_are_found(tmp_path: Path, run: Run):
     found = findings(tmp_path, run, changed(run, lambda rows: rows[[1, 0, 2, 3]]))
     assert [line.split(": ", 1)[1] for line in found] == [
         "blocks.10.hook_resid_post: the rows are those of layer 11",
@@ -132,7 +132,7 @@ def test_neighbouring_layers_swapped(tmp_path: Path, run: Run):
     ]
 
 
-def test_one_column_zeroed(tmp_path: Path, run: Run):
+def test_a_column_of_zeros_is_found(tmp_path: Path, run: Run):
     def zero(rows: np.ndarray) -> np.ndarray:
         rows[2, :, 7] = 0
         return rows
@@ -142,7 +142,7 @@ def test_one_column_zeroed(tmp_path: Path, run: Run):
     assert "differ" in found
 
 
-def test_rows_of_another_sequence(tmp_path: Path, run: Run):
+def test_rows_of_another_sequence_are_found(tmp_path: Path, run: Run):
     other = run.sequences[1].rows
     assert other is not None
 
@@ -156,7 +156,7 @@ def test_rows_of_another_sequence(tmp_path: Path, run: Run):
 
 
 @pytest.mark.parametrize("content", ["zero", "last row again"])
-def test_a_pad_row_stored(tmp_path: Path, run: Run, content: str):
+def test_a_stored_pad_row_is_found(tmp_path: Path, run: Run, content: str):
     first, *others = run.sequences
     assert first.rows is not None
     rows, tokens = first.rows.copy(), first.token_ids.copy()
@@ -168,7 +168,7 @@ def test_a_pad_row_stored(tmp_path: Path, run: Run, content: str):
     assert all("1 of 46 rows differ" in line for line in found[1:])
 
 
-def test_half_the_hidden_size(tmp_path: Path, run: Run):
+def test_rows_of_half_the_hidden_size_are_found(tmp_path: Path, run: Run):
     half = dataclasses.replace(run.settings, hidden_size=run.settings.hidden_size // 2)
     sequences = [
         dataclasses.replace(one, rows=one.rows[:, :, : half.hidden_size])
@@ -183,7 +183,7 @@ def test_half_the_hidden_size(tmp_path: Path, run: Run):
     ]
 
 
-def test_the_final_norm_applied_to_the_last_layer(tmp_path: Path, run: Run):
+def test_a_final_norm_applied_to_the_last_layer_is_found(tmp_path: Path, run: Run):
     """What Hugging Face's hidden_states[-1] gives."""
     weight = np.asarray(run.params["norm"]["weight"], np.float32)
 
@@ -197,7 +197,7 @@ def test_the_final_norm_applied_to_the_last_layer(tmp_path: Path, run: Run):
     assert "differ" in found
 
 
-def test_positions_one_too_high(tmp_path: Path, run: Run):
+def test_positions_one_too_high_are_found(tmp_path: Path, run: Run):
     """The seam of a cache whose index was wrong: the generated rows were computed one position on.
 
     RoPE is relative, so a prompt and its continuation are needed for it to show.
@@ -212,7 +212,7 @@ def test_positions_one_too_high(tmp_path: Path, run: Run):
     assert len(found) == len(LAYERS)
 
 
-def test_a_wrong_log_probability(tmp_path: Path, run: Run):
+def test_a_wrong_log_probability_is_found(tmp_path: Path, run: Run):
     first, *others = run.sequences
     logprobs = first.logprobs.copy()
     logprobs[3] -= 3
@@ -229,7 +229,7 @@ def test_the_whole_audit_loads_the_model_and_draws_sequences(tmp_path: Path, run
     assert all("task0" in line for line in found)
 
 
-def test_another_model_is_said_and_not_replayed(tmp_path: Path, run: Run):
+def test_another_model_is_one_finding_and_nothing_is_replayed(tmp_path: Path, run: Run):
     other = dataclasses.replace(run.settings, model_fingerprint="00" * 32)
     findings(tmp_path, run, run.sequences, other)
     (found,) = replay_store(ActivationStore(tmp_path), TINY, 1)

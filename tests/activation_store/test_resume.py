@@ -130,7 +130,7 @@ def test_a_damaged_batch_is_made_again_and_nothing_else(
     assert work(tmp_path / "run").sequences_written == 0
 
 
-def test_what_was_dropped_is_said(tmp_path: Path):
+def test_the_writer_names_what_it_dropped(tmp_path: Path):
     work(tmp_path)
     truncate(tmp_path)
     size = shard(tmp_path, 1).stat().st_size

@@ -1,0 +1,186 @@
+"""Pickles of older code become a store, and a pickle that could run a program is refused before it does."""
+
+import collections
+import os
+import pickle
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from activation_store import (
+    ActivationStore,
+    StoreError,
+    import_legacy,
+    verify_store,
+)
+from activation_store.legacy_import import read_legacy
+
+
+def rows(seed: int, count: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 16)).astype(dtype)
+
+
+def write_pickles(directory: Path, dtype: Any = np.float32) -> None:
+    """Two layers, two batches; as a list of dicts and as a dict by task; the task id "t0" collides."""
+    directory.mkdir()
+    for layer in (10, 11):
+        listed = [
+            {"task_id": "t0", "sample_idx": 0, "activation": rows(layer, 5, dtype), "shape": (5, 16)},
+            {"task_id": "t0", "sample_idx": 0, "activation": rows(layer + 50, 3, dtype), "shape": (3, 16)},
+        ]
+        by_task = collections.OrderedDict(
+            t1=rows(layer + 100, 4, dtype)[None], t2=rows(layer + 150, 2, dtype)
+        )
+        for number, content in enumerate((listed, by_task)):
+            (directory / f"layer_{layer}_batch_{number}.pkl").write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_pickles_become_a_store(tmp_path: Path, dtype: Any):
+    write_pickles(tmp_path / "old", dtype)
+    assert import_legacy(tmp_path / "old", tmp_path / "new", hidden_size=16) == 4
+    store = ActivationStore(tmp_path / "new")
+    assert store.layers == (10, 11)
+    expected = {("t0", 0): (0, 5), ("t0", 1): (50, 3), ("t1", 0): (100, 4), ("t2", 0): (150, 2)}
+    found = {(record.task_id, record.sample_index): record for record in store.sequences()}
+    assert set(found) == set(expected)
+    for name, (seed, count) in expected.items():
+        for layer in (10, 11):
+            stored = store.rows(found[name], layer)
+            assert stored.dtype == dtype
+            np.testing.assert_array_equal(stored, rows(seed + layer, count, dtype))
+        assert found[name].finish_reason == "imported"
+        assert store.generated_tokens(found[name]).tolist() == [-1] * count
+        assert np.isnan(store.generated_logprobs(found[name])).all()
+    assert list(verify_store(store)) == []
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol_is_read(tmp_path: Path, protocol: int):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    path.write_bytes(pickle.dumps([{"task_id": 7, "activations": rows(0, 3)}], protocol))
+    (item,) = read_legacy(path)
+    assert item.task_id == "7"
+    np.testing.assert_array_equal(item.rows, rows(0, 3))
+
+
+def test_a_pickle_written_before_numpy_2_is_read(tmp_path: Path):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    data = pickle.dumps([rows(0, 3)], protocol=2)
+    assert b"numpy._core.multiarray" in data
+    path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    np.testing.assert_array_equal(read_legacy(path)[0].rows, rows(0, 3))
+
+
+class _Evil:
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        self._reduced = call, arguments
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments"),
+    [
+        (os.system, ("touch {target}",)),
+        (eval, ("open({target!r}, 'w')",)),
+        (open, ("{target}", "w")),
+        (subprocess.getoutput, ("touch {target}",)),
+        (np.save, ("{target}", 1)),
+        (np.fromfile, ("{target}",)),
+        (getattr, ("x", "upper")),
+        (__import__, ("antigravity",)),
+        (pickle.loads, (pickle.dumps(1),)),
+        (Path, ("{target}",)),
+    ],
+)
+def test_a_pickle_that_needs_anything_else_is_refused_before_it_runs(
+    tmp_path: Path, call: Any, arguments: Any
+):
+    target = tmp_path / "harm"
+    filled = tuple(a.format(target=str(target)) if isinstance(a, str) else a for a in arguments)
+    path = tmp_path / "layer_0_batch_0.pkl"
+    for protocol in (0, 2, 4):
+        path.write_bytes(pickle.dumps([_Evil(call, *filled)], protocol))
+        with pytest.raises(StoreError, match="which is no plain type or array"):
+            read_legacy(path)
+    assert not target.exists()
+
+
+def test_a_dotted_name_does_not_lead_out_of_an_allowed_module(tmp_path: Path):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    name = b"ndarray.__class__"
+    path.write_bytes(
+        b"\x80\x04\x8c\x05numpy\x8c" + bytes([len(name)]) + name + b"\x93."  # STACK_GLOBAL
+    )
+    with pytest.raises(StoreError, match=r"numpy\.ndarray\.__class__"):
+        read_legacy(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (3, "holds a int"),
+        ([{"task_id": "a"}], "no array of float32"),
+        ([rows(0, 3, np.float64)], "no array of float32"),
+        ([np.array([object()], dtype=object)], "refused"),
+        ([np.zeros((2, 3, 16), np.float32)], r"shape \(2, 3, 16\)"),
+        ([np.zeros((0, 16), np.float32)], r"not \[rows, hidden\]"),
+        (["rows"], "no array"),
+    ],
+)
+def test_content_that_is_no_activations_is_refused(tmp_path: Path, content: Any, message: str):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    path.write_bytes(pickle.dumps(content))
+    with pytest.raises(StoreError, match=message):
+        read_legacy(path)
+
+
+def test_bytes_in_an_unusual_encoding_are_refused(tmp_path: Path):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    path.write_bytes(b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00punyctR.")
+    with pytest.raises(StoreError, match="encodes text as 'punyc'"):
+        read_legacy(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"not a pickle", pickle.dumps([rows(0, 3)])[:-30]])
+def test_a_damaged_pickle_is_refused(tmp_path: Path, data: bytes):
+    path = tmp_path / "layer_0_batch_0.pkl"
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="is refused"):
+        read_legacy(path)
+
+
+def test_layers_that_do_not_belong_together_are_refused(tmp_path: Path):
+    write_pickles(tmp_path / "old")
+    path = tmp_path / "old" / "layer_11_batch_1.pkl"
+    path.write_bytes(pickle.dumps({"t1": rows(0, 4), "t9": rows(1, 2)}))
+    with pytest.raises(StoreError, match="do not hold the same sequences"):
+        import_legacy(tmp_path / "old", tmp_path / "a", 16)
+    path.write_bytes(pickle.dumps({"t1": rows(0, 4), "t2": rows(1, 1)}))
+    with pytest.raises(StoreError, match="have different shapes for task t2"):
+        import_legacy(tmp_path / "old", tmp_path / "b", 16)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"batch 1 has layers \[10\], batch 0 has \[10, 11\]"):
+        import_legacy(tmp_path / "old", tmp_path / "c", 16)
+
+
+def test_rows_of_half_the_hidden_size_are_refused(tmp_path: Path):
+    """The old code base stored 448 of 896 columns, and nothing noticed."""
+    write_pickles(tmp_path / "old")
+    with pytest.raises(StoreError, match="16 wide, the model's hidden size is 32"):
+        import_legacy(tmp_path / "old", tmp_path / "new", 32)
+
+
+def test_an_import_does_not_mix_with_what_is_there(tmp_path: Path):
+    write_pickles(tmp_path / "old")
+    import_legacy(tmp_path / "old", tmp_path / "new", 16)
+    with pytest.raises(StoreError, match="already holds 4 sequences"):
+        import_legacy(tmp_path / "old", tmp_path / "new", 16)
+    with pytest.raises(StoreError, match=r"has no layer_<l>_batch_<n>\.pkl"):
+        import_legacy(tmp_path, tmp_path / "other", 16)
