@@ -5,26 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from source_imports import find_cycle, read_imports, upward_imports
+from source_imports import FLOORS, INSTALLED, find_cycle, read_imports, upward_imports
 
 ROOT = Path(__file__).parents[1]
 
-# From top to bottom. A package's modules are on its floor, unless an inner package is named further down.
-FLOORS = (
-    "distributed_kv_cached_inference",
-    "arc_runner",
-    "qwen2_engine",
-    "generate_jitted",
-    "activation_store",
-    "qwen2_jax_with_hooks",
-    "qwen2_jax",
-    "qwen2_core",
-    "qwen2_core.kernels",
-    "qwen2_core.kernels.cpu",
-    "kvcache_utils",
-    "arc_puzzles",
-)
-INSTALLED = frozenset(name for name in FLOORS if "." not in name)
 NOT_INSTALLED = {"benchmarks", "examples", "setup", "tests"}
 
 
