@@ -41,14 +41,14 @@ COMMON_NAMES = (
 USE_EVERY_FACE = """
 import sys
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import arc_puzzles, arc_runner, qwen2_core, qwen2_engine
 from activation_store import ActivationStore
 from distributed_kv_cached_inference import main
 from generate_jitted import generate_single_task_jitted
-from kvcache_utils import KVCacheConfig, create_kv_cache_buffers, get_attention_kv
+from kvcache_utils import KVCacheConfig, create_kv_cache_buffers
 from qwen2_jax import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -60,8 +60,8 @@ generation = generate_single_task_jitted(model, params, np.ones((1, 4), np.int32
 assert generation.token_ids.shape == (1, 3)
 assert generation.activations.shape == (len(layers), 3, 1, config.hidden_size)
 
-cache = create_kv_cache_buffers(KVCacheConfig(1, 1, 2, 3, 4))
-prefill, ar = get_attention_kv(cache, 0)
+sizes = KVCacheConfig(num_layers=1, num_kv_heads=1, head_dim=2, max_prefill_length=3, max_decode_length=4)
+assert sum(leaf.nbytes for leaf in jax.tree.leaves(create_kv_cache_buffers(sizes))) == sizes.nbytes
 
 flags = "--dataset_path tasks.json --activations_dir activations --output_filepath submission.json"
 flags += " --max_output_tokens 3 --predictions_per_task 1 --grid_encoder MinimalGridEncoder()"
