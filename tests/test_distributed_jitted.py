@@ -47,8 +47,23 @@ BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summati
 # --- What is stored -----------------------------------------------------------------------------------------
 
 
-def test_rows_of_all_14_layers_are_those_of_a_plain_forward_pass(tmp_path: Path):
-    """The embedded model and puzzles, in their default layers."""
+def test_arc_task_with_jitted_generation(finished: Path, tmp_path: Path):
+    """One compiled call for an ARC task leaves its answers and tokens, the same as continuous generation's."""
+    assert run_main(four(tmp_path), n_tasks=1, generation="task").code == DONE
+    answers = json.loads(submission(tmp_path))
+    assert answers == {"task-0": json.loads(submission(finished))["task-0"]}
+    assert [list(attempts) for attempts in answers["task-0"]] == [["attempt_1", "attempt_2"]]
+    assert tokens(tmp_path) == {
+        name: of_one for name, of_one in tokens(finished).items() if name[0] == "task-0"
+    }
+    assert report(tmp_path)["programs"] == 1
+
+
+def test_activation_extraction_and_save(tmp_path: Path):
+    """The store holds a row for each generated token in each of layers 10-23, as a plain forward pass gives it.
+
+    Of the embedded model and puzzles, with the default layers.
+    """
     outcome = run_main(
         tmp_path,
         model_path=None,
@@ -76,7 +91,7 @@ def test_rows_of_all_14_layers_are_those_of_a_plain_forward_pass(tmp_path: Path)
     assert list(verify_store(store)) == []
 
 
-def test_every_prompt_of_every_task_is_there_and_the_store_is_sound(finished: Path):
+def test_every_augmentation_of_every_task_is_stored_and_the_store_verifies(finished: Path):
     store = store_of(finished)
     assert list(verify_store(store)) == []
     assert list(verify_coverage(store, [(f"task-{i}", 0) for i in range(4)], "tasks.json")) == []
@@ -123,7 +138,7 @@ def test_without_capture_the_tokens_are_the_same_and_no_layer_is_stored(finished
     ],
     ids=["weights", "cache"],
 )
-def test_in_bfloat16_rows_stay_within_its_rounding(
+def test_bfloat16_rows_are_within_its_rounding_of_float32_rows(
     flags: dict[str, Any], dtype: str, bound: float, tmp_path: Path
 ):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
@@ -133,7 +148,7 @@ def test_in_bfloat16_rows_stay_within_its_rounding(
     assert FLOAT32_ERROR < errors.max() < bound
 
 
-def test_the_old_python_loop_gives_the_same_tokens_and_rows(finished: Path, tmp_path: Path):
+def test_the_uncompiled_python_loop_stores_the_same_tokens_and_rows(finished: Path, tmp_path: Path):
     flags = {"generation": "python", "n_tasks": 1, "predictions_per_task": 1, "max_output_tokens": 1}
     assert run_main(four(tmp_path), **flags).code == DONE
     ((name, of_one),) = tokens(tmp_path).items()
@@ -216,7 +231,7 @@ def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
     assert (figures["tokens_generated"], figures["bytes_stored"], figures["tokens_per_second"]) == (0, 0, 0)
 
 
-def test_what_has_waited_for_a_minute_is_committed(
+def test_finished_sequences_are_committed_once_they_have_waited_long_enough(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert len(list((finished / "activations").glob("host-*/shard-*"))) == 1
@@ -254,7 +269,7 @@ def test_sequences_that_are_computed_again_are_neither_stored_nor_counted_twice(
     assert tokens(tmp_path) == wanted
 
 
-def test_the_clock_of_generation_leaves_out_what_compiles_a_stage(
+def test_the_time_of_compiling_a_stage_is_not_counted_as_time_of_generation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     start = ContinuousEngine.start
@@ -298,7 +313,7 @@ def test_everything_is_compiled_before_the_clock_of_generation_starts(
     assert sum(figures[f"{phase}_seconds"] for phase in ("load", "compile", "generate")) < wall
 
 
-def test_so_are_the_programs_for_more_eos_ids_than_usual(compiled_in_calls: list[int], tmp_path: Path):
+def test_programs_for_more_eos_ids_than_usual_are_compiled_before_it_starts_too(compiled_in_calls: list[int], tmp_path: Path):
     model = copy_small(tmp_path / "model")
     rewrite_json(model / "generation_config.json", eos_token_id=list(range(12)))
     assert run_main(four(tmp_path), model_path=model, generation="task").code == DONE
@@ -319,7 +334,7 @@ def test_the_embedded_default_says_what_it_uses(tmp_path: Path, monkeypatch: pyt
     assert "6 tasks, 14 sequences (each test input in 2 augmentations x 1 samples)" in outcome.out
 
 
-def test_the_command_line_itself(finished: Path):
+def test_the_command_line_prints_the_report_alone_and_exits_with_its_code(finished: Path):
     """A process as a user starts it: nothing but the report on its output, and an exit code."""
     run = [*COMMAND, *arguments(finished)]
     process = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100)
@@ -330,7 +345,7 @@ def test_the_command_line_itself(finished: Path):
     assert "\ndone\n" in process.stdout
 
 
-def test_whoever_reads_the_output_may_leave(finished: Path):
+def test_a_closed_output_pipe_stops_the_run_without_a_traceback(finished: Path):
     """As in ``... | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)

@@ -65,7 +65,8 @@ def assert_rows_close(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
 # --- What comes back ----------------------------------------------------------------------------------------
 
 
-def test_shapes_and_types(greedy: Any):
+def test_single_task_generation(greedy: Any):
+    """One call returns, of every sequence, its tokens, log-probabilities and rows in buffers of fixed shapes."""
     described = {
         name: None if value is None else (value.shape, value.dtype) for name, value in vars(greedy).items()
     }
@@ -81,7 +82,7 @@ def test_shapes_and_types(greedy: Any):
     assert not greedy.finished.any()
 
 
-def test_prompt_rows_are_zero_past_each_prompt_and_nowhere_else(greedy: Any):
+def test_prompt_rows_are_zero_past_the_end_of_each_prompt_and_nowhere_else(greedy: Any):
     rows = greedy.prompt_activations
     for b, length in enumerate(LENGTHS):
         assert rows[:, :length, b].any(-1).all()
@@ -105,7 +106,7 @@ def test_without_activations_the_tokens_are_the_same(greedy: Any):
     np.testing.assert_array_equal(plain.token_ids, greedy.token_ids)
 
 
-def test_the_layers_come_in_the_order_asked_for(greedy: Any):
+def test_captured_layers_come_in_the_order_in_which_they_were_named(greedy: Any):
     model, params = built()
     reordered: Any = create_model_with_hooks(model.config, (2, 1, 0))
     rows = np.asarray(jax.jit(reordered.apply)({"params": params}, PROMPTS[2][None])[2])
@@ -129,7 +130,7 @@ def stopping(greedy: Any) -> tuple[tuple[int, ...], list[int], Any]:
     return tuple(eos), expected, generate(PROMPTS, eos_token_ids=tuple(eos))
 
 
-def test_a_row_ends_with_its_first_eos_which_is_counted_and_captured(greedy: Any, stopping):
+def test_a_sequence_ends_with_its_first_eos_token_which_is_counted_and_captured(greedy: Any, stopping):
     eos, expected, out = stopping
     assert len(set(expected)) > 1
     np.testing.assert_array_equal(out.lengths, expected)
@@ -141,7 +142,7 @@ def test_a_row_ends_with_its_first_eos_which_is_counted_and_captured(greedy: Any
         assert out.activations[:, length - 1, b].any()
 
 
-def test_everything_past_a_rows_end_is_zero(stopping):
+def test_everything_past_a_sequences_end_is_zero(stopping):
     _, expected, out = stopping
     for b, length in enumerate(expected):
         assert not out.token_ids[b, length:].any()
@@ -149,7 +150,7 @@ def test_everything_past_a_rows_end_is_zero(stopping):
         assert not out.activations[:, length:, b].any()
 
 
-def test_a_row_that_meets_its_eos_with_the_last_token_is_finished(greedy: Any):
+def test_a_sequence_whose_last_allowed_token_is_an_eos_token_is_finished(greedy: Any):
     first, last, would_come_next = greedy.token_ids[2, :3].tolist()
     assert len({first, last, would_come_next}) == 3
     for eos, finished in ((last, True), (would_come_next, False)):
@@ -158,7 +159,7 @@ def test_a_row_that_meets_its_eos_with_the_last_token_is_finished(greedy: Any):
         assert out.finished[4:].tolist() == [finished, finished]
 
 
-def test_the_loop_ends_when_every_row_has_ended(greedy: Any):
+def test_the_loop_stops_as_soon_as_every_sequence_has_ended(greedy: Any):
     model, params = built()
     ids, lengths = pad_right(PROMPTS, width=48)
     eos = greedy.token_ids[:, 0]
@@ -172,7 +173,7 @@ def test_the_loop_ends_when_every_row_has_ended(greedy: Any):
     np.testing.assert_array_equal(state.lengths, 1)
 
 
-def test_the_pad_token_ends_nothing_and_is_attended_to(greedy: Any):
+def test_a_pad_token_inside_a_prompt_is_read_as_any_other_token(greedy: Any):
     """Qwen can generate its pad token: validity comes from lengths, never from a token's value."""
     prompt = np.array([0, 5, 0, 7, 0], np.int32)
     other = np.array([9, 5, 9, 7, 0], np.int32)
@@ -180,12 +181,38 @@ def test_the_pad_token_ends_nothing_and_is_attended_to(greedy: Any):
     assert row_errors(one[:, :, 0], two[:, :, 0]).min() > 1e-3
 
 
-# --- Samples and batch mates --------------------------------------------------------------------------------
+# --- Prompts, samples and the sequences beside them --------------------------------------------------------------------------------
 
 SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
 
 
-def test_a_sequence_does_not_depend_on_its_batch_mates():
+@pytest.mark.parametrize("b", range(len(LENGTHS)), ids=[f"{n} tokens" for n in LENGTHS])
+def test_different_input_lengths(greedy: Any, b: int):
+    """A prompt gives beside longer and shorter ones what it gives alone."""
+    alone = generate([PROMPTS[b]])
+    np.testing.assert_array_equal(alone.token_ids[0], greedy.token_ids[b])
+    np.testing.assert_allclose(alone.logprobs[0], greedy.logprobs[b], atol=1e-3)
+    assert_rows_close(alone.activations[:, :, 0], greedy.activations[:, :, b])
+    assert_rows_close(alone.prompt_activations[:, :, 0], greedy.prompt_activations[:, :, b])
+
+
+def test_kv_cache_persistence(greedy: Any):
+    """Through the cache, each generated token sees all those before it, as in one pass without a cache."""
+    model, params = built()
+    apply = jax.jit(model.apply)
+    b, start = 2, LENGTHS[2]
+    sequence = np.concatenate([PROMPTS[b], greedy.token_ids[b]])[None]
+
+    def rows_of(sequence: np.ndarray) -> np.ndarray:
+        return np.asarray(apply({"params": params}, sequence)[2])[:, start:, 0]
+
+    assert_rows_close(greedy.activations[:, :, b], rows_of(sequence))
+    # Not for want of looking back: a different first token is seen in every one of the rows.
+    sequence[0, 0] = (sequence[0, 0] + 1) % TINY.vocab
+    assert row_errors(rows_of(sequence)[-1], greedy.activations[-1, :, b]).min() > 1e-3
+
+
+def test_a_sampled_sequence_does_not_depend_on_the_others_in_its_batch():
     ids = np.array([11, 22, 33])
     batch = generate(PROMPTS, sampling=SAMPLING, sequence_ids=ids, seed=9)
     alone = generate([PROMPTS[1]], sampling=SAMPLING, sequence_ids=ids[1:2], seed=9)
@@ -214,7 +241,7 @@ def test_samples_of_one_prompt_are_adjacent_share_it_and_differ(greedy: Any):
         assert_rows_close(alone.activations[:, :, 0], out.activations[:, :, b])
 
 
-def test_the_seed_and_the_id_decide_the_tokens_and_default_ids_are_0_to_b():
+def test_tokens_are_decided_by_the_seed_and_the_sequence_id_which_counts_from_0_by_default():
     first = generate(PROMPTS, sampling=SAMPLING, seed=3)
     np.testing.assert_array_equal(
         generate(PROMPTS, sampling=SAMPLING, seed=3, sequence_ids=[0, 1, 2]).token_ids, first.token_ids
@@ -224,7 +251,7 @@ def test_the_seed_and_the_id_decide_the_tokens_and_default_ids_are_0_to_b():
         assert (other != first.token_ids).any(1).all()
 
 
-def test_the_first_token_and_the_steps_have_keys_of_their_own():
+def test_every_step_draws_with_a_random_key_of_its_own():
     """At a temperature that drowns the logits, one key for every step would draw one token for ever."""
     out = generate(PROMPTS, sampling=Sampling(1e4))
     assert_lively(out.token_ids, distinct=35)
@@ -233,7 +260,7 @@ def test_the_first_token_and_the_steps_have_keys_of_their_own():
 # --- The other paths ----------------------------------------------------------------------------------------
 
 
-def test_the_old_python_loop_gives_the_same():
+def test_the_uncompiled_python_loop_gives_the_same():
     kwargs: dict[str, Any] = {
         "samples_per_prompt": 2,
         "sampling": SAMPLING,
@@ -253,24 +280,7 @@ def test_the_old_python_loop_gives_the_same():
     assert_rows_close(slow.prompt_activations, fast.prompt_activations)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-def test_the_growing_cache_in_pieces_gives_the_same(greedy: Any, scan_layers: bool):
-    model, params = built(scan_layers)
-    apply = jax.jit(model.apply)
-    b, start = 1, LENGTHS[1]
-    sequence = np.concatenate([PROMPTS[b], greedy.token_ids[b]])[None]
-    caches: Any = None
-    rows = []
-    for piece in np.split(sequence, [start, start + 1], axis=1):  # the prompt, one token, all others
-        offset = 0 if caches is None else caches[0][0].shape[2]
-        _, caches, captured = apply({"params": params}, piece, None, caches, offset)
-        rows.append(np.asarray(captured)[:, :, 0])
-    assert len(caches) == TINY.layers
-    assert caches[0][0].shape == (1, TINY.kv_heads, sequence.size, TINY.hidden // TINY.heads)
-    assert_rows_close(np.concatenate(rows, axis=1)[:, start:], greedy.activations[:, :, b])
-
-
-def test_a_model_for_fixed_caches_starts_none_of_its_own():
+def test_a_model_for_fixed_caches_makes_no_growing_cache():
     model, params = built()
     fixed = QwenModel(model.config.replace(use_fixed_cache=True))
     logits, caches = fixed.apply({"params": params}, PROMPTS[1][None])
@@ -278,7 +288,7 @@ def test_a_model_for_fixed_caches_starts_none_of_its_own():
     assert logits.shape == (1, LENGTHS[1], TINY.vocab)
 
 
-def test_capture_is_the_base_model_and_can_be_left_out():
+def test_capturing_activations_does_not_change_the_logits():
     model, params = built()
     ids = PROMPTS[1][None]
     logits, _, rows = model.apply({"params": params}, ids)
@@ -315,7 +325,7 @@ def half() -> tuple[Any, Any, Any, np.ndarray]:
     return wide_rows, rows, generated, prompt
 
 
-def test_bfloat16_rows_stay_within_their_bounds_of_float32(half):
+def test_bfloat16_rows_are_within_known_bounds_of_float32_rows(half):
     wide, rows, _, _ = half
     assert rows.dtype == jnp.bfloat16
     errors = row_errors(rows, wide)
@@ -323,7 +333,7 @@ def test_bfloat16_rows_stay_within_their_bounds_of_float32(half):
     assert errors.max() < BF16_WORST
 
 
-def test_bfloat16_generation_is_its_own_forward_pass(half):
+def test_bfloat16_rows_of_generation_are_close_to_those_of_one_forward_pass(half):
     _, rows, generated, prompt = half
     assert generated.dtype == jnp.bfloat16
     errors = row_errors(generated, rows[:, len(prompt) :])
@@ -331,7 +341,7 @@ def test_bfloat16_generation_is_its_own_forward_pass(half):
     assert errors.max() < BF16_PATHS_WORST
 
 
-def test_the_cache_may_have_a_type_of_its_own(greedy: Any):
+def test_the_cache_may_be_bfloat16_beside_a_float32_model(greedy: Any):
     out = generate(PROMPTS, 8, cache_dtype="bfloat16")
     assert out.activations.dtype == jnp.float32
     # Only keys and values are rounded: less than in a model that is bfloat16 throughout.
@@ -350,7 +360,7 @@ def test_the_cache_may_have_a_type_of_its_own(greedy: Any):
 # --- Prompts on the host ------------------------------------------------------------------------------------
 
 
-def test_buckets_are_four_to_each_power_of_two():
+def test_prompt_widths_are_rounded_up_to_four_sizes_a_power_of_two():
     assert [bucket_length(n) for n in (1, 64, 65, 96, 97, 128, 129, 200, 256, 257, 8000)] == [
         64, 64, 96, 96, 128, 128, 160, 224, 256, 320, 8192,
     ]  # fmt: skip
@@ -373,7 +383,7 @@ def test_prompts_are_padded_on_the_right():
         pad_prompts([[1], []])
 
 
-def test_jax_arrays_lists_and_any_padding_are_welcome(greedy: Any):
+def test_prompts_may_be_jax_arrays_or_lists_with_anything_as_padding(greedy: Any):
     model, params = built()
     ids, lengths = pad_right(PROMPTS, width=48, fill=-100)  # what fills the padding is nobody's business
     for given in (jnp.asarray(ids), ids.astype(np.int64), ids.tolist()):
@@ -444,7 +454,7 @@ def test_layers_that_the_model_does_not_have_are_refused(layers: tuple[int, ...]
         create_model_with_hooks(TINY.config(), layers)
 
 
-def test_the_model_itself_refuses_shapes_that_fit_no_cache():
+def test_the_model_refuses_input_ids_of_one_dimension():
     model, params = built()
     with pytest.raises(ValueError, match=r"input_ids must be \[batch, tokens\], not of shape \(5,\)"):
         model.apply({"params": params}, np.ones(5, np.int32))

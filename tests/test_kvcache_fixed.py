@@ -1,13 +1,18 @@
-"""The fixed buffers: two parts, shapes that never change, an index that advances once a token."""
+"""The fixed-size buffers of generation: their shapes never change and they are updated in place.
+
+The whole promise is that of ``test_output_equivalence``: nothing shows that the cache does not grow.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lively import Lively, assert_lively, pad_right, row_errors
 
 from kvcache_utils import (
     ActivationBufferConfig,
@@ -56,7 +61,8 @@ def all_layers(part: PrefillCache | ARCache) -> np.ndarray:
 
 
 @LAYOUTS
-def test_the_two_parts_have_a_row_for_each_prompt_and_for_each_sequence(stacked: bool):
+def test_create_kv_cache_buffers(stacked: bool):
+    """The prefill part has a row for each prompt, the ar part one for each sequence, all of them zero."""
     cache = cache_of(stacked)
     assert CONFIG.batch_size == 6
     assert get_attention_kv(cache.prefill, 0)[0].shape == (2, 2, 10, 4)
@@ -72,7 +78,7 @@ def test_the_two_parts_have_a_row_for_each_prompt_and_for_each_sequence(stacked:
 
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_nbytes_is_what_is_allocated(stacked: bool, dtype):
+def test_nbytes_says_how_much_is_allocated(stacked: bool, dtype):
     config = dataclasses.replace(CONFIG, stacked=stacked, dtype=dtype)
     leaves = jax.tree.leaves(create_kv_cache_buffers(config))
     assert config.nbytes == sum(leaf.nbytes for leaf in leaves)
@@ -84,13 +90,13 @@ def test_nbytes_is_what_is_allocated(stacked: bool, dtype):
     "field",
     [field.name for field in dataclasses.fields(KVCacheConfig) if field.name not in ("dtype", "stacked")],
 )
-def test_a_size_below_one_is_refused_by_name(field: str):
+def test_a_size_below_one_is_refused_and_named(field: str):
     with pytest.raises(ValueError, match=rf"KVCacheConfig\.{field} must be at least 1, not 0"):
         dataclasses.replace(CONFIG, **{field: 0})
 
 
 @LAYOUTS
-def test_a_prompt_is_written_from_slot_0_and_nothing_else_changes(stacked: bool):
+def test_a_prompt_is_written_from_position_0_and_nothing_else_changes(stacked: bool):
     empty = cache_of(stacked).prefill
     k, v = values(rows=2, tokens=7)
     written = write_prefill_cache(empty, 1, k, v)
@@ -109,7 +115,8 @@ def test_a_prompt_longer_than_the_buffer_is_refused(stacked: bool):
 
 
 @LAYOUTS
-def test_the_index_advances_once_a_token_and_not_once_a_layer(stacked: bool):
+def test_update_kv_cache(stacked: bool):
+    """A token's keys and values are written at its step, and the index advances once a token, not a layer."""
     cache = cache_of(stacked)
     before = shapes(cache)
     expected = np.zeros((3, 2, 6, 2, 6, 4), np.float32)
@@ -127,7 +134,7 @@ def test_the_index_advances_once_a_token_and_not_once_a_layer(stacked: bool):
 
 
 @LAYOUTS
-def test_steps_go_around_the_ring_as_long_as_a_rows_sequence_has_room(stacked: bool):
+def test_a_sequence_longer_than_the_ring_writes_nan_over_its_own_beginning(stacked: bool):
     capacity = CONFIG.max_decode_length
     step = 2 * capacity + 3
     ages = jnp.array([0, 1, capacity - 1, capacity, capacity + 1, step], jnp.int32)  # the last three: too old
@@ -139,7 +146,7 @@ def test_steps_go_around_the_ring_as_long_as_a_rows_sequence_has_room(stacked: b
     np.testing.assert_array_equal(written, expected)
 
 
-def test_positions_are_the_prompts_length_and_the_steps_since():
+def test_a_tokens_position_is_its_prompts_length_plus_the_steps_since_its_sequence_began():
     cache = cache_of(False)
     prefill = dataclasses.replace(cache.prefill, length=jnp.array([4, 9], jnp.int32))
     cache = KVCache(prefill, dataclasses.replace(cache.ar, index=jnp.int32(2)))
@@ -152,7 +159,7 @@ def test_positions_are_the_prompts_length_and_the_steps_since():
     assert not cache.prefill.valid[0, 4]
 
 
-def test_both_layouts_hold_the_same_under_jit_with_the_layer_traced_in_a_stack():
+def test_both_layouts_hold_the_same_and_only_a_stack_takes_a_traced_layer():
     def fill(cache: KVCache, layer) -> KVCache:
         prefill = write_prefill_cache(cache.prefill, layer, *values(2, 10, seed=1))
         return KVCache(prefill, update_kv_cache_ar(cache.ar, layer, *values(6, 1, seed=2)))
@@ -166,7 +173,7 @@ def test_both_layouts_hold_the_same_under_jit_with_the_layer_traced_in_a_stack()
 
 
 @LAYOUTS
-def test_a_block_of_slots_is_read_and_a_start_past_the_end_is_clamped(stacked: bool):
+def test_a_block_of_positions_is_read_and_a_start_past_the_end_is_clamped(stacked: bool):
     part = write_prefill_cache(cache_of(stacked).prefill, 1, *values(2, 10))
     whole = np.stack(get_attention_kv(part, 1))
     np.testing.assert_array_equal(np.stack(get_attention_kv(part, 1, 3, 4)), whole[:, :, :, 3:7])
@@ -181,7 +188,8 @@ def test_a_bfloat16_cache_rounds_what_is_written():
     np.testing.assert_array_equal(read[:, :, 0], k[:, :, 0].astype(jnp.bfloat16))
 
 
-def test_the_activation_buffer_takes_one_step_at_a_time():
+def test_activation_buffer():
+    """Each step writes the rows of its own token and changes no others."""
     config = ActivationBufferConfig(num_layers=2, max_tokens=3, batch_size=4, hidden_size=5)
     buffer = create_activation_buffer(config)
     assert buffer.shape == config.shape == (2, 3, 4, 5)
@@ -192,3 +200,104 @@ def test_the_activation_buffer_takes_one_step_at_a_time():
     np.testing.assert_array_equal(buffer[:, 0], rows[0])
     np.testing.assert_array_equal(buffer[:, 2], rows[2])
     assert not buffer[:, 1].any()
+
+
+@LAYOUTS
+def test_jit_compilation(stacked: bool):
+    """A compiled step is traced once whatever the values, keeps all shapes, and writes in place."""
+    traces = 0
+
+    def step(cache: KVCache, buffer: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> Any:
+        nonlocal traces
+        traces += 1
+        ar = cache.ar
+        for layer in range(CONFIG.num_layers):
+            ar = update_kv_cache_ar(ar, layer, k, v)
+        buffer = update_activation_buffer(buffer, rows, ar.index)
+        return advance_ar_index(KVCache(cache.prefill, ar)), buffer
+
+    def addresses(cache: KVCache, buffer: jax.Array) -> list[int]:
+        return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((cache.ar.k, cache.ar.v, buffer))]
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+    cache = cache_of(stacked)
+    buffer = create_activation_buffer(
+        ActivationBufferConfig(CONFIG.num_layers, CONFIG.max_decode_length, CONFIG.batch_size, hidden_size=5)
+    )
+    shapes_before, addresses_before = shapes((cache, buffer)), addresses(cache, buffer)
+    for token in range(CONFIG.max_decode_length):
+        k, v = values(rows=6, tokens=1, seed=token)
+        rows = jnp.full((CONFIG.num_layers, CONFIG.batch_size, 5), 1.0 + token)
+        cache, buffer = compiled(cache, buffer, k, v, rows)
+        np.testing.assert_array_equal(get_attention_kv(cache.ar, 2)[0][:, :, token], k[:, :, 0])
+        np.testing.assert_array_equal(buffer[:, token], rows)
+    assert traces == 1
+    assert shapes((cache, buffer)) == shapes_before
+    assert addresses(cache, buffer) == addresses_before
+
+
+# --- Against a cache that grows -----------------------------------------------------------------------------
+
+LIVELY = Lively(layers=3, extract=(0, 2), seed=5)
+STEPS = 64
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_output_equivalence(scan_layers: bool):
+    """At every step the fixed cache gives the logits, rows and greedy tokens of the growing cache."""
+    model, params = LIVELY.build(scan_layers=scan_layers)
+    apply = jax.jit(model.apply)
+    ids, lengths = pad_right(LIVELY.prompts((17, 40)))
+    tokens, logits, rows = generate_with_fixed_cache(apply, params, ids, lengths, stacked=scan_layers)
+    assert_lively(tokens)
+    expected_logits, expected_rows = read_with_growing_cache(apply, params, ids, lengths, tokens)
+    # By induction: each token is the growing cache's choice after all those before it.
+    np.testing.assert_array_equal(tokens, expected_logits[:, :-1].argmax(-1))
+    assert row_errors(logits, expected_logits).max() < 1e-4
+    assert row_errors(rows, expected_rows).max() < 1e-4
+
+
+def generate_with_fixed_cache(
+    apply: Any, params: Any, ids: np.ndarray, lengths: np.ndarray, stacked: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Greedy tokens [B, STEPS], logits [B, STEPS + 1, vocab], rows [layers, STEPS, B, hidden]."""
+    prompts, width = ids.shape
+    config = KVCacheConfig(
+        num_layers=LIVELY.layers,
+        num_kv_heads=LIVELY.kv_heads,
+        head_dim=LIVELY.hidden // LIVELY.heads,
+        max_prefill_length=width,
+        max_decode_length=STEPS,
+        num_prompts=prompts,
+        stacked=stacked,
+    )
+    empty = create_kv_cache_buffers(config)
+    out, prefill, _ = apply({"params": params}, ids, np.arange(width) < lengths[:, None], empty.prefill)
+    cache = KVCache(prefill, empty.ar)
+    tokens, logits, rows = [], [out], []
+    for _ in range(STEPS):
+        tokens.append(np.asarray(out[:, 0]).argmax(-1).astype(np.int32))
+        out, cache, captured = apply({"params": params}, tokens[-1][:, None], None, cache)
+        assert shapes(cache) == shapes(empty)
+        logits.append(out)
+        rows.append(captured)
+    return np.stack(tokens, 1), np.concatenate(logits, 1), np.concatenate(rows, 1)
+
+
+def read_with_growing_cache(
+    apply: Any, params: Any, ids: np.ndarray, lengths: np.ndarray, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same tokens read after the prompts: first one alone, then all others."""
+    prompts, width = ids.shape
+    mask = np.arange(width) < lengths[:, None]
+    out, caches, _ = apply({"params": params}, ids, mask, None)
+    logits, rows = [np.take_along_axis(np.asarray(out), lengths[:, None, None] - 1, axis=1)], []
+    for first, piece in ((0, tokens[:, :1]), (1, tokens[:, 1:])):
+        mask = np.concatenate([mask, np.ones(piece.shape, bool)], axis=1)
+        out, caches, captured = apply({"params": params}, piece, mask, caches, lengths + first)
+        logits.append(out)
+        rows.append(captured)
+    head_dim = LIVELY.hidden // LIVELY.heads
+    assert len(caches) == LIVELY.layers
+    assert caches[0][0].shape == (prompts, LIVELY.kv_heads, width + tokens.shape[1], head_dim)
+    return np.concatenate(logits, 1), np.concatenate(rows, 1)

@@ -34,7 +34,7 @@ def generated(name: str) -> tuple[Lively, Generation, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_tokens(name: str):
+def test_greedy_tokens_are_those_recorded_from_transformers(name: str):
     _, out, golden = generated(name)
     assert_lively(out.token_ids)
     for b, n in enumerate(LENGTHS):
@@ -42,7 +42,7 @@ def test_tokens(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_row_of_prompt_and_generated_tokens(name: str):
+def test_every_row_of_prompt_and_generated_tokens_is_that_recorded_from_transformers(name: str):
     lively, out, golden = generated(name)
     for b, n in enumerate(LENGTHS):
         rows = np.concatenate(
@@ -56,7 +56,7 @@ def test_every_row_of_prompt_and_generated_tokens(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logprobs(name: str):
+def test_logprobs_are_those_of_the_recorded_logits(name: str):
     _, out, golden = generated(name)
     for b, n in enumerate(LENGTHS):
         chosen = golden[f"{n}.tokens"][::LOGIT_STRIDE, None]
@@ -65,7 +65,7 @@ def test_logprobs(name: str):
         np.testing.assert_allclose(out.logprobs[b, ::LOGIT_STRIDE], expected[:, 0], atol=1e-3)
 
 
-def test_logits():
+def test_logits_of_prefill_and_decode_steps_are_those_recorded_from_transformers():
     lively, out, golden = generated("mqa_untied")
     model, params = lively.build(scan_layers=True)
     shape = GenerateShape(len(LENGTHS), max(LENGTHS), STEPS)
@@ -82,5 +82,5 @@ def test_logits():
         assert row_errors(got, golden[f"{n}.logits"]).max() < TOLERANCE
 
 
-def test_the_files_stay_small():
+def test_the_golden_files_stay_below_300_kb():
     assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 300_000

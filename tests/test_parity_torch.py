@@ -141,7 +141,7 @@ def test_every_prompt_row_is_that_of_the_hooked_torch_layer(case: Case):
         assert not rows[:, n:, b].any()
 
 
-def test_samples_of_one_prompt_go_their_own_ways_each_as_the_reference(case: Case):
+def test_samples_of_one_prompt_differ_and_each_has_the_rows_and_logprobs_of_transformers(case: Case):
     out = case.generate(sampling=Sampling(temperature=1.0), seed=1)
     tokens, rows = np.asarray(out.token_ids), np.asarray(out.activations)
     assert len({tuple(row) for row in tokens.tolist()}) == len(tokens)
@@ -229,7 +229,7 @@ def stepwise_errors(case_name: str, logits: np.ndarray, rows: np.ndarray) -> tup
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_logits_of_prefill_and_of_every_decode_step(name: str):
+def test_logits_of_prefill_and_of_every_decode_step_are_those_of_transformers(name: str):
     logits, rows = stepwise(name, sound_step(name), STEPS)
     assert max(stepwise_errors(name, logits, rows)) < TOLERANCE
     # Greedy, one sample of a prompt is what eight are.
@@ -243,21 +243,21 @@ class TestPlantedFaults:
     def assert_seen(self, step: Step) -> None:
         assert min(stepwise_errors(SMALL, *stepwise(SMALL, step, steps=4))) > 100 * TOLERANCE
 
-    def test_decode_positions_one_too_high(self, monkeypatch):
+    def test_finds_decode_positions_that_are_one_too_high(self, monkeypatch):
         def shifted(cache: KVCache):
             return cache.prefill.length + cache.ar.index + 1
 
         monkeypatch.setattr(KVCache, "positions", property(shifted))
         self.assert_seen(compile_step(SMALL))
 
-    def test_an_index_that_advances_twice_a_token(self):
+    def test_finds_an_index_that_advances_twice_a_token(self):
         def step(*args: Any) -> tuple[Any, Any, Any]:
             logits, cache, rows = sound_step(SMALL)(*args)
             return logits, advance_ar_index(cache), rows
 
         self.assert_seen(step)
 
-    def test_a_decode_step_that_reads_one_slot_of_padding(self, monkeypatch):
+    def test_finds_a_decode_step_that_reads_one_position_of_padding(self, monkeypatch):
         def lengthened(q, cache, layer):
             prefill = dataclasses.replace(cache.prefill, length=cache.prefill.length + 1)
             return attend_two_part(q, dataclasses.replace(cache, prefill=prefill), layer)

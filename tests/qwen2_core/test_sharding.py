@@ -26,7 +26,7 @@ MODEL = Lively(layers=2, extract=(0, 1))
 
 
 def test_generation_on_eight_devices():
-    tests = Path(__file__).with_name("eight_devices.py")
+    tests = Path(__file__).parents[1] / "support" / "eight_devices.py"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", str(tests), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

@@ -25,10 +25,10 @@ from qwen2_jax import QwenModel
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 TINY = Lively(layers=3, extract=(0, 2), tied=False, seed=5)
-SAMPLES, PROMPTS, LONGEST, SLOTS = 3, 70, 70, 8
+SAMPLES, PROMPTS, LONGEST, SLOTS = 3, 70, 60, 8
 EOS = (3, 50, 97)  # one token in 53
 SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
-RING = 80  # slots for LONGEST tokens in whole windows
+RING = 64  # positions for LONGEST tokens in whole windows, of 16 steps as of 32
 
 
 @functools.cache
@@ -204,8 +204,14 @@ def test_a_run_that_is_stopped_and_continued_gives_the_same_bits(finished):
     assert_same_bytes(first | rest, finished[0])
 
 
-def test_longer_windows_change_not_a_bit(finished):
+def test_longer_windows_over_an_equally_long_ring_change_not_a_bit(finished):
+    """The ring is as long as the longest sequence in whole windows: RING, of 16 steps as of 32.
+
+    Rings of different lengths may give different last bits: XLA on CPU multiplies float32 queries by a block
+    of 80 keys and by one of 96 in two ways, whose sums differ.
+    """
     items = workload()[:20]
+    assert -(-LONGEST // 16) * 16 == -(-LONGEST // 32) * 32 == RING
     assert_same_bytes(generate(items, window=32), finished[0])
 
 
@@ -216,7 +222,7 @@ def test_one_slot_gives_the_same_as_many():
 
 def test_a_smaller_budget_takes_fewer_slots_for_long_prompts_and_gives_the_same():
     items = [item for item in workload()[::5] if not 64 < len(item.prompt_token_ids) <= 128]
-    settings: dict[str, Any] = {"slots": 2, "memory_budget": 2_100_000}
+    settings: dict[str, Any] = {"slots": 2, "memory_budget": 2_050_000}
     assert [stage.shape.slots for stage in engine(*built(), **settings).plan(items)] == [2, 1]
     assert_as_alone(generate(items, **settings), items)
 
