@@ -48,7 +48,7 @@ BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summati
 
 
 def test_arc_task_with_jitted_generation(finished: Path, tmp_path: Path):
-    """One compiled call for an ARC task leaves its answers and tokens, the same as continuous generation's."""
+    """A compiled call for an ARC task leaves its answers and tokens, as continuous generation does."""
     assert run_main(four(tmp_path), n_tasks=1, generation="task").code == DONE
     answers = json.loads(submission(tmp_path))
     assert answers == {"task-0": json.loads(submission(finished))["task-0"]}
@@ -60,7 +60,7 @@ def test_arc_task_with_jitted_generation(finished: Path, tmp_path: Path):
 
 
 def test_activation_extraction_and_save(tmp_path: Path):
-    """The store holds a row for each generated token in each of layers 10-23, as a plain forward pass gives it.
+    """Each generated token has a stored row in each of layers 10-23, as a plain forward pass gives it.
 
     Of the embedded model and puzzles, with the default layers.
     """
@@ -313,7 +313,9 @@ def test_everything_is_compiled_before_the_clock_of_generation_starts(
     assert sum(figures[f"{phase}_seconds"] for phase in ("load", "compile", "generate")) < wall
 
 
-def test_programs_for_more_eos_ids_than_usual_are_compiled_before_it_starts_too(compiled_in_calls: list[int], tmp_path: Path):
+def test_programs_for_more_eos_ids_than_usual_are_compiled_before_it_starts_too(
+    compiled_in_calls: list[int], tmp_path: Path
+):
     model = copy_small(tmp_path / "model")
     rewrite_json(model / "generation_config.json", eos_token_id=list(range(12)))
     assert run_main(four(tmp_path), model_path=model, generation="task").code == DONE

@@ -66,7 +66,7 @@ def assert_rows_close(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 
 def test_single_task_generation(greedy: Any):
-    """One call returns, of every sequence, its tokens, log-probabilities and rows in buffers of fixed shapes."""
+    """One call returns the tokens, log-probabilities and rows of every sequence, in fixed shapes."""
     described = {
         name: None if value is None else (value.shape, value.dtype) for name, value in vars(greedy).items()
     }
@@ -181,7 +181,7 @@ def test_a_pad_token_inside_a_prompt_is_read_as_any_other_token(greedy: Any):
     assert row_errors(one[:, :, 0], two[:, :, 0]).min() > 1e-3
 
 
-# --- Prompts, samples and the sequences beside them --------------------------------------------------------------------------------
+# --- Prompts, samples and the sequences beside them ---------------------------------------------------------
 
 SAMPLING = Sampling(temperature=1.2, top_k=50, top_p=0.95)
 

@@ -25,6 +25,7 @@ from qwen2_jax_with_hooks import create_model_with_hooks
 MODEL = Lively(layers=2, extract=(0, 1))
 
 
+@pytest.mark.slow
 def test_generation_on_eight_devices():
     tests = Path(__file__).parents[1] / "support" / "eight_devices.py"
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
