@@ -106,16 +106,19 @@ def assert_peak_memory_below(gigabytes: float) -> None:
 
 @timed
 def test_speed_comparison():
-    """Compiled generation is faster than the old Python loop over a growing cache, at the 0.5B shape.
+    """Compiled generation is at least 5 times as fast as the old Python loop over a growing cache.
 
-    Both generate the same tokens at batch 1, both for the second time, so that neither compiles anything.
+    Two tokens at batch 1 of the 0.5B shape. The compiled programs are there before the clock starts; the old
+    loop compiles parts of its attention anew in every call, so for it a first call would change nothing.
     """
-    model, params = random_model(QwenConfig(dtype="float32", num_hidden_layers=24))
+    model, params = random_model(QwenConfig(dtype="float32"))
     ids = np.arange(1, 33, dtype=np.int32)[None]
-    compiled = best_seconds(lambda: generate_single_task_jitted(model, params, ids, 8), calls=2)
-    python = best_seconds(lambda: generate_single_task_python(model, params, ids, 8), calls=1)
-    print(f"8 tokens: compiled {compiled:.2f} s, old Python loop {python:.2f} s")
-    assert compiled < python
+    compiled = best_seconds(lambda: generate_single_task_jitted(model, params, ids, 2), calls=2)
+    started = time.perf_counter()
+    jax.block_until_ready(generate_single_task_python(model, params, ids, 2))
+    python = time.perf_counter() - started
+    print(f"2 tokens: compiled {compiled:.2f} s, old Python loop {python:.2f} s")
+    assert 5 * compiled < python
     assert_peak_memory_below(8)
 
 
