@@ -148,6 +148,7 @@ def test_bfloat16_rows_are_within_its_rounding_of_float32_rows(
     assert FLOAT32_ERROR < errors.max() < bound
 
 
+@pytest.mark.slow
 def test_the_uncompiled_python_loop_stores_the_same_tokens_and_rows(finished: Path, tmp_path: Path):
     flags = {"generation": "python", "n_tasks": 1, "predictions_per_task": 1, "max_output_tokens": 1}
     assert run_main(four(tmp_path), **flags).code == DONE

@@ -325,6 +325,7 @@ def half() -> tuple[Any, Any, Any, np.ndarray]:
     return wide_rows, rows, generated, prompt
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_are_within_known_bounds_of_float32_rows(half):
     wide, rows, _, _ = half
     assert rows.dtype == jnp.bfloat16
@@ -333,6 +334,7 @@ def test_bfloat16_rows_are_within_known_bounds_of_float32_rows(half):
     assert errors.max() < BF16_WORST
 
 
+@pytest.mark.slow
 def test_bfloat16_rows_of_generation_are_close_to_those_of_one_forward_pass(half):
     _, rows, generated, prompt = half
     assert generated.dtype == jnp.bfloat16

@@ -108,7 +108,11 @@ def build_case(name: str) -> Case:
     return Case(lively, torch_model, model, params)
 
 
-@pytest.fixture(params=MODELS)
+# The deep model takes longer than all others together.
+CASES = [pytest.param(name, marks=[pytest.mark.slow] * (MODELS[name] is DEEP)) for name in MODELS]
+
+
+@pytest.fixture(params=CASES)
 def case(request) -> Case:
     return build_case(request.param)
 
@@ -228,7 +232,7 @@ def stepwise_errors(case_name: str, logits: np.ndarray, rows: np.ndarray) -> tup
     return logit_error, row_error
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CASES)
 def test_logits_of_prefill_and_of_every_decode_step_are_those_of_transformers(name: str):
     logits, rows = stepwise(name, sound_step(name), STEPS)
     assert max(stepwise_errors(name, logits, rows)) < TOLERANCE

@@ -65,6 +65,7 @@ def continuously(model: Any, params: Any) -> list[Any]:
     return [array for one in finished for array in (one.token_ids, one.logprobs, one.rows)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan_layers", "generate"), [(False, by_one_call), (True, continuously)], ids=["unrolled", "scanned"]
 )
