@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -109,10 +109,11 @@ def build_case(name: str) -> Case:
 
 
 # The deep model takes longer than all others together.
-CASES = [pytest.param(name, marks=[pytest.mark.slow] * (MODELS[name] is DEEP)) for name in MODELS]
+def cases(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if MODELS[name] is DEEP else []) for name in names]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=cases(MODELS))
 def case(request) -> Case:
     return build_case(request.param)
 
@@ -166,7 +167,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, lively in MODELS.items() if lively.layers - 1 in lively.extract]
+    "name", cases(name for name, lively in MODELS.items() if lively.layers - 1 in lively.extract)
 )
 def test_the_last_layers_row_is_taken_before_the_final_norm(name: str):
     case = build_case(name)
@@ -232,7 +233,7 @@ def stepwise_errors(case_name: str, logits: np.ndarray, rows: np.ndarray) -> tup
     return logit_error, row_error
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases(MODELS))
 def test_logits_of_prefill_and_of_every_decode_step_are_those_of_transformers(name: str):
     logits, rows = stepwise(name, sound_step(name), STEPS)
     assert max(stepwise_errors(name, logits, rows)) < TOLERANCE
