@@ -281,7 +281,7 @@ class Generation:
     prompt_activations: Float[Array, "layers width prompts hidden"] | None  # zero past each prompt's length
 
 
-def generate_single_task_jitted(
+def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but four have defaults
     model: QwenModel,
     params: Any,
     input_ids: Any,
@@ -416,7 +416,8 @@ def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> Com
     ``generate_single_task_jitted`` calls this itself. Call it before to be warm, from several threads for
     several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays.
     """
-    return _compile(model, shape, AbstractParams.of(params))  # pyright: ignore[reportArgumentType] - flax modules are hashable
+    # pyright takes flax modules for unhashable.
+    return _compile(model, shape, AbstractParams.of(params))  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=256)

@@ -76,7 +76,7 @@ class ShuffledBatches:
     >>> saved = batches.state_dict()  # plain values; after load_state_dict(saved) the next batch comes next
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what decides the batches; all but the first three have defaults
         self,
         store: ActivationStore,
         layer: int,

@@ -83,7 +83,7 @@ def main() -> None:
 
     config, params = load_qwen2(options.checkpoint, dtype=options.dtype)
     model = create_model_with_hooks(config)
-    items = order_items(config, arc_items(options))
+    items = ContinuousEngine(model, params).order(arc_items(options))
     batches = [items[i : i + options.slots] for i in range(0, len(items), options.slots)]
     results = {"slots": measure_slots(model, params, items, options.slots)}
     if "static" not in options.without:
@@ -218,10 +218,9 @@ def measure_transformers(checkpoint: Path, dtype: str, batches: Batches) -> dict
         ids = torch.zeros((len(batch), width), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, item in enumerate(batch):
-            ids[row, width - len(item.prompt_token_ids) :] = torch.from_numpy(
-                item.prompt_token_ids.astype(np.int64)
-            )
-            mask[row, width - len(item.prompt_token_ids) :] = 1
+            prompt = torch.from_numpy(item.prompt_token_ids.astype(np.int64))
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
         took = generate(ids, mask, longest)
         over_time += static_moments(batch, seconds, took)
         seconds += took

@@ -134,7 +134,7 @@ def main() -> None:
         report("decode", batch, decode.compile(), of_step=True)
     for slots in options.slots:
         shape, weights = SlotShape(slots, 200, 1100), AbstractParams.of(params)
-        window = programs.compile_window(model, shape, layout_of(model.config, params), weights)
+        window = programs.compile_window(model, shape, layout_of(model.config, params), weights)  # pyright: ignore[reportArgumentType]
         report("window", slots, window, of_step=True)
 
 

@@ -28,7 +28,7 @@ BLOCK = 1 << 24  # elements made at a time, to bound the float32 temporaries
 Shapes = dict[str, tuple[int, ...]]
 
 
-def qwen2_config(
+def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
     *,
     vocab_size: int,
     hidden_size: int,

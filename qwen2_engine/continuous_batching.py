@@ -50,7 +50,7 @@ class Occupancy(NamedTuple):
 class ContinuousEngine:
     """Generates sequences of one model in slots that take the next one as soon as theirs has ended."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a run; all but two have defaults
         self,
         model: QwenModel,
         params: Any,

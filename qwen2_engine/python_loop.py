@@ -21,7 +21,7 @@ from qwen2_jax import ModelOutput, QwenModel
 _sample = jax.jit(sample_tokens)
 
 
-def generate_single_task_python(
+def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitted
     model: QwenModel,
     params: Any,
     input_ids: Any,

@@ -18,6 +18,7 @@ from runner_cases import (
 )
 
 from arc_runner.loaded_model import LoadedModel
+from qwen2_engine import ContinuousEngine
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
