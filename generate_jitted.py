@@ -289,7 +289,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     *,
     prompt_lengths: Any = None,
     samples_per_prompt: int = 1,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] | np.ndarray = (),
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
     sequence_ids: Any = None,

@@ -307,12 +307,12 @@ def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -
     if buffer.dtype.itemsize != 2:
         return lax.dynamic_update_slice(buffer, values, start)
 
-    def as_integers(buffer: Array, values: Array, *start: Array) -> Array:
+    def as_integers(buffer: Array, values: Array, *start: int | Array) -> Array:
         # XLA on CPU updates bfloat16 by converting the whole buffer to float32 and back, in place.
         bits, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (buffer, values))
         return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, new, start), buffer.dtype)
 
-    def as_it_is(buffer: Array, values: Array, *start: Array) -> Array:
+    def as_it_is(buffer: Array, values: Array, *start: int | Array) -> Array:
         return lax.dynamic_update_slice(buffer, values, start)
 
     return lax.platform_dependent(buffer, values, *start, cpu=as_integers, default=as_it_is)

@@ -251,7 +251,7 @@ class QwenModel(nn.Module):
 
     def __call__(
         self,
-        input_ids: Int[ArrayLike, "batch tokens"],
+        input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
         position_offset: int | ArrayLike = 0,
@@ -259,7 +259,7 @@ class QwenModel(nn.Module):
         """Runs one forward pass.
 
         Args:
-            input_ids: token ids; an id outside the vocabulary gives NaN.
+            input_ids: [B, T] token ids; an id outside the vocabulary gives NaN.
             attention_mask: nonzero where a position holds a token. Growing cache: [B, past + T]; prefill:
                 [P, T], right-padded. Causality applies on top. None: no padding.
             kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
@@ -273,7 +273,7 @@ class QwenModel(nn.Module):
 
     def forward(
         self,
-        input_ids: Int[ArrayLike, "batch tokens"],
+        input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
         position_offset: int | ArrayLike = 0,

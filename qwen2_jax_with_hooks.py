@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 from jax.typing import ArrayLike
-from jaxtyping import Int
 
 from qwen2_core.config import QwenConfig
 from qwen2_jax import QwenModel
@@ -31,7 +30,7 @@ class QwenModelWithActivations(QwenModel):
 
     def __call__(
         self,
-        input_ids: Int[ArrayLike, "batch tokens"],
+        input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
         position_offset: int | ArrayLike = 0,

@@ -58,7 +58,7 @@ class SamplingParams:
 
 
 def sampling_params(
-    sampling: Sampling, seed: int, eos_token_ids: Sequence[int], vocab_size: int
+    sampling: Sampling, seed: int, eos_token_ids: Sequence[int] | np.ndarray, vocab_size: int
 ) -> SamplingParams:
     """Checks a call's sampling arguments and converts them to the device's types.
 

@@ -58,7 +58,7 @@ class ContinuousEngine:
         slots: int = 8,
         max_tokens: int | None = None,
         window: int = STEP_ALIGNMENT,
-        eos_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] | np.ndarray = (),
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         seed: int = 0,
         cache_dtype: Any = None,

@@ -29,7 +29,7 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     *,
     prompt_lengths: Any = None,
     samples_per_prompt: int = 1,
-    eos_token_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] | np.ndarray = (),
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
     sequence_ids: Any = None,

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import shape_checks
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a wrong path must not ask the hub
@@ -24,6 +25,8 @@ for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_",
 
 if importlib.util.find_spec("qwen2_jax") is None:
     sys.path.insert(0, str(Path(__file__).parent.parent))
+
+shape_checks.install()  # before anything of the package is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
