@@ -19,7 +19,7 @@ if __name__ == "__main__" or started_as_script():
 import contextlib
 import sys
 
-from activation_store import Patience
+from activation_store import RetryPolicy
 from arc_runner.cluster.claims import Claims
 from arc_runner.cluster.membership import ProcessInfo, find_process
 from arc_runner.cluster.merge import forget_figures
@@ -58,7 +58,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         return answer_from_store(job, report)
     part, patiently, claims = job.part_of(process), None, None
     if process.count > 1:  # alone, a directory that fails is told at once; a shared one may come back
-        patiently = Patience(options.activations_dir, str(process), lambda: stop.requested)
+        patiently = RetryPolicy(options.activations_dir, str(process), lambda: stop.requested)
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(job.open_writer(process, patiently))
         say_start(job, report, writer.committed)

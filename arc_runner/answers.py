@@ -9,7 +9,7 @@ from typing import Any
 
 from activation_store import (
     ActivationStore,
-    Patience,
+    RetryPolicy,
     SequenceRecord,
     StoreWriteError,
     at_once,
@@ -36,7 +36,7 @@ def write_answers(
     tasks: Sequence[ArcTask],
     records: Sequence[SequenceRecord],
     tokenizer: Any,
-    patiently: Patience | None = None,
+    patiently: RetryPolicy | None = None,
 ) -> None:
     """Reads the answers back from the store, writes submission and report, and fills in the score.
 

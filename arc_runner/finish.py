@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from activation_store import (
     ActivationStore,
     ActivationWriter,
-    Patience,
+    RetryPolicy,
     SequenceRecord,
     at_once,
     check_settings,
@@ -27,7 +27,7 @@ def answer(
     job: Job,
     report: Report,
     committed: Mapping[str, SequenceRecord],
-    patiently: Patience | None = None,
+    patiently: RetryPolicy | None = None,
 ) -> int:
     """Writes submission and report of what is committed, prints the report, and returns the exit code."""
     options = job.options

@@ -10,7 +10,7 @@ from typing import Any
 
 from activation_store import (
     ActivationWriter,
-    Patience,
+    RetryPolicy,
     SequenceRecord,
     StoreSettings,
     hook_name,
@@ -68,7 +68,7 @@ class Job:
         own = [request for request in self.requests if request.id.task_id in assigned]
         return dataclasses.replace(self, requests=own)
 
-    def open_writer(self, process: ProcessInfo, patiently: Patience | None) -> ActivationWriter:
+    def open_writer(self, process: ProcessInfo, patiently: RetryPolicy | None) -> ActivationWriter:
         """Opens the store to write as this process; see ``ActivationWriter`` for what it raises."""
         return ActivationWriter(
             self.options.activations_dir,

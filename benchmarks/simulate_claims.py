@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from arc_runner.cluster import claims as run_claims
-from arc_runner.cluster import work as run_work
+import arc_runner.cluster.claims
+import arc_runner.cluster.work
 from arc_runner.cluster.claims import Claims
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.shared_files import SharedFiles
@@ -89,9 +89,9 @@ def plan(tasks: int, seed: int) -> tuple[list[Unit], np.ndarray]:
 
 def host(root: Path, index: int, options: argparse.Namespace) -> None:
     """One host's run; leaves its figures."""
-    run_claims.LEASE_SECONDS /= options.scale
-    run_claims.HEARTBEAT_SECONDS /= options.scale
-    run_work.POLL_SECONDS /= options.scale
+    arc_runner.cluster.claims.LEASE_SECONDS /= options.scale
+    arc_runner.cluster.claims.HEARTBEAT_SECONDS /= options.scale
+    arc_runner.cluster.work.POLL_SECONDS /= options.scale
     units, seconds = plan(options.tasks, options.seed)
     made: Any = Made(root, index, options.hosts)
     process = ProcessInfo(index, options.hosts, claims=True)

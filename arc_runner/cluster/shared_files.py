@@ -6,13 +6,13 @@ while the store is away.
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from activation_store import Patience
+from activation_store import RetryPolicy
+from activation_store.local_files import write_atomic
 
 _FOLDER = "run"
 
@@ -24,11 +24,11 @@ class SharedFiles:
         StoreWriteError: every method, if the store stays away or cannot be used (see ``patiently``).
     """
 
-    def __init__(self, directory: str, patiently: Patience | None = None) -> None:
+    def __init__(self, directory: str, patiently: RetryPolicy | None = None) -> None:
         self._filesystem, root = fsspec.core.url_to_fs(directory)
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
         self._folder = f"{root.rstrip('/')}/{_FOLDER}"
-        self.patiently = patiently or Patience(directory)
+        self.patiently = patiently or RetryPolicy(directory)
         self.patiently(self._make_folder)
 
     def _make_folder(self) -> None:
@@ -59,9 +59,7 @@ class SharedFiles:
         def write() -> float:
             path = self._path(name)
             if self._is_local:  # else a reader would see the file empty while it is written
-                new = Path(f"{path}.{uuid.uuid4().hex}")
-                new.write_bytes(data)
-                new.replace(path)
+                write_atomic(path, [data])
             else:
                 self._filesystem.pipe_file(path, data)
             return self._modified(name)

@@ -10,8 +10,14 @@ import numpy as np
 import pytest
 from activation_fakes import batch, sequence, settings
 
-from activation_store import ActivationStore, ActivationWriter, RowFilter, ShuffledBatches, StoreError
-from activation_store import shuffle as activation_shuffle
+from activation_store import (
+    ActivationStore,
+    ActivationWriter,
+    RowFilter,
+    ShuffledBatches,
+    StoreError,
+    shuffle,
+)
 
 # Rows whose first column is their number in the store: what a batch holds is then plain to see.
 SETTINGS = settings(dtype="float32", hidden_size=4, max_output_tokens=200)
@@ -36,8 +42,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
 
 @pytest.fixture(autouse=True)
 def _small_pools(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(activation_shuffle, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(activation_shuffle, "POOL_ROWS", 256)
+    monkeypatch.setattr(shuffle, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(shuffle, "POOL_ROWS", 256)
 
 
 def numbers(batches: Any) -> list[int]:
@@ -68,7 +74,7 @@ def test_short_sequences_are_read_together(tmp_path: Path, monkeypatch: pytest.M
         "open_shard",
         lambda self, path, size: (opened.append(path), real(self, path, size))[1],
     )
-    monkeypatch.setattr(activation_shuffle, "POOL_ROWS", 16)  # nearly every block is a pool of its own
+    monkeypatch.setattr(shuffle, "POOL_ROWS", 16)  # nearly every block is a pool of its own
     found = numbers(ShuffledBatches(ActivationStore(tmp_path), 11, 50))
     assert len(found) == 300
     assert len(opened) <= 3 * 100 / 16 + 6
@@ -244,6 +250,4 @@ def test_torch_is_imported_only_when_it_is_used(tmp_path: Path):
     import sys
 
     program = "import sys, activation_store; assert 'torch' not in sys.modules and 'jax' not in sys.modules"
-    subprocess.run(
-        [sys.executable, "-c", program], check=True, cwd=Path(activation_shuffle.__file__).parents[1]
-    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(shuffle.__file__).parents[1])

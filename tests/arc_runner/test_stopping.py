@@ -170,7 +170,7 @@ runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [("arc_puzzles.tasks", "load_tasks"), ("arc_runner.continuous_loop", "make_engine")]
+    ("module", "name"), [("arc_puzzles", "load_tasks"), ("arc_runner.continuous_loop", "make_engine")]
 )
 def test_ctrl_c_before_the_first_call_ends_at_once(module: str, name: str, tmp_path: Path):
     process = start_python(IN_A_CALLBACK, module, name, *arguments(four(tmp_path)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from activation_store import Patience, StoreWriteError, retry
+from activation_store import RetryPolicy, StoreWriteError, retry
 from arc_runner.cluster import claims
 from arc_runner.cluster.claims import LEASE_SECONDS, Claims
 from arc_runner.cluster.shared_files import SharedFiles
@@ -18,7 +18,7 @@ from arc_runner.cluster.shared_files import SharedFiles
 
 def member(directory: Path | str, index: int) -> Claims:
     """Of a process that has given one sign of life."""
-    return Claims(SharedFiles(str(directory), Patience(str(directory), f"process {index} of 2")), index)
+    return Claims(SharedFiles(str(directory), RetryPolicy(str(directory), f"process {index} of 2")), index)
 
 
 def age(directory: Path, index: int, seconds: float) -> None:
@@ -204,7 +204,7 @@ def test_a_directory_that_stays_away_is_an_error_that_names_the_process(
 
 
 def test_a_run_that_is_to_stop_does_not_wait_for_the_directory(away: Path, tmp_path: Path):
-    files = SharedFiles(str(away), Patience(str(away), should_stop=lambda: True))
+    files = SharedFiles(str(away), RetryPolicy(str(away), should_stop=lambda: True))
     away.rename(tmp_path / "gone")
     with pytest.raises(StoreWriteError):
         files.create("a", b"")
