@@ -6,8 +6,9 @@
         finished.id, finished.token_ids, finished.rows        # in the order in which sequences end
 
 Tokens, log-probabilities and rows are those of ``generate_single_task_jitted`` for each sequence alone
-(``sequence_ids=[request.sampling_id]``). For a given number of slots they are the same to the last bit in
-whichever slot, beside whichever others and in whichever order they are made.
+(``sequence_ids=[request.sampling_id]``). For a given number of slots and room in each (``slots``,
+``max_tokens``) they are the same to the last bit in whichever slot, beside whichever others and in whichever
+order they are made.
 
 While one window of steps computes, the rows of the window before are copied to the host, and whoever iterates
 has the device's time for what was finished in it.

@@ -4,9 +4,10 @@ A slot is a row of the batch. ``run_window`` makes W steps of all slots. What it
 window, however long the sequences are. Between two windows ``insert`` gives a slot whose sequence has ended a
 new one, from the prompt that ``prefill_prompt`` has read.
 
-What a sequence computes depends on nothing but itself and on the number of slots. It begins at a multiple of
-``STEP_ALIGNMENT`` steps, which are the pieces that attention sums alone; its prompt is read alone; its random
-keys are those of its own id and its own steps.
+What a sequence computes depends on nothing but itself and on two sizes of the slots: how many there are, and
+how many tokens each has room for. A sequence begins at a multiple of ``STEP_ALIGNMENT`` steps, which are the
+pieces that attention sums alone; its prompt is read alone; its random keys are those of its own id and its
+own steps.
 """
 
 from __future__ import annotations
