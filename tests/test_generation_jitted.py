@@ -260,6 +260,7 @@ def test_every_step_draws_with_a_random_key_of_its_own():
 # --- The other paths ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_uncompiled_python_loop_gives_the_same():
     kwargs: dict[str, Any] = {
         "samples_per_prompt": 2,

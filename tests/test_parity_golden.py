@@ -33,6 +33,7 @@ def generated(name: str) -> tuple[Lively, Generation, dict[str, np.ndarray]]:
     return lively, out, safetensors.numpy.load_file(FOLDER / f"{name}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_those_recorded_from_transformers(name: str):
     _, out, golden = generated(name)

@@ -118,6 +118,7 @@ def case(request) -> Case:
     return build_case(request.param)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(case: Case):
     assert_lively(case.out.token_ids)
     np.testing.assert_array_equal(case.out.lengths, STEPS)

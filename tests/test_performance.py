@@ -450,6 +450,7 @@ def heap_in_hbm(dump: Path) -> int:
     return int(heap)
 
 
+@pytest.mark.slow
 def test_prefill_on_a_tpu_takes_less_than_2_mb_of_temporary_memory(tpu: Any):
     model, params = real_on(tpu("v4:2x2x1"))
     prefill = lower_generate(model, params, GenerateShape(1, 200, 1100))[0].compile()

@@ -137,6 +137,7 @@ def start(port: int) -> Iterator[Callable[..., Cluster]]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stopped(
     alone: Path, tmp_path: Path, start: Callable[..., Cluster]
 ):
@@ -155,6 +156,7 @@ def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stop
     assert_whole(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_four_processes_stop_on_sigterm_and_two_go_on_though_the_directory_is_away_for_a_moment(
     tmp_path: Path, start: Callable[..., Cluster]
 ):
