@@ -1,9 +1,9 @@
 """Generation as compiled programs: one prefill, then every decode step in one loop on the device.
 
-    config, params = load_qwen2("Qwen/Qwen2.5-0.5B-Instruct")
-    model = create_model_with_hooks(config)
-    input_ids, prompt_lengths = pad_prompts([tokenizer.encode("2 + 2 ="), tokenizer.encode("Why?")])
-    out = generate_single_task_jitted(model, params, input_ids, 64, prompt_lengths=prompt_lengths)
+    config, params = load_qwen2("Qwen/Qwen2.5-0.5B-Instruct") model = create_model_with_hooks(config)
+    input_ids, prompt_lengths = pad_prompts([tokenizer.encode("2 + 2 ="), tokenizer.encode("Why?")]) out =
+    generate_single_task_jitted(model, params, input_ids, 64, prompt_lengths=prompt_lengths) out.layer(12,
+    row=1)           # [n, hidden] float32, numpy: layer 12 after reading each of row 1's n tokens
     out.activations[:, t, b]       # [14, hidden]: layers 10..23 after reading generated token t of row b
 
 ``activations[:, t, b]`` is what the layers produced while *reading* generated token t, at position
@@ -40,6 +40,7 @@ from kvcache_utils import (
 )
 from qwen2_core.compilation import AbstractParams, compile_all
 from qwen2_core.config import QwenConfig
+from qwen2_core.generation import Generation
 from qwen2_core.requests import (
     PromptBatch,
     bucket_length,
@@ -263,24 +264,6 @@ def run_decode(
 # --- The call ---------------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What one call generated, on the device. Everything at or past ``lengths[b]`` is zero.
-
-    ``batch`` is prompts x samples_per_prompt, samples of one prompt adjacent.
-    """
-
-    token_ids: Int32[Array, "batch max_tokens"]
-    lengths: Int32[Array, " batch"]  # tokens generated, the EOS that ended the row included
-    finished: Bool[Array, " batch"]  # True: ended by an EOS token, not by max_tokens
-    logprobs: Float32[
-        Array, "batch max_tokens"
-    ]  # the model's own log-probability (temperature 1) of each token
-    activations: Float[Array, "layers max_tokens batch hidden"] | None  # in the model's dtype
-    prompt_activations: Float[Array, "layers width prompts hidden"] | None  # zero past each prompt's length
-
-
 def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but four have defaults
     model: QwenModel,
     params: Any,
@@ -393,6 +376,7 @@ class CompiledGenerate:
     prefill: jax.stages.Compiled  # as run_prefill, from params on
     decode: jax.stages.Compiled  # as run_decode, from params on
     compile_seconds: float
+    layers: tuple[int, ...] = ()  # the model's capture_layers
 
     def __call__(
         self, params: Any, prompts: PromptBatch, sampling: SamplingParams, sequence_ids: np.ndarray
@@ -407,6 +391,7 @@ class CompiledGenerate:
             logprobs=state.logprobs,
             activations=state.activations,
             prompt_activations=prompt_activations,
+            layers=self.layers,
         )
 
 
@@ -424,7 +409,7 @@ def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> Com
 def _compile(model: QwenModel, shape: GenerateShape, params: AbstractParams) -> CompiledGenerate:
     started = time.perf_counter()
     prefill, decode = compile_all(lower_generate(model, params.tree, shape))
-    return CompiledGenerate(shape, prefill, decode, time.perf_counter() - started)
+    return CompiledGenerate(shape, prefill, decode, time.perf_counter() - started, model.capture_layers)
 
 
 def lower_generate(

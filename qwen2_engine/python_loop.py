@@ -90,4 +90,5 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
         logprobs=jnp.asarray(logprobs),
         activations=None if rows is None else jnp.asarray(rows),
         prompt_activations=prompt,
+        layers=model.capture_layers,
     )

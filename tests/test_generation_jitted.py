@@ -62,6 +62,37 @@ def assert_rows_close(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
     assert row_errors(got[~zero], expected[~zero]).max() < tolerance
 
 
+# --- By layer and row ---
+
+
+def test_the_rows_of_a_layer_come_by_its_number_cut_to_the_length_as_float32():
+    model, params = TINY.build(dtype="bfloat16", scan_layers=True)
+    ids, lengths = pad_right(PROMPTS, width=48)
+    out = generate_single_task_jitted(model, params, ids, 8, prompt_lengths=lengths, eos_token_ids=range(40))
+    assert len(set(np.asarray(out.lengths).tolist())) > 1
+    for place, layer in enumerate(TINY.extract):
+        for row, length in enumerate(np.asarray(out.lengths)):
+            rows = out.layer(layer, row)
+            assert rows.dtype == np.float32
+            expected = np.asarray(out.activations)[place, :length, row].astype(np.float32)
+            np.testing.assert_array_equal(rows, expected)
+
+
+def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_ones_values():
+    out = generate(PROMPTS)
+    for layer in (1, 10, -1):
+        with pytest.raises(IndexError, match=f"layer {layer} was not captured; captured are: 0, 2"):
+            out.layer(layer, row=0)
+    for row in (3, -1):
+        with pytest.raises(IndexError, match=f"row {row} is none of the 3 rows"):
+            out.layer(0, row)
+    tokens_only = generate(PROMPTS, extract_activations=False)
+    with pytest.raises(IndexError, match="captured are: none"):
+        tokens_only.layer(0, row=0)
+    assert repr(out) == f"Generation(3 rows of up to {STEPS} tokens, layers 0, 2)"
+    assert repr(tokens_only) == f"Generation(3 rows of up to {STEPS} tokens, no layers)"
+
+
 # --- What comes back ----------------------------------------------------------------------------------------
 
 
