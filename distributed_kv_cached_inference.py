@@ -4,7 +4,7 @@
         --dataset_path training.json --activations_dir activations --output_filepath submission.json
 
 Installed, it is also the command ``qwen2-arc-run``. The same command again continues where a run stopped.
-What can be refused is refused before the weights are read. Exit codes: 0 all done, 75 stopped early and
+What can be refused is refused before the weights are loaded. Exit codes: 0 all done, 75 stopped early and
 resumable, 1 some tasks failed (they are listed; the others are done), 2 bad usage.
 """
 
@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     """Does the main job once, prints and writes its report, and returns the exit code.
 
-    A signal while it generates ends it in good order; at any other moment nothing is lost by its end.
+    A signal while it generates stops it once the running work is stored. At other times the process ends at
+    once; what is committed is safe.
 
     Raises:
         UsageError, ArcFormatError, CheckpointError, StoreError: as soon as it is known, each a sentence.

@@ -291,8 +291,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         prompt_lengths: [P] valid tokens of each prompt; the full width by default.
         samples_per_prompt: sequences that continue each prompt.
         eos_token_ids: ids that end a row. The one that does is generated, read and captured. Without any,
-            every
-            row gets exactly ``max_tokens`` tokens.
+            every row gets exactly ``max_tokens`` tokens.
         sampling: how tokens are chosen; greedy by default.
         seed: 0 to 2**32 - 1. Random keys derive from (seed, the sequence's id, step).
         sequence_ids: [B] integers, 0..B-1 by default. Give each sequence its own to make its tokens

@@ -57,7 +57,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         self._segment_of = array("I")
         self._offset_of = array("Q")
         self._length_of = array("I")
-        self.damaged: list[str] = []  # "host-00003/index.jsonl, byte 1234" for each line that is none
+        self.damaged: list[str] = []  # "host-00003/index.jsonl, byte 1234" for each line that cannot be read
 
     def refresh(self, host: int | None = None) -> int:
         """Reads what one host, or all, appended since the last call; returns how many sequences are new.

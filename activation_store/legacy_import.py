@@ -63,7 +63,7 @@ class LegacyItem(NamedTuple):
 
 
 def read_legacy(path: str | Path) -> list[LegacyItem]:
-    """Returns the items of one file; raises StoreError, before it is created, for anything else."""
+    """Returns the items of one file. Raises StoreError for anything else, before such an object is made."""
     path = Path(path)
     try:
         content = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()

@@ -149,8 +149,8 @@ class LocalFiles:
                 size = os.fstat(descriptor).st_size
                 if end is None:
                     end = self._index_ends[host] = size
-                # Where they belong, not at the end: what half of an earlier try wrote is completed, and what
-                # all of it wrote is not there twice.
+                # At the recorded end, not at the file's: trying again completes what was written in part, and
+                # writes nothing twice.
                 if size < end or not lines.startswith(os.pread(descriptor, len(lines) + 1, end)):
                     raise OSError("somebody else has changed it")
                 os.lseek(descriptor, end, os.SEEK_SET)

@@ -106,7 +106,7 @@ def _sha256(files: StoreFiles, record: SequenceRecord, size: int) -> str:
 
 
 def _next_number(files: StoreFiles, expected: int, shards: Mapping[str, FileStatus]) -> int:
-    """Returns the number of the next shard, never that of one which somebody may still want.
+    """Returns the number of the next shard: no existing one, but for the one that a crash leaves.
 
     A crash between shard and index line leaves one shard numbered `expected`. It is overwritten where we are
     the host's only writer. Any further ones mean that index lines were lost, and are kept.

@@ -24,7 +24,8 @@ from activation_store.store_files import (
 
 
 def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
-    """Returns the files of a store at a path, a `file://` URL or any other fsspec URL such as `gs://bucket/run`.
+    """Returns the files of a store at a path, a `file://` URL or any other fsspec URL such as
+    `gs://bucket/run`.
 
     Raises:
         StoreError: no file system is known for the URL, or its library is missing.

@@ -24,9 +24,9 @@ _BUCKET = 128  # lengths are padded to a multiple, so that a few programs serve 
 class Tolerance(NamedTuple):
     """How far stored values may be from replayed ones."""
 
-    row: float  # norm of one row's difference, relative to the row's norm ...
-    outlier: float  # ... and to the median of that over the sequence; a wrong row is above both
-    rows: float  # root mean square of it over the sequence
+    row: float  # norm of a row's difference, relative to the row's norm
+    outlier: float  # the same, relative to its median over the sequence; a wrong row exceeds both limits
+    rows: float  # root mean square of the relative norms over the sequence
     column: float  # norm of a column's difference over a sequence, relative to the column's norm
     logprob: float  # absolute, in nats
 
@@ -42,7 +42,7 @@ TOLERANCES = {
 }
 # A damaged column stands out from the others; where all columns are a little off, the row's limit decides.
 _COLUMN_OUTLIER = 5.0
-_CLEARLY = 0.7  # times the error: as near to another place, they are simply wrong
+_CLEARLY = 0.7  # rows fit another place only with less than this share of their error here
 
 Forward = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 

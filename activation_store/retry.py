@@ -1,8 +1,9 @@
 """Waiting for a store that is away for a moment, as when a file server restarts or a mount is lost.
 
-Only for a store that several processes share: a failing local disk is reported at once. Whatever is tried
-again must be right after half of it was done. It also must not make the store's directory: where a mount is
-lost its empty mount point is left, and a new store in it would hide the real one.
+Only for a store that several processes share: a failing local disk is reported at once. An action
+that is tried again must give the same result after a first try that was done in part. It must not make the
+store's directory: where a mount is lost, its empty mount point is left, and a new store there would hide the
+real one.
 """
 
 from __future__ import annotations

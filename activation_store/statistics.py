@@ -69,7 +69,7 @@ def measure_pieces(
 
     Args:
         pieces: any number of arrays [n, hidden], of any strides, in one of the stored dtypes.
-        hidden_size: their width, which no pieces do not tell.
+        hidden_size: the width of a row; needed because `pieces` may be empty.
 
     Returns:
         The statistics, and the Euclidean norm of each row. The values do not depend on where one piece ends

@@ -14,12 +14,14 @@ from arc_puzzles.tasks import ArcTask
 
 @dataclass(frozen=True)
 class PromptVersion:
-    """Holds the words around a puzzle: the system message, and what the user says before the examples."""
+    """Holds the words before a puzzle: the system message, and what the user says before the examples."""
 
     system: str
     introduction: str
 
 
+# A store's manifest names the version: add one, never edit one. The headings between grids are the same in
+# all of them (`build_messages`).
 PROMPT_VERSIONS = {
     "output-from-examples-v0": PromptVersion(
         system="You solve puzzles on coloured grids. Answer with the output grid only.",

@@ -255,7 +255,8 @@ MAX_NAME = 200  # far longer than the name of any encoder; bounds the parser's r
 def create_grid_encoder(name: str) -> GridEncoder:
     """Returns the encoder of a nested name, e.g. "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))".
 
-    The name is parsed, never evaluated. Raises ArcFormatError, which quotes the name from the error on.
+    The name is parsed, never evaluated. Raises ArcFormatError, which quotes the part that could not
+    be parsed.
     """
     if len(name) > MAX_NAME:
         raise ArcFormatError(f"a grid encoder's name has at most {MAX_NAME} characters, this one {len(name)}")

@@ -14,7 +14,7 @@ from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
 
 _PACKAGE = "qwen2-jax-activations"
-_GROUP_NOTES = {PROCESSES: "found out by themselves on TPU pods, SLURM, Kubernetes and Open MPI"}
+_GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
 _RETIRED = {
     "--use_kv_cache": "the KV cache is always on",

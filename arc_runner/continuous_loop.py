@@ -130,8 +130,8 @@ def _store(
     """Hands finished sequences to the writer, in shards."""
     shard: list[FinishedSequence] = []
     size, begun = 0, time.monotonic()
-    # Signals are handled on the main thread, and only between two Python instructions: it must not be the
-    # one that waits for a window.
+    # Python handles signals on the main thread alone, between two of its instructions. So another thread
+    # waits for the device.
     try:
         while (sequence := device.submit(next, finished, None).result()) is not None:
             shard.append(sequence)

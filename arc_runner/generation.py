@@ -20,7 +20,7 @@ def generate_missing(
     """Loads the weights, and makes and stores the sequences of ``job`` that are not committed yet.
 
     ``work`` decides which of them this process makes. Returns early once ``stop`` is requested. If nothing
-    is missing the weights are not read.
+    is missing the weights are not loaded.
     """
     if not job.left(writer.committed):
         return

@@ -80,7 +80,9 @@ class Job:
 
 
 def prepare(options: RunOptions) -> tuple[Job, Report]:
-    """Reads and checks everything but the weights; returns the job, and its report as far as it is known.
+    """Checks everything before the weights are loaded; returns the job, and its report as far as it is known.
+
+    The weights' bytes are read once, for their fingerprint.
 
     Raises:
         UsageError, ArcFormatError, CheckpointError: what was asked for cannot be done.
@@ -93,13 +95,13 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
         use_compilation_cache(options.compilation_cache_dir)
     config = load_config(options)
     check_checkpoint(options.model_path, config)
+    layout, devices = choose_devices(options, config)
     tokenizer = load_tokenizer(options.model_path, config.vocab_size)
     eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
     settings = _store_settings(options, config, eos)
     requests, failures = build_requests(
         loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
     )
-    layout, devices = choose_devices(options, config)
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.tasks) + len(loaded.failures)
     report.tasks_failed = failure_entries([*loaded.failures, *failures])

@@ -99,7 +99,9 @@ def _check_processes(options: RunOptions) -> None:
             flags = ", ".join(f"--{name}" for name in names)
             raise UsageError(f"{flags} go together: --{missing[0]} is missing")
     if options.coordinator_address is not None and options.num_shards is not None:
-        raise UsageError("--coordinator_address and --num_shards contradict each other: shards work unmet")
+        raise UsageError(
+            "--coordinator_address and --num_shards contradict each other: shards need no coordinator"
+        )
     if options.merge and (options.coordinator_address or options.num_shards) is not None:
         raise UsageError("--merge works alone; leave out what says which of several processes this is")
     address = options.coordinator_address

@@ -1,4 +1,4 @@
-"""Checks of places, devices and the model's config before the weights are read; each flaw is one sentence."""
+"""Checks places, devices and the model's config before the weights are loaded; each flaw is one sentence."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str
     """
     try:
         devices = jax.local_devices()
-    except (RuntimeError, AssertionError) as error:  # the second of JAX_PLATFORMS=cuda without its plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS=cuda, no plugin
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UsageError(f"jax finds no device for JAX_PLATFORMS={platforms!r} ({error})") from error
     every_device = options.generation == "continuous" and devices[0].platform != "cpu"

@@ -40,13 +40,13 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, the first signal interrupts nothing but sets ``requested``, to be looked at between two
-        pieces of work.
+        """Lets the first signal only set ``requested``, which the work inside checks between two pieces.
 
-        A second signal is handled as it was before. Outside the main thread, where Python handles no
-        signals, this does nothing: stopping is up to the caller.
+        The next signal is handled as it was before, also in a later context: once a stop was requested,
+        nothing is deferred any more. Outside the main thread, where Python handles no signals, this does
+        nothing.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if self.requested or threading.current_thread() is not threading.main_thread():
             yield
             return
 

@@ -34,8 +34,8 @@ def make_calls(
         with compiling:
             report.programs = model.compile(calls)
     progress = Progress(sum(len(call.requests) for call in calls))
-    # Signals are handled on the main thread, and only between two Python instructions: it must not be the
-    # one that sits in a call.
+    # Python handles signals on the main thread alone, between two of its instructions. So another thread
+    # waits for the device.
     with stop.deferred(), contextlib.closing(progress), ThreadPoolExecutor(1) as device:
         while not stop.requested:
             with generating:

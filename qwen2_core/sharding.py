@@ -11,11 +11,11 @@ each group (``shard_map``), with its own loops, so that no group ever waits for,
 belong. What does not divide is whole on each device, and ``Layout.describe`` says so. The residual stream,
 and so every captured row, is whole on every device.
 
-The weights' place decides: ``layout_of`` reads it off them, and everything else follows. The axes of a loop's
+Everything runs where the weights are: ``layout_of`` reads it off them. The axes of a loop's
 state are named in its dataclass fields (``kvcache_utils.axes``).
 
 A TPU keeps two axes of an array in tiles of 8 x 128, padded. XLA chooses which two by the sizes alone. Where
-the loop wants others, it copies the whole cache or all activations on the way in and out (17 MB a task at
+the loop wants others, XLA copies the whole cache or all activations on the way in and out (17 MB a task at
 batch 128, 28 MB at 100, beside 45 MB of buffers). So ``axes_of`` gives the order of a loop's state.
 """
 

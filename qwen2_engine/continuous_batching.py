@@ -10,8 +10,8 @@ Tokens, log-probabilities and rows are those of ``generate_single_task_jitted`` 
 ``max_tokens``) they are the same to the last bit in whichever slot, beside whichever others and in whichever
 order they are made.
 
-While one window of steps computes, the rows of the window before are copied to the host, and whoever iterates
-has the device's time for what was finished in it.
+While one window of steps computes, the rows of the window before are copied to the host, and the caller may
+work on finished sequences.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ class ContinuousEngine:
             slots: sequences at once, on each group of devices of a mesh; fewer where memory is short.
             max_tokens: generated tokens that a slot has room for; by default the longest of each plan's
                 requests.
-            window: steps between two refills, a multiple of 16. Half a window is wasted for each sequence
-                that
-                ends. Another window may change last bits, as the cache's size follows it.
+            window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window on
+                average. Another window may change results' last bits, as it changes the cache's size.
             eos_token_ids: ids that end a sequence.
             sampling: how tokens are chosen; greedy by default.
             seed: 0 to 2**32 - 1. Random keys derive from (seed, the request's sampling_id, step).
@@ -114,9 +113,8 @@ class ContinuousEngine:
 
         Args:
             requests: what to generate.
-            should_stop: asked before each window. Where it returns True, the sequences that have ended by
-                then
-                are the last ones.
+            should_stop: asked before each window. Once it returns True, the sequences that have ended by then
+                are yielded, and no more.
             on_window: called with each window's use.
 
         Raises:
@@ -286,7 +284,7 @@ class RunningSlots:
         """Gives free slots the next requests, in rounds of at most one for each group of devices."""
         groups = self.programs.layout.data_parallel
         while chosen := self._choose():
-            idle = next(iter(chosen.values()))  # what a group reads that has no free slot
+            idle = next(iter(chosen.values()))  # read by a group that has no free slot, for nothing
             read = self._prompts([chosen.get(group, idle)[1] for group in range(groups)])
             slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
             sequence_ids = np.zeros(groups, np.uint32)

@@ -5,9 +5,9 @@ window, however long the sequences are. Between two windows ``insert`` gives a s
 new one, from the prompt that ``prefill_prompt`` has read.
 
 What a sequence computes depends on nothing but itself and on two sizes of the slots: how many there are, and
-how many tokens each has room for. A sequence begins at a multiple of ``STEP_ALIGNMENT`` steps, which are the
-pieces that attention sums alone; its prompt is read alone; its random keys are those of its own id and its
-own steps.
+how many tokens each has room for. A sequence begins at a multiple of ``STEP_ALIGNMENT`` steps, and attention
+sums keys in pieces of so many steps. Its prompt is read alone. Its random keys are those of its own id and
+its own steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qwen2_core.kernels.attention import DECODE_KEYS
 from qwen2_core.sampling import SamplingParams, sample_tokens, sequence_keys
 from qwen2_jax import QwenModel
 
-STEP_ALIGNMENT = 16  # sequences begin at multiples of so many steps
+STEP_ALIGNMENT = 16  # steps: sequences begin at multiples of it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from arc_runner.cluster.shared_files import SharedFiles
 
 HEARTBEAT_SECONDS = 10.0
 LEASE_SECONDS = 60.0
-STALL_SECONDS = 1800.0  # a device that hangs leaves the heartbeat's thread alone
+STALL_SECONDS = 1800.0  # without progress for so long, no heartbeat: a hung device does not stop its thread
 _LIFE = "process-"
 
 

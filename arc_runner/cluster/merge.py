@@ -26,7 +26,7 @@ def leave_figures(files: SharedFiles, index: int, report: Report, sequences: int
     figures = dataclasses.asdict(report) | {"process": index, "sequences_made": sequences}
     data = json.dumps(figures).encode()
     files.write(_figures_name(index), data)
-    # Again, for the time: a file has the time of its writing, which is a moment before it is in its place.
+    # Twice: a file's time may be from just before it was in its place. That of the second is after the first.
     return files.write(_figures_name(index), data)
 
 
@@ -69,7 +69,7 @@ def answer_once(claims: Claims, me: str, written: float, answer: Callable[[], No
         time.sleep(POLL_SECONDS)
     answered = claims.files.read(_ANSWERED)
     seen, by = (0.0, me) if answered is None else json.loads(answered[0])
-    if seen <= written:  # figures are missing that were left while the others were read
+    if seen <= written:  # the earlier answer may have missed these figures
         seen, by = claims.files.write(_ANSWERING, me.encode()), me
         answer()
         claims.files.write(_ANSWERED, json.dumps([seen, by]).encode())

@@ -93,7 +93,7 @@ class Shared:
 
     def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
         index, count = self._process.index, self._process.count
-        # What is claimed waits here while others may be idle: of the last units claim only a fair part.
+        # Near the end claim only a fair part of what is left, so that no process waits for this one's claims.
         sequences = min(sequences, -(-sum(len(unit.keys) for unit in left(units, self._writer)) // count))
         own = units[index::count]
         of_others = [unit for number, unit in enumerate(units) if number % count != index]

@@ -37,8 +37,8 @@ from qwen2_core.kernels.matmul import einsum_f32, uses_cpu_kernel
 DECODE_KEYS = 128  # keys that a decode step reads at once
 _PREFILL_KEYS = 512  # keys that a block of queries reads at once
 _SCORE_BYTES = 32 * 2**20  # of the scores of a block of queries and a block of keys
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of no scores; finite, so that differences are too
-_TINY = float(jnp.finfo(jnp.float32).tiny)  # what a sum of weights is at least, to be divided by
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # the largest score of none; finite, so that differences are too
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # least divisor: a query without keys divides 0 by it
 
 
 class PartialSoftmax(NamedTuple):
@@ -246,7 +246,7 @@ def _merge(
 ) -> PartialSoftmax:
     """Merges one block of keys, in equal ``pieces`` that are summed by themselves and merged in their order.
 
-    The result is that of as many smaller blocks, bit for bit, at nearly the speed of one.
+    The result equals, bit for bit, that of merging as many smaller blocks; the speed is nearly that of one.
 
     Args:
         visible: [rows or 1, queries or 1, keys] bool.

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int32
 from kvcache_utils import KVCache, get_attention_kv
 from qwen2_core.kernels.matmul import einsum_f32
 
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # the peak of no scores; finite, so that differences are too
-_TINY = float(jnp.finfo(jnp.float32).tiny)  # what a sum of weights is at least, to be divided by
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # the largest score of none; finite, so that differences are too
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # least divisor: a query without keys divides 0 by it
 
 
 def gpu_attention(

@@ -46,6 +46,16 @@ def test_a_second_signal_does_what_it_did_before(first: int, second: int, caught
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_once_a_stop_was_requested_the_next_signal_is_not_deferred_again(number: int, caught: list[int]):
+    stop = StopRequest()
+    with stop.deferred():
+        signal.raise_signal(number)
+    with stop.deferred():  # as while the last batch is written
+        signal.raise_signal(number)
+    assert caught == [number]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_afterwards_signals_go_to_who_had_them_before(number: int, caught: list[int]):
     stop = StopRequest()
     with pytest.raises(OSError, match="full"), stop.deferred():

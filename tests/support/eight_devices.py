@@ -1,4 +1,4 @@
-"""Generation on meshes of eight simulated devices: as on one. ``test_device_mesh`` runs this in a process.
+"""Generation on meshes of eight simulated devices: as on one. ``test_sharding`` runs this in a process.
 
 (Devices are simulated before JAX starts, or not at all.)
 """
