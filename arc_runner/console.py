@@ -13,6 +13,7 @@ from pathlib import Path
 
 SCRIPT = "qwen2-arc-run"
 MODULE = "distributed_kv_cached_inference.py"
+_LOGGED = ("activation_store", "arc_puzzles", "arc_runner", "qwen2_core", "qwen2_engine")
 
 
 def started_as_script() -> bool:
@@ -37,10 +38,14 @@ def say_error(sentence: str) -> None:
 
 @contextlib.contextmanager
 def warnings_on_stderr() -> Iterator[None]:
-    """Within, prints what libraries log as a warning or worse on stderr, each as one plain line."""
+    """Prints what our packages log as a warning or worse on stderr, each as one plain line.
+
+    Other libraries' warnings are theirs to show.
+    """
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(_OneLine())
+    handler.addFilter(lambda record: record.name.partition(".")[0] in _LOGGED)
     logging.getLogger().addHandler(handler)
     try:
         yield

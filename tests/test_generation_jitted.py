@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -66,30 +67,29 @@ def assert_rows_close(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
 
 
 def test_the_rows_of_a_layer_come_by_its_number_cut_to_the_length_as_float32():
-    model, params = TINY.build(dtype="bfloat16", scan_layers=True)
-    ids, lengths = pad_right(PROMPTS, width=48)
-    out = generate_single_task_jitted(model, params, ids, 8, prompt_lengths=lengths, eos_token_ids=range(40))
-    assert len(set(np.asarray(out.lengths).tolist())) > 1
-    for place, layer in enumerate(TINY.extract):
-        for row, length in enumerate(np.asarray(out.lengths)):
-            rows = out.layer(layer, row)
-            assert rows.dtype == np.float32
-            expected = np.asarray(out.activations)[place, :length, row].astype(np.float32)
-            np.testing.assert_array_equal(rows, expected)
+    out = generate(PROMPTS, eos_token_ids=range(8))
+    assert len(set(out.lengths.tolist())) > 1
+    rounded = dataclasses.replace(out, activations=out.activations.astype(jnp.bfloat16))
+    for generation in (out, rounded):
+        for place, layer in enumerate(TINY.extract):
+            for row, length in enumerate(out.lengths):
+                rows = generation.layer(layer, row)
+                assert rows.dtype == np.float32
+                expected = generation.activations[place, :length, row].astype(np.float32)
+                np.testing.assert_array_equal(rows, expected)
 
 
-def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_ones_values():
-    out = generate(PROMPTS)
+def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_ones_values(greedy: Any):
     for layer in (1, 10, -1):
         with pytest.raises(IndexError, match=f"layer {layer} was not captured; captured are: 0, 2"):
-            out.layer(layer, row=0)
+            greedy.layer(layer, row=0)
     for row in (3, -1):
         with pytest.raises(IndexError, match=f"row {row} is none of the 3 rows"):
-            out.layer(0, row)
-    tokens_only = generate(PROMPTS, extract_activations=False)
+            greedy.layer(0, row)
+    tokens_only = dataclasses.replace(greedy, activations=None, layers=())
     with pytest.raises(IndexError, match="captured are: none"):
         tokens_only.layer(0, row=0)
-    assert repr(out) == f"Generation(3 rows of up to {STEPS} tokens, layers 0, 2)"
+    assert repr(greedy) == f"Generation(3 rows of up to {STEPS} tokens, layers 0, 2)"
     assert repr(tokens_only) == f"Generation(3 rows of up to {STEPS} tokens, no layers)"
 
 
@@ -98,9 +98,8 @@ def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_on
 
 def test_single_task_generation(greedy: Any):
     """One call returns the tokens, log-probabilities and rows of every sequence, in fixed shapes."""
-    described = {
-        name: None if value is None else (value.shape, value.dtype) for name, value in vars(greedy).items()
-    }
+    arrays = {name: value for name, value in vars(greedy).items() if name != "layers"}
+    described = {name: (value.shape, value.dtype) for name, value in arrays.items()}
     assert described == {
         "token_ids": ((3, STEPS), jnp.int32),
         "lengths": ((3,), jnp.int32),
@@ -109,6 +108,7 @@ def test_single_task_generation(greedy: Any):
         "activations": ((2, STEPS, 3, TINY.hidden), jnp.float32),
         "prompt_activations": ((2, 48, 3, TINY.hidden), jnp.float32),
     }
+    assert greedy.layers == TINY.extract
     np.testing.assert_array_equal(greedy.lengths, STEPS)
     assert not greedy.finished.any()
 

@@ -33,6 +33,8 @@ from qwen2_jax import convert_hf_to_jax_weights, stack_layers
 pytest.importorskip("torch", reason="live parity needs torch: pip install '.[parity]'")
 from torch_reference import TorchReference
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4
 STEPS = 64
 Step = Callable[..., tuple[Any, Any, Any]]  # of decode_step_with_cache without its model
@@ -118,7 +120,6 @@ def case(request) -> Case:
     return build_case(request.param)
 
 
-@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(case: Case):
     assert_lively(case.out.token_ids)
     np.testing.assert_array_equal(case.out.lengths, STEPS)

@@ -14,7 +14,7 @@ from arc_runner import job
 from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions
 
-LOGGER = logging.getLogger("some.library")
+LOGGER = logging.getLogger("qwen2_engine.some_module")
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from runner_cases import (
 from activation_store import verify_store
 from arc_runner.loaded_model import LoadedModel
 
+pytestmark = pytest.mark.slow
+
 DONE, RESUMABLE = 0, 75
 STOPPED = "stopped; nothing is lost, the same command continues\n"
 

@@ -166,6 +166,7 @@ def test_without_hooks_the_tokens_are_the_same(finished):
         np.testing.assert_array_equal(result.token_ids, finished[0][name].token_ids)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_give_the_same():
     items = workload()[: 2 * SAMPLES]
     assert_as_alone(generate(items, built(scan_layers=False), slots=2), items)

@@ -32,6 +32,8 @@ from arc_runner.cluster.work import Shared, Unit
 from arc_runner.command_line import parse_options
 from arc_runner.options import RunOptions
 
+pytestmark = pytest.mark.slow
+
 DONE, RESUMABLE = 0, 75
 FLAGS: dict[str, Any] = {"batch_size": 2}  # each call and each window ends two of the eight sequences
 
@@ -137,7 +139,6 @@ def start(port: int) -> Iterator[Callable[..., Cluster]]:
         process.communicate()
 
 
-@pytest.mark.slow
 def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stopped(
     alone: Path, tmp_path: Path, start: Callable[..., Cluster]
 ):
@@ -156,7 +157,6 @@ def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stop
     assert_whole(tmp_path, alone)
 
 
-@pytest.mark.slow
 def test_four_processes_stop_on_sigterm_and_two_go_on_though_the_directory_is_away_for_a_moment(
     tmp_path: Path, start: Callable[..., Cluster]
 ):
