@@ -89,8 +89,8 @@ class DecodeState:
     next_token: Int32[Array, " batch"] = dataclasses.field(metadata=ROW_AXES)  # chosen, not yet read
     next_logprob: Float32[Array, " batch"] = dataclasses.field(metadata=ROW_AXES)
     ended: Bool[Array, " batch"] = dataclasses.field(metadata=ROW_AXES)  # an EOS has been read
-    token_ids: Int32[Array, "batch columns"] = dataclasses.field(metadata=ROW_AXES)
-    logprobs: Float32[Array, "batch columns"] = dataclasses.field(metadata=ROW_AXES)
+    token_ids: Int32[Array, "batch columns"] = dataclasses.field(metadata=axes("rows", "tokens"))
+    logprobs: Float32[Array, "batch columns"] = dataclasses.field(metadata=axes("rows", "tokens"))
     lengths: Int32[Array, " batch"] = dataclasses.field(metadata=ROW_AXES)
     activations: Float[Array, "layers columns batch hidden"] | None = dataclasses.field(
         metadata=axes("layers", "tokens", "rows", "hidden")

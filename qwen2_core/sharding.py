@@ -226,7 +226,9 @@ def axes_of(state: Any) -> Any:
 
 def _axes(names: tuple[str | None, ...], leaf: Any) -> Axes:
     sharded: dict[str | None, str] = {"rows": "rows", "kv_heads": "heads"}
-    in_front = (None,) * (len(leaf.shape) - len(names))  # layers of a stacked cache
+    in_front = (None,) * (len(leaf.shape) - len(names))
+    if in_front and "kv_heads" not in names:  # a stacked cache has its layers in front, nothing else has
+        raise TypeError(f"an array of {len(leaf.shape)} axes is declared with the axes {names}")
     return Axes(PartitionSpec(*in_front, *map(sharded.get, names)), _tpu_order(names, leaf.shape))
 
 

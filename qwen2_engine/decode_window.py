@@ -27,6 +27,7 @@ from kvcache_utils import (
     KVCacheConfig,
     LayerBuffers,
     PrefillCache,
+    axes,
     create_kv_cache_buffers,
     update_slice,
 )
@@ -115,7 +116,7 @@ class PrefilledPrompt:
     """One prompt that has been read: all that a slot needs to continue it."""
 
     cache: PrefillCache  # of one row, as wide as a slot's
-    logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=ROW_AXES)
+    logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=axes("rows", "vocab"))
 
 
 def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from lively import Lively, pad_right
 
 import generate_jitted
 from generate_jitted import GenerateShape, generate_single_task_jitted
+from kvcache_utils import axes
 from qwen2_core import sharding
 from qwen2_core.sharding import axes_of
 from qwen2_engine import ContinuousEngine, SequenceRequest, programs
@@ -90,8 +92,17 @@ def test_the_order_of_the_state_on_a_tpu(scan_layers: bool, rows: int, head_dim:
     config = MODEL.config(scan_layers=scan_layers, hidden_size=MODEL.heads * head_dim)
     model = create_model_with_hooks(config, MODEL.extract)
     shape = GenerateShape(rows, 9, 24)
-    axes = axes_of(jax.eval_shape(lambda: generate_jitted._empty_state(model, shape)))
+    of_state = axes_of(jax.eval_shape(lambda: generate_jitted._empty_state(model, shape)))
     *major, slots, head = range(5 if scan_layers else 4)
-    keys = axes.cache.ar.k if scan_layers else axes.cache.ar.k[0]
+    keys = of_state.cache.ar.k if scan_layers else of_state.cache.ar.k[0]
     assert keys.tpu_order == (*major, *((slots, head) if head_dim == 128 else (head, slots)))
-    assert axes.activations.tpu_order == ((0, 2, 1, 3) if rows == 1 else (0, 1, 2, 3))
+    assert of_state.activations.tpu_order == ((0, 2, 1, 3) if rows == 1 else (0, 1, 2, 3))
+
+
+def test_a_field_that_declares_too_few_axes_is_an_error_and_not_split_along_the_wrong_one():
+    @dataclasses.dataclass(frozen=True)
+    class State:
+        tokens: Any = dataclasses.field(metadata=axes("rows"))
+
+    with pytest.raises(TypeError, match=r"an array of 2 axes is declared with the axes \('rows',\)"):
+        axes_of(State(np.zeros((3, 4))))
