@@ -130,6 +130,7 @@ def test_without_capture_the_tokens_are_the_same_and_no_layer_is_stored(finished
     assert tokens(tmp_path) == tokens(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "dtype", "bound"),
     [
@@ -299,6 +300,7 @@ def compiled_in_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [WITH_PROMPT, {"no_extract_activations": True}], ids=str)
 def test_everything_is_compiled_before_the_clock_of_generation_starts(
     flags: dict[str, Any], compiled_in_calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

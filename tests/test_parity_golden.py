@@ -42,6 +42,7 @@ def test_greedy_tokens_are_those_recorded_from_transformers(name: str):
         np.testing.assert_array_equal(out.token_ids[b], golden[f"{n}.tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_row_of_prompt_and_generated_tokens_is_that_recorded_from_transformers(name: str):
     lively, out, golden = generated(name)

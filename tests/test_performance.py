@@ -203,6 +203,7 @@ def assert_state_is_aliased(state_bytes: int, decode: Any) -> None:
     assert outputs - memory.alias_size_in_bytes < 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "max_tokens"), REAL)
 def test_the_whole_state_is_updated_in_place_at_the_real_shape(dtype: str, max_tokens: int):
     assert_state_is_aliased(*real(dtype, max_tokens))

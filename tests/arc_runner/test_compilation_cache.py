@@ -40,6 +40,7 @@ def hits() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_listener(listen)
 
 
+@pytest.mark.slow
 def test_a_second_process_loads_the_programs_that_the_first_compiled(tmp_path: Path, hits: list[str]):
     cache = tmp_path / "new" / "cache"
 

@@ -180,6 +180,7 @@ def python(code: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_loading_and_running_need_no_torch(checkpoint: Path):
     code = """
 class NoTorch:

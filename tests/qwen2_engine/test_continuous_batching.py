@@ -316,6 +316,7 @@ def test_a_sequence_is_inserted_in_place(dtype: str, scan_layers: bool):
     assert memory.temp_size_in_bytes < 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
 def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int):
     shape = SlotShape(slots, 160, LONGEST, capture_prompt=True)
