@@ -14,6 +14,8 @@ from activation_fakes import batch
 
 from activation_store import ActivationStore, ActivationWriter, StoreError, sequence_key, verify_store
 
+pytestmark = pytest.mark.slow
+
 KILLS = 15
 TESTS = Path(__file__).parents[1] / "support"
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parents[1]), str(TESTS)])}

@@ -29,6 +29,8 @@ from qwen2_core.sampling import Sampling
 from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
+pytestmark = pytest.mark.slow
+
 TINY = str(EXAMPLE_MODEL)
 LAYERS = (10, 11, 22, 23)
 STEPS = 16

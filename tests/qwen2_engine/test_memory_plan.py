@@ -18,6 +18,8 @@ from qwen2_engine.memory_plan import MemoryPlanner, Stage
 from qwen2_engine.programs import compile_slots
 from qwen2_jax_with_hooks import create_model_with_hooks
 
+pytestmark = pytest.mark.slow
+
 TINY = Lively(layers=2, extract=(0, 1))
 WIDTHS = (64, 256, 1024, 4096)
 STAGE = Stage(SlotShape(64, 512, 500), (64,))
