@@ -1,7 +1,7 @@
 """JSON that carries its own checksum, so that a bit which changed later is noticed.
 
-`seal` and `unseal` are for an object that is a file of its own; `seal_line` and `unseal_line` for an object that
-is a line among many.
+`seal` and `unseal` are for an object that is a file of its own; `seal_line` and `unseal_line` for one that is
+a line among many.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def unseal(sealed: Mapping[str, Any]) -> tuple[dict[str, Any], bool | None]:
 
 
 def seal_line(line: bytes) -> bytes:
-    """Returns a line, which is one compact JSON object with a field at least, with its CRC-32 as last field."""
+    """Returns a line, one compact JSON object that has a field at least, with its CRC-32 as last field."""
     body = line[:-1]
     return b'%b%b%08x"}' % (body, _LINE_CHECKSUM, zlib.crc32(body))
 
