@@ -16,12 +16,13 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from activation_store.dataset_check import verify_coverage
 from activation_store.format import StoreError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
-from activation_store.recovery import repair_store
+from activation_store.repair import repair_store
 from activation_store.saelens_export import export_saelens
-from activation_store.verify import store_notes, verify_coverage, verify_store
+from activation_store.verify import store_notes, verify_store
 
 Item = TypeVar("Item")
 
@@ -84,8 +85,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.replay and not options.model_path:
         raise StoreError("--replay needs --model_path")
     if options.repair:
-        for dropped in repair_store(options.directory):
-            print(f"dropped: {dropped}")
+        for finding in repair_store(options.directory, _bar):
+            print(f"repaired: {finding}")
     store = ActivationStore(options.directory)
     findings = 0
     for finding in _findings(store, options):

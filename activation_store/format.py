@@ -3,6 +3,7 @@
 ```
 DIRECTORY/
   manifest.json                        StoreSettings (must be equal to continue) and provenance (may differ)
+  host-00000.json                      what decides the last bits of host 0's sequences (host_files.py)
   host-00000/index.jsonl               one SequenceRecord per line
   host-00000/shard-000000.safetensors  the rows of one batch (layout: shard.py)
 ```
@@ -18,7 +19,11 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-SCHEMA_VERSION = 1
+from activation_store.checked_json import canonical_json, seal, seal_line, unseal, unseal_line
+
+SCHEMA_VERSION = 2
+# Version 1 had no checksums in manifest and index lines, and no `numerics`.
+READ_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -29,8 +34,9 @@ DTYPES: dict[str, np.dtype] = {
 FINISH_REASONS = ("stop", "length", "failed", "imported")
 
 _HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
-_SHARD = re.compile(r"shard-(\d+)\.safetensors")
-_HOST = re.compile(r"host-(\d+)")
+# Exactly the names that the functions below give: no other digits, no second spelling of a number.
+_SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.safetensors")
+_HOST = re.compile(r"host-([0-9]{5}|[1-9][0-9]{5,8})")
 
 
 class StoreError(ValueError):
@@ -173,6 +179,7 @@ class SequenceRecord(NamedTuple):
     A failed sequence has `n_rows == 0`, no shard (`shard == ""`) and says in `failure` where it broke.
     """
 
+    host: int
     key: str
     shard: str
     task_id: str
@@ -191,7 +198,7 @@ class SequenceRecord(NamedTuple):
     shard_sequences: int  # index lines of this shard: fewer of them means a torn commit
     shard_mtime_ns: int  # when it was written; a resume re-hashes only shards where this changed
     failure: str | None
-    host: int
+    numerics: str = ""  # which of its host's numerics made it (host_files.py); "" where that is not known
 
     @property
     def path(self) -> str:
@@ -217,11 +224,6 @@ class SequenceRecord(NamedTuple):
         return self.finish_reason == "failed"
 
 
-def canonical_json(value: Any) -> str:
-    """Returns the one JSON text of a value: sorted keys, no spaces; raises ValueError for NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
@@ -245,11 +247,14 @@ def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> b
         "settings": settings.to_json(),
         "provenance": dict(provenance),
     }
-    return (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    return (json.dumps(seal(manifest), indent=2, allow_nan=False) + "\n").encode()
 
 
 def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
-    """Returns (settings, provenance); raises StoreError for a damaged text or another schema version."""
+    """Returns (settings, provenance); raises StoreError for a damaged text or another schema version.
+
+    The checksum is not looked at, see `manifest_problem`: of a text that can be read, all is returned.
+    """
     try:
         manifest = json.loads(data)
         version, settings, provenance = (
@@ -257,21 +262,41 @@ def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, A
         )
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest") from error
-    if version != SCHEMA_VERSION:
-        raise StoreError(f"{where} has schema version {version}; this program reads version {SCHEMA_VERSION}")
+    if version not in READ_VERSIONS:
+        raise StoreError(
+            f"{where} has schema version {version}; this program reads versions "
+            f"{', '.join(map(str, READ_VERSIONS))}"
+        )
     return StoreSettings.from_json(settings), provenance
+
+
+def manifest_version(data: bytes) -> int:
+    """Returns the schema version of a manifest that `decode_manifest` has read."""
+    return json.loads(data)["schema_version"]
+
+
+def manifest_problem(data: bytes) -> str | None:
+    """Returns why a manifest that `decode_manifest` has read cannot be relied on; None where it can.
+
+    One of schema version 1 has no checksum.
+    """
+    manifest = json.loads(data)
+    fits = unseal(manifest)[1]
+    if fits is None and manifest["schema_version"] > 1:
+        return "its checksum is missing"
+    return "its checksum does not fit: something in it has changed" if fits is False else None
 
 
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
-_LINE_FIELDS = SequenceRecord._fields[:-1]
+_LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
 _DECODER = json.JSONDecoder()
 
 
 def encode_line(record: SequenceRecord) -> bytes:
-    """Returns the record's index line, newline included."""
-    values = dict(zip(_LINE_FIELDS, record, strict=False))
-    return (json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n").encode()
+    """Returns the record's index line, with its checksum and newline."""
+    values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
+    return seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
 
 
 def line_key(line: bytes) -> bytes | None:
@@ -285,14 +310,17 @@ def line_key(line: bytes) -> bytes | None:
 
 
 def decode_line(line: bytes, host: int) -> SequenceRecord:
-    """Returns the record of an index line, with or without its newline; StoreError when it is not one."""
+    """Returns the record of an index line, with or without its newline; StoreError when it is not one.
+
+    Lines of schema version 1, which have neither checksum nor `numerics`, are read too.
+    """
     try:
-        text = line.decode()
+        text = unseal_line(line.removesuffix(b"\n")).decode()
         values, end = _DECODER.raw_decode(text)  # not json.loads, which is twice as slow on bytes
-        if text[end:] not in ("", "\n"):
+        if end != len(text):
             raise ValueError("something follows the object")
         if tuple(values) == _LINE_FIELDS:
-            return SequenceRecord._make([*values.values(), host])
+            return SequenceRecord._make([host, *values.values()])
         return SequenceRecord(host=host, **values)
     except (ValueError, TypeError) as error:
         raise StoreError(f"an index line of {host_name(host)} is damaged: {line[:80]!r}") from error

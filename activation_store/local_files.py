@@ -1,21 +1,31 @@
 """A store in a local directory, and the one way in which this project puts a whole file in its place."""
 
 import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
 import numpy as np
 
-from activation_store.format import StoreError, host_name, host_number, shard_number
-from activation_store.store_files import INDEX, INDEX_FOLDER, FileStatus, StoredFile, writing
+from activation_store.format import MANIFEST, StoreError, host_name, host_number, shard_number
+from activation_store.store_files import (
+    COMMIT_SECONDS,
+    INDEX,
+    INDEX_FOLDER,
+    FileStatus,
+    StoredFile,
+    writing,
+)
 
-_LOCK = "writer.lock"
+LOCK = "writer.lock"
 _TEMP = ".tmp"
+_POLL_SECONDS = 0.01
 
 
 def write_atomic(
@@ -69,6 +79,12 @@ class LocalFiles:
         numbers = (host_number(entry.name) for entry in self.root.iterdir() if entry.is_dir())
         return sorted(number for number in numbers if number is not None)
 
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(entry.name for entry in (self.root / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def shards(self, host: int) -> dict[str, FileStatus]:
         return {
             name: status
@@ -106,8 +122,8 @@ class LocalFiles:
         folder = self.root / host_name(host)
         try:
             _make_folder(folder)
-            lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
-            lock.acquire()
+            lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
+            lock.acquire()  # not quite at once: `in_use` may be looking
         except filelock.Timeout as error:
             raise StoreError(
                 f"{folder} is in use: another run writes to this directory as host {host}; "
@@ -123,6 +139,28 @@ class LocalFiles:
                 lock.release()
 
         return release
+
+    def in_use(self, host: int) -> bool:
+        try:
+            descriptor = os.open(self.root / host_name(host) / LOCK, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def begin_commit(self) -> tuple[bool, Callable[[], None]]:
+        # The manifest is what all hosts have, and where the store is away nothing must be made in its place.
+        with writing(self.location, MANIFEST):
+            try:
+                descriptor = os.open(self.root / MANIFEST, os.O_RDWR)  # NFS locks no file that is only read
+            except PermissionError:
+                return False, lambda: None
+        return _locks_within(descriptor, COMMIT_SECONDS), lambda: os.close(descriptor)
 
     def create(self, host: int, name: str, data: bytes) -> None:
         # In the host's own folder the lock protects the temporary file; link() refuses to replace.
@@ -162,13 +200,20 @@ class LocalFiles:
                 _sync_folder(path.parent)
             self._index_ends[host] = end + len(lines)
 
-    def replace(self, name: str, data: bytes) -> None:
-        self.commit(name, [memoryview(data)])
+    def replace(self, name: str, data: bytes, *, host: int | None = None) -> None:
+        temp = None if host is None else self.root / host_name(host) / f"{name}{_TEMP}"
+        with writing(self.location, name):
+            write_atomic(self.root / name, [data], temporary=temp)
+        self._index_ends = {}  # it may have been an index
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
         with contextlib.suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".damaged"))
+
+    def discard(self, name: str) -> None:
+        with writing(self.location, name), contextlib.suppress(FileNotFoundError):
+            (self.root / name).unlink()
 
 
 class LocalFile:
@@ -203,6 +248,22 @@ class LocalFile:
 
 def _status(status: os.stat_result) -> FileStatus:
     return FileStatus(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _locks_within(descriptor: int, seconds: float) -> bool:
+    """Returns whether an open file could be locked, which another process may have done for a while."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        except OSError:  # a file system without locks
+            return False
+        else:
+            return True
 
 
 def _make_folder(folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_repair_drops_what_is_damaged(directory: Path, capsys: pytest.CaptureFix
     damage(directory)
     assert main(["verify", str(directory), "--repair"]) == 0
     dropped, summary = capsys.readouterr().out.splitlines()
-    assert dropped.startswith("dropped: host-00000/shard-000000.safetensors: the shard has ")
+    assert dropped.startswith("repaired: host-00000/shard-000000.safetensors: has ")
     assert summary == "0 sequences, 0 findings"
 
 
