@@ -13,24 +13,43 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import ml_dtypes
+import msgspec
 import numpy as np
+
+from activation_store import schema
+from activation_store.schema import (
+    Count,
+    Finite,
+    Key,
+    Length,
+    Name,
+    Nanoseconds,
+    OptionalSha256,
+    Positive,
+    Sentence,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 20  # no manifest is larger
+LINE_BYTES = 1 << 17  # no index line is longer
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# "imported": rows taken over from another code base, whose tokens are not known.
-FINISH_REASONS = ("stop", "length", "failed", "imported")
+FinishReason = Literal[
+    "stop", "length", "failed", "imported"
+]  # the last: made by other code, tokens not known
 
-_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
-_SHARD = re.compile(r"shard-(\d+)\.safetensors")
-_HOST = re.compile(r"host-(\d+)")
+# Exactly the names that the functions below give: no other digits, no second spelling of a number.
+_HOOK = re.compile(r"blocks\.(0|[1-9][0-9]{0,8})\.hook_resid_post")
+_SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.safetensors")
+_HOST = re.compile(r"host-([0-9]{5}|[1-9][0-9]{5,8})")
+OptionalShardName = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{_SHARD.pattern})?\Z")]
 
 
 class StoreError(ValueError):
@@ -81,28 +100,30 @@ class StoreSettings:
     """Everything that decides the stored bytes: a directory is continued only under equal settings.
 
     Raises:
-        StoreError: a dtype, width or hook name that no store can have.
+        StoreError: a value of a type, or a dtype, width or hook name, that no store can have.
     """
 
-    model_fingerprint: str  # sha256 hex over weights and config
-    hook_names: tuple[str, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
-    hidden_size: int
-    dtype: str  # "float32" | "bfloat16" | "float16"
+    model_fingerprint: Name  # sha256 hex over weights and config
+    hook_names: tuple[Name, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
+    hidden_size: Positive
+    dtype: Name  # "float32" | "bfloat16" | "float16"
     capture_prompt: bool
-    max_output_tokens: int
-    sampling: dict[str, float | int]  # temperature, top_k, top_p
-    seed: int
-    eos_token_ids: tuple[int, ...]
-    tokenizer_sha256: str
-    prompt: dict[str, str]  # grid_encoder, prompt_version
+    max_output_tokens: Positive
+    sampling: dict[Name, Finite]  # temperature, top_k, top_p
+    seed: Count
+    eos_token_ids: tuple[Length, ...]
+    tokenizer_sha256: Name
+    prompt: dict[Name, Name]  # grid_encoder, prompt_version
 
     def __post_init__(self) -> None:
+        try:
+            schema.checked({name: _plain(value) for name, value in vars(self).items()}, _SETTINGS_FORM)
+        except ValueError as error:
+            raise StoreError(f"a store cannot have these settings ({error})") from error
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"activations cannot be stored as {self.dtype!r}: choose one of {', '.join(DTYPES)}"
             )
-        if self.hidden_size < 1:
-            raise StoreError(f"hidden_size must be at least 1, not {self.hidden_size}")
         for name in self.hook_names:
             hook_layer(name)
         if len(set(self.hook_names)) != len(self.hook_names):
@@ -118,14 +139,14 @@ class StoreSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StoreSettings":
-        """Returns the settings that `to_json` gave; raises StoreError when a field is missing or unknown."""
+        """Returns the settings that `to_json` gave; raises StoreError for any other values."""
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             odd = ", ".join(sorted(set(values) ^ expected))
-            raise StoreError(f"{MANIFEST}: settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
-        plain = dict(values)
-        plain["hook_names"] = tuple(values["hook_names"])
-        plain["eos_token_ids"] = tuple(values["eos_token_ids"])
+            raise StoreError(f"settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**plain)
 
     def differences(self, asked: "StoreSettings") -> list[str]:
@@ -173,25 +194,25 @@ class SequenceRecord(NamedTuple):
     A failed sequence has `n_rows == 0`, no shard (`shard == ""`) and says in `failure` where it broke.
     """
 
-    key: str
-    shard: str
-    task_id: str
-    test_index: int
-    sample_index: int
-    augmentation: str
-    seed: int
-    row_start: int  # first row in the shard
-    n_rows: int
-    prompt_start: int  # first token in the shard's prompt_token_ids
-    prompt_length: int
-    generated_length: int
-    finish_reason: str
-    shard_bytes: int
-    shard_sha256: str
-    shard_sequences: int  # index lines of this shard: fewer of them means a torn commit
-    shard_mtime_ns: int  # when it was written; a resume re-hashes only shards where this changed
-    failure: str | None
     host: int
+    key: Key
+    shard: OptionalShardName
+    task_id: Name
+    test_index: Length
+    sample_index: Length
+    augmentation: Name
+    seed: Count
+    row_start: Length  # first row in the shard
+    n_rows: Length
+    prompt_start: Length  # first token in the shard's prompt_token_ids
+    prompt_length: Length
+    generated_length: Length
+    finish_reason: FinishReason
+    shard_bytes: Count
+    shard_sha256: OptionalSha256
+    shard_sequences: Length  # index lines of this shard: fewer of them means a torn commit
+    shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
+    failure: Sentence | None
 
     @property
     def path(self) -> str:
@@ -226,6 +247,9 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
     Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ.
+
+    Raises:
+        StoreError: the name is none that an index line can hold.
     """
     name = [
         sequence_id.task_id,
@@ -233,66 +257,141 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
         sequence_id.sample_index,
         sequence_id.augmentation,
     ]
+    try:
+        schema.checked(name, tuple[Name, Length, Length, Name])
+    except ValueError as error:
+        raise StoreError(f"a sequence cannot be stored as {name} ({error})") from error
     digest = hashlib.sha256(canonical_json([settings.to_json(), name]).encode())
     digest.update(np.asarray(sequence_id.prompt_token_ids, dtype="<i4").tobytes())
     return digest.hexdigest()[:32]
 
 
 def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> bytes:
-    """Returns the manifest's text; raises ValueError where `provenance` is not JSON."""
+    """Returns the manifest's text.
+
+    Raises:
+        ValueError: `provenance` is not JSON, or the manifest would be larger than MANIFEST_BYTES.
+    """
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings.to_json(),
         "provenance": dict(provenance),
     }
-    return (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    data = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
+    if len(data) > MANIFEST_BYTES:
+        raise StoreError(f"the manifest would have {len(data)} bytes; at most {MANIFEST_BYTES} are allowed")
+    return data
+
+
+class _Version(msgspec.Struct):
+    """What every manifest has, whatever its schema."""
+
+    schema_version: Count
+
+
+class _Manifest(_Version, forbid_unknown_fields=True):
+    """The form of a manifest of this schema."""
+
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
     """Returns (settings, provenance); raises StoreError for a damaged text or another schema version."""
     try:
-        manifest = json.loads(data)
-        version, settings, provenance = (
-            manifest[key] for key in ("schema_version", "settings", "provenance")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest") from error
-    if version != SCHEMA_VERSION:
-        raise StoreError(f"{where} has schema version {version}; this program reads version {SCHEMA_VERSION}")
-    return StoreSettings.from_json(settings), provenance
+        if len(data) > MANIFEST_BYTES:
+            raise ValueError(f"more than {MANIFEST_BYTES} bytes")
+        values = schema.from_json(data)
+        # First the version: another one's manifest may have any other fields.
+        version = schema.checked(values, _Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise StoreError(f"it has schema version {version}; this program reads version {SCHEMA_VERSION}")
+        manifest = schema.checked(values, _Manifest)
+        return StoreSettings.from_json(manifest.settings), manifest.provenance
+    except StoreError as error:
+        raise StoreError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest ({error})") from error
 
 
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
-_LINE_FIELDS = SequenceRecord._fields[:-1]
-_DECODER = json.JSONDecoder()
+_LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
+_ROW_BYTES = 17  # of a row's columns, whatever its layers take
+_LINE_FORM = schema.form(
+    "index line",
+    {name: get_type_hints(SequenceRecord, include_extras=True)[name] for name in _LINE_FIELDS},
+    SequenceRecord._field_defaults,
+)
+_DECODER = msgspec.json.Decoder(_LINE_FORM)
+_SETTINGS_FORM = schema.form("settings", get_type_hints(StoreSettings, include_extras=True), {})
 
 
 def encode_line(record: SequenceRecord) -> bytes:
-    """Returns the record's index line, newline included."""
-    values = dict(zip(_LINE_FIELDS, record, strict=False))
-    return (json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n").encode()
+    """Returns the record's index line, newline included; StoreError where `decode_line` would refuse it."""
+    values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
+    line = (json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n").encode()
+    decode_line(line, record.host)
+    return line
 
 
 def line_key(line: bytes) -> bytes | None:
     """Returns the 16 bytes of a line's key without parsing the rest; None for what is no index line."""
-    if not (line.startswith(b'{"key":"') and line.endswith(b"}")):
+    if not (line.startswith(b'{"key":"') and line.endswith(b"}") and len(line) <= LINE_BYTES):
         return None
     try:
-        return bytes.fromhex(line[KEY_SLICE].decode())
+        key = bytes.fromhex(line[KEY_SLICE].decode())
     except ValueError:
         return None
+    return key if len(key) == 16 else None
 
 
 def decode_line(line: bytes, host: int) -> SequenceRecord:
-    """Returns the record of an index line, with or without its newline; StoreError when it is not one."""
+    """Returns the record of an index line, with or without its newline; StoreError when it is not one.
+
+    What it returns is of the right types, within range and without contradiction: `shard` is a name in the
+    host's folder, and the rows fit into `shard_bytes`.
+    """
     try:
-        text = line.decode()
-        values, end = _DECODER.raw_decode(text)  # not json.loads, which is twice as slow on bytes
-        if text[end:] not in ("", "\n"):
-            raise ValueError("something follows the object")
-        if tuple(values) == _LINE_FIELDS:
-            return SequenceRecord._make([*values.values(), host])
-        return SequenceRecord(host=host, **values)
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"an index line of {host_name(host)} is damaged: {line[:80]!r}") from error
+        text = line.removesuffix(b"\n")
+        key = line_key(text)
+        if key is None:
+            raise ValueError(f"it begins with {line[:80]!r}")
+        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(text)))
+        if bytes.fromhex(record.key) != key:
+            raise ValueError("its key is given twice")
+        _check_consistency(record)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"not an index line ({schema.reason(error)})") from error
+    return record
+
+
+def _check_consistency(record: SequenceRecord) -> None:
+    """Raises ValueError where the fields of an index line contradict each other."""
+    if record.failed:
+        if record.shard or record.failure is None or record.n_rows:
+            raise ValueError("a failed sequence has no shard, has no rows and says why")
+        return
+    if not record.shard or not record.shard_sha256 or record.failure is not None:
+        raise ValueError("a sequence that has not failed has a shard and its checksum, and no failure")
+    if not 1 <= record.generated_length <= record.n_rows <= record.generated_length + record.prompt_length:
+        raise ValueError(
+            f"{record.n_rows} rows for {record.prompt_length} prompt and {record.generated_length} generated "
+            "tokens"
+        )
+    needed = _ROW_BYTES * (record.row_start + record.n_rows) + 4 * (
+        record.prompt_start + record.prompt_length
+    )
+    if needed > record.shard_bytes:
+        raise ValueError(f"its rows do not fit into a shard of {record.shard_bytes} bytes")
+
+
+def _plain(value: Any) -> Any:
+    """Returns numpy's numbers, also those in a tuple or dict, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return {name: _plain(of_name) for name, of_name in value.items()}
+    return value
