@@ -75,7 +75,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             hosts = self._files.hosts() if host is None else [host]
             found = {name: (of, status) for of in hosts for name, status in self._files.indexes(of).items()}
             if host is None and not (found and self._segments.keys() <= found.keys()):
-                self._files.read(MANIFEST)  # raises FileNotFoundError where the whole store is away
+                self._files.read(MANIFEST, 0, 1)  # raises FileNotFoundError where the whole store is away
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0

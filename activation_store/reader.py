@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from activation_store.format import (
     DTYPES,
     MANIFEST,
+    MANIFEST_BYTES,
     SequenceRecord,
     StoreError,
     decode_manifest,
@@ -81,7 +82,7 @@ class ActivationStore:
         self.directory = os.fspath(directory)
         self.files = open_files(directory)
         try:
-            manifest = self.files.read(MANIFEST)
+            manifest = self.files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
         except FileNotFoundError as error:
             raise StoreError(f"{self.directory} is not an activation store: it has no {MANIFEST}") from error
         except OSError as error:

@@ -91,6 +91,8 @@ def _shard_problem(
         return f"{lines} of its {record.shard_sequences} index lines are there"
     if status is None:
         return "the shard is missing"
+    if status.oddity:
+        return f"the shard is {status.oddity}"
     if status.size != record.shard_bytes:
         return f"the shard has {status.size} bytes, {record.shard_bytes} were written"
     if (

@@ -119,6 +119,9 @@ def _shard_problems(
     if status is None:
         yield "missing"
         return
+    if status.oddity:
+        yield f"is {status.oddity}, not a file"
+        return
     if status.size != first.shard_bytes:
         yield f"has {status.size} bytes, {first.shard_bytes} were written"
         return

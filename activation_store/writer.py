@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from activation_store.format import (
     MANIFEST,
+    MANIFEST_BYTES,
     FinishedSequence,
     SequenceRecord,
     StoreError,
@@ -31,7 +32,7 @@ from activation_store.packing import PackedBatch, pack_batch
 from activation_store.recovery import recover_host
 from activation_store.remote_files import open_files
 from activation_store.retry import RetryPolicy, at_once
-from activation_store.store_files import StoredFile, StoreFiles, writing
+from activation_store.store_files import StoredFile, StoreFiles, cannot, writing
 
 BATCHES_IN_FLIGHT = 2
 Batch = Sequence[FinishedSequence] | Callable[[], Sequence[FinishedSequence]]
@@ -83,7 +84,7 @@ class ActivationWriter:
             self.committed = SequenceIndex(self._files)
         except OSError as error:
             self._release()
-            raise StoreError(f"cannot open {self._files.location}: {error.strerror or error}") from error
+            raise cannot(f"open {self._files.location}", error) from error
         except BaseException:
             self._release()
             raise
@@ -239,11 +240,11 @@ def _index_lines(
 def _check_manifest(files: StoreFiles, settings: StoreSettings) -> bool:
     """Returns whether the store has a manifest; StoreError when it is one of other settings."""
     try:
-        data = files.read(MANIFEST)
+        data = files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StoreError(f"cannot read {files.location}/{MANIFEST}: {error.strerror or error}") from error
+        raise cannot(f"read {files.location}/{MANIFEST}", error) from error
     there, _ = decode_manifest(data, f"{files.location}/{MANIFEST}")
     check_settings(there, settings, files.location)
     return True
