@@ -30,12 +30,14 @@ from activation_store.schema import (
     OptionalSha256,
     Positive,
     Sentence,
+    Width,
 )
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 MANIFEST_BYTES = 1 << 20  # no manifest is larger
 LINE_BYTES = 1 << 17  # no index line is longer
+ROW_BYTES = 17  # of a row's columns in a shard, whatever its layers take
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -104,7 +106,7 @@ class StoreSettings:
 
     model_fingerprint: Name  # sha256 hex over weights and config
     hook_names: tuple[Name, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
-    hidden_size: Positive
+    hidden_size: Width
     dtype: Name  # "float32" | "bfloat16" | "float16"
     capture_prompt: bool
     max_output_tokens: Positive
@@ -316,7 +318,6 @@ def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, A
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
 _LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
-_ROW_BYTES = 17  # of a row's columns, whatever its layers take
 _LINE_FORM = schema.form(
     "index line",
     {name: get_type_hints(SequenceRecord, include_extras=True)[name] for name in _LINE_FIELDS},
@@ -378,9 +379,7 @@ def _check_consistency(record: SequenceRecord) -> None:
             f"{record.n_rows} rows for {record.prompt_length} prompt and {record.generated_length} generated "
             "tokens"
         )
-    needed = _ROW_BYTES * (record.row_start + record.n_rows) + 4 * (
-        record.prompt_start + record.prompt_length
-    )
+    needed = ROW_BYTES * (record.row_start + record.n_rows) + 4 * (record.prompt_start + record.prompt_length)
     if needed > record.shard_bytes:
         raise ValueError(f"its rows do not fit into a shard of {record.shard_bytes} bytes")
 

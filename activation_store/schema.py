@@ -16,6 +16,7 @@ Form = TypeVar("Form")
 Count = Annotated[int, Meta(ge=0, lt=1 << 53)]
 Length = Annotated[int, Meta(ge=0, lt=1 << 31)]  # of what is counted in int32: rows, tokens
 Positive = Annotated[int, Meta(ge=1, lt=1 << 31)]
+Width = Annotated[int, Meta(ge=1, le=1 << 20)]  # of a row
 Nanoseconds = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Finite = Annotated[float, Meta(ge=-1e300, le=1e300)]
 # What is printed as it stands may not steer a terminal and must be encodable: no controls, no surrogates.

@@ -21,7 +21,7 @@ from activation_store.format import (
 )
 from activation_store.index import index_lines
 from activation_store.reader import ActivationStore
-from activation_store.shard import GROUPS, Shard
+from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure
 from activation_store.store_files import FileStatus
 
@@ -68,8 +68,13 @@ def verify_store(store: ActivationStore, progress: Progress = silently) -> Itera
         present = store.files.shards(host)
         for shard, records in progress(lines.items(), host_name(host), "shard"):
             where = f"{host_name(host)}/{shard}"
-            for problem in _shard_problems(store, where, records, present.get(shard)):
-                yield f"{where}: {problem}"
+            try:
+                for problem in _shard_problems(store, where, records, present.get(shard)):
+                    yield f"{where}: {problem}"
+            except StoreError as error:
+                yield str(error)
+            except OSError as error:  # of this shard; the next may be sound
+                yield f"{where}: cannot be read: {error.strerror or error}"
 
 
 def store_notes(store: ActivationStore) -> Iterator[str]:
@@ -132,51 +137,12 @@ def _shard_problems(
     if len(records) != first.shard_sequences:
         yield f"{len(records)} of its {first.shard_sequences} index lines are there"
     shard = store.open_shard(where, status.size)
-    try:
-        shard.check_layout()
-    except StoreError as error:
-        yield str(error)
-        return
-    problems = list(_tensor_problems(store.settings, shard))
-    yield from problems
-    if problems:
-        return
+    shard.places()
     yield from _tiling_problems(shard, records)
     for order, record in enumerate(sorted(records, key=lambda r: r.row_start)):
         for problem in _sequence_problems(store.settings, record, shard, order):
             yield f"{record.label}: {problem}"
     yield from _row_problems(store.settings, shard)
-
-
-def _tensor_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
-    """Yields tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
-    places = {name: shard.place(name) for name in shard.names()}
-    rows = places["token_ids"].shape[0] if "token_ids" in places else 0
-    layers, hidden = len(settings.hook_names), settings.hidden_size
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_ids": ("int32", (rows,)),
-        "positions": ("int32", (rows,)),
-        "sequence_index": ("int32", (rows,)),
-        "is_generated": ("uint8", (rows,)),
-        "logprobs": ("float32", (rows,)),
-    }
-    if layers:
-        expected["norms"] = ("float32", (layers, rows))
-        expected |= dict.fromkeys(settings.hook_names, (settings.dtype, (rows, hidden)))
-        for group in GROUPS:
-            if f"statistics.{group}.mean" in places:
-                expected[f"statistics.{group}.mean"] = ("float32", (layers, hidden))
-                expected[f"statistics.{group}.variance"] = ("float32", (layers, hidden))
-                expected[f"statistics.{group}.norm"] = ("float32", (layers,))
-    for name, (dtype, shape) in expected.items():
-        if name not in places:
-            yield f"tensor {name} is missing"
-        elif (places[name].dtype.name, places[name].shape) != (dtype, shape):
-            yield f"tensor {name} is {places[name].dtype.name} {places[name].shape}, expected {dtype} {shape}"
-    for name in set(places) - set(expected) - {"prompt_token_ids"}:
-        yield f"tensor {name} does not belong there"
-    if "prompt_token_ids" not in places:
-        yield "tensor prompt_token_ids is missing"
 
 
 def _tiling_problems(shard: Shard, records: Sequence[SequenceRecord]) -> Iterator[str]:

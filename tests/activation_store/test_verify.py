@@ -225,7 +225,7 @@ def replaced(
         (lambda tensors: tensors.pop(HOOK), f"tensor {HOOK} is missing"),
         (lambda tensors: tensors.pop("norms"), "tensor norms is missing"),
         (lambda tensors: tensors.pop("prompt_token_ids"), "tensor prompt_token_ids is missing"),
-        (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "tensor extra does not belong there"),
+        (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "tensor 'extra' does not belong"),
     ],
 )
 def test_a_tensor_that_is_not_right_is_found_though_its_checksum_fits(
