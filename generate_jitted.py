@@ -4,7 +4,7 @@
     model = create_model_with_hooks(config)
     input_ids, prompt_lengths = pad_prompts([tokenizer.encode("2 + 2 ="), tokenizer.encode("Why?")])
     out = generate_single_task_jitted(model, params, input_ids, 64, prompt_lengths=prompt_lengths)
-    out.layer(12, row=1)           # [n, hidden] float32, numpy: layer 12 after reading each of row 1's n tokens
+    out.layer(12, row=1)           # [n, hidden] float32, numpy: layer 12 after each of row 1's n tokens
     out.activations[:, t, b]       # [14, hidden]: layers 10..23 after reading generated token t of row b
 
 ``activations[:, t, b]`` is what the layers produced while *reading* generated token t, at position

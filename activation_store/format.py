@@ -14,29 +14,48 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
+from activation_store import schema
 from activation_store.checked_json import canonical_json, seal, seal_line, unseal, unseal_line
+from activation_store.schema import (
+    Count,
+    Finite,
+    Key,
+    Length,
+    Name,
+    Nanoseconds,
+    OptionalNumerics,
+    OptionalSha256,
+    Positive,
+    Sentence,
+    Width,
+)
 
 SCHEMA_VERSION = 2
 # Version 1 had no checksums in manifest and index lines, and no `numerics`.
 READ_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 20  # no manifest is larger
+LINE_BYTES = 1 << 17  # no index line is longer
+ROW_BYTES = 17  # of a row's columns in a shard, whatever its layers take
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
 # "imported": rows taken over from another code base, whose tokens are not known.
-FINISH_REASONS = ("stop", "length", "failed", "imported")
+FinishReason = Annotated[str, msgspec.Meta(pattern=r"\A(?:stop|length|failed|imported)\Z")]
 
-_HOOK = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 # Exactly the names that the functions below give: no other digits, no second spelling of a number.
+_HOOK = re.compile(r"blocks\.(0|[1-9][0-9]{0,8})\.hook_resid_post")
 _SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.safetensors")
 _HOST = re.compile(r"host-([0-9]{5}|[1-9][0-9]{5,8})")
+OptionalShardName = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{_SHARD.pattern})?\Z")]
 
 
 class StoreError(ValueError):
@@ -87,28 +106,30 @@ class StoreSettings:
     """Everything that decides the stored bytes: a directory is continued only under equal settings.
 
     Raises:
-        StoreError: a dtype, width or hook name that no store can have.
+        StoreError: a value of a type, or a dtype, width or hook name, that no store can have.
     """
 
-    model_fingerprint: str  # sha256 hex over weights and config
-    hook_names: tuple[str, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
-    hidden_size: int
-    dtype: str  # "float32" | "bfloat16" | "float16"
+    model_fingerprint: Name  # sha256 hex over weights and config
+    hook_names: tuple[Name, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
+    hidden_size: Width
+    dtype: Name  # "float32" | "bfloat16" | "float16"
     capture_prompt: bool
-    max_output_tokens: int
-    sampling: dict[str, float | int]  # temperature, top_k, top_p
-    seed: int
-    eos_token_ids: tuple[int, ...]
-    tokenizer_sha256: str
-    prompt: dict[str, str]  # grid_encoder, prompt_version
+    max_output_tokens: Positive
+    sampling: dict[Name, Finite]  # temperature, top_k, top_p
+    seed: Count
+    eos_token_ids: tuple[Length, ...]
+    tokenizer_sha256: Name
+    prompt: dict[Name, Name]  # grid_encoder, prompt_version
 
     def __post_init__(self) -> None:
+        try:
+            schema.checked({name: _plain(value) for name, value in vars(self).items()}, _SETTINGS_FORM)
+        except ValueError as error:
+            raise StoreError(f"a store cannot have these settings ({error})") from error
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"activations cannot be stored as {self.dtype!r}: choose one of {', '.join(DTYPES)}"
             )
-        if self.hidden_size < 1:
-            raise StoreError(f"hidden_size must be at least 1, not {self.hidden_size}")
         for name in self.hook_names:
             hook_layer(name)
         if len(set(self.hook_names)) != len(self.hook_names):
@@ -124,14 +145,14 @@ class StoreSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StoreSettings":
-        """Returns the settings that `to_json` gave; raises StoreError when a field is missing or unknown."""
+        """Returns the settings that `to_json` gave; raises StoreError for any other values."""
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             odd = ", ".join(sorted(set(values) ^ expected))
-            raise StoreError(f"{MANIFEST}: settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
-        plain = dict(values)
-        plain["hook_names"] = tuple(values["hook_names"])
-        plain["eos_token_ids"] = tuple(values["eos_token_ids"])
+            raise StoreError(f"settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
         return cls(**plain)
 
     def differences(self, asked: "StoreSettings") -> list[str]:
@@ -180,25 +201,25 @@ class SequenceRecord(NamedTuple):
     """
 
     host: int
-    key: str
-    shard: str
-    task_id: str
-    test_index: int
-    sample_index: int
-    augmentation: str
-    seed: int
-    row_start: int  # first row in the shard
-    n_rows: int
-    prompt_start: int  # first token in the shard's prompt_token_ids
-    prompt_length: int
-    generated_length: int
-    finish_reason: str
-    shard_bytes: int
-    shard_sha256: str
-    shard_sequences: int  # index lines of this shard: fewer of them means a torn commit
-    shard_mtime_ns: int  # when it was written; a resume re-hashes only shards where this changed
-    failure: str | None
-    numerics: str = ""  # which of its host's numerics made it (host_files.py); "" where that is not known
+    key: Key
+    shard: OptionalShardName
+    task_id: Name
+    test_index: Length
+    sample_index: Length
+    augmentation: Name
+    seed: Count
+    row_start: Length  # first row in the shard
+    n_rows: Length
+    prompt_start: Length  # first token in the shard's prompt_token_ids
+    prompt_length: Length
+    generated_length: Length
+    finish_reason: FinishReason
+    shard_bytes: Count
+    shard_sha256: OptionalSha256
+    shard_sequences: Length  # index lines of this shard: fewer of them means a torn commit
+    shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
+    failure: Sentence | None
+    numerics: OptionalNumerics = ""  # which of its host's made it (host_files.py); "" where not known
 
     @property
     def path(self) -> str:
@@ -228,6 +249,9 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
     Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ.
+
+    Raises:
+        StoreError: the name is none that an index line can hold.
     """
     name = [
         sequence_id.task_id,
@@ -235,19 +259,44 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
         sequence_id.sample_index,
         sequence_id.augmentation,
     ]
+    try:
+        schema.checked(name, tuple[Name, Length, Length, Name])
+    except ValueError as error:
+        raise StoreError(f"a sequence cannot be stored as {name} ({error})") from error
     digest = hashlib.sha256(canonical_json([settings.to_json(), name]).encode())
     digest.update(np.asarray(sequence_id.prompt_token_ids, dtype="<i4").tobytes())
     return digest.hexdigest()[:32]
 
 
 def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> bytes:
-    """Returns the manifest's text; raises ValueError where `provenance` is not JSON."""
+    """Returns the manifest's text.
+
+    Raises:
+        ValueError: `provenance` is not JSON, or the manifest would be larger than MANIFEST_BYTES.
+    """
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "settings": settings.to_json(),
         "provenance": dict(provenance),
     }
-    return (json.dumps(seal(manifest), indent=2, allow_nan=False) + "\n").encode()
+    data = (json.dumps(seal(manifest), indent=2, allow_nan=False) + "\n").encode()
+    if len(data) > MANIFEST_BYTES:
+        raise StoreError(f"the manifest would have {len(data)} bytes; at most {MANIFEST_BYTES} are allowed")
+    return data
+
+
+class _Version(msgspec.Struct):
+    """What every manifest has, whatever its schema."""
+
+    schema_version: Count
+
+
+class _Manifest(_Version, forbid_unknown_fields=True):
+    """The form of a manifest of this schema."""
+
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    checksum: str | None = None
 
 
 def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
@@ -256,18 +305,20 @@ def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, A
     The checksum is not looked at, see `manifest_problem`: of a text that can be read, all is returned.
     """
     try:
-        manifest = json.loads(data)
-        version, settings, provenance = (
-            manifest[key] for key in ("schema_version", "settings", "provenance")
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest") from error
-    if version not in READ_VERSIONS:
-        raise StoreError(
-            f"{where} has schema version {version}; this program reads versions "
-            f"{', '.join(map(str, READ_VERSIONS))}"
-        )
-    return StoreSettings.from_json(settings), provenance
+        if len(data) > MANIFEST_BYTES:
+            raise ValueError(f"more than {MANIFEST_BYTES} bytes")
+        values = schema.from_json(data)
+        # First the version: another one's manifest may have any other fields.
+        version = schema.checked(values, _Version).schema_version
+        if version not in READ_VERSIONS:
+            read = ", ".join(map(str, READ_VERSIONS))
+            raise StoreError(f"it has schema version {version}; this program reads versions {read}")
+        manifest = schema.checked(values, _Manifest)
+        return StoreSettings.from_json(manifest.settings), manifest.provenance
+    except StoreError as error:
+        raise StoreError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest ({error})") from error
 
 
 def manifest_version(data: bytes) -> int:
@@ -290,37 +341,83 @@ def manifest_problem(data: bytes) -> str | None:
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
 _LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
-_DECODER = json.JSONDecoder()
+_LINE_FORM = schema.form(
+    "index line",
+    {name: get_type_hints(SequenceRecord, include_extras=True)[name] for name in _LINE_FIELDS},
+    SequenceRecord._field_defaults,
+)
+_DECODER = msgspec.json.Decoder(_LINE_FORM)
+_SETTINGS_FORM = schema.form("settings", get_type_hints(StoreSettings, include_extras=True), {})
 
 
 def encode_line(record: SequenceRecord) -> bytes:
-    """Returns the record's index line, with its checksum and newline."""
+    """Returns the record's index line, with its checksum and newline.
+
+    Raises:
+        StoreError: `decode_line` would refuse it.
+    """
     values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
-    return seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
+    line = seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
+    decode_line(line, record.host)
+    return line
 
 
 def line_key(line: bytes) -> bytes | None:
     """Returns the 16 bytes of a line's key without parsing the rest; None for what is no index line."""
-    if not (line.startswith(b'{"key":"') and line.endswith(b"}")):
+    if not (line.startswith(b'{"key":"') and line.endswith(b"}") and len(line) <= LINE_BYTES):
         return None
     try:
-        return bytes.fromhex(line[KEY_SLICE].decode())
+        key = bytes.fromhex(line[KEY_SLICE].decode())
     except ValueError:
         return None
+    return key if len(key) == 16 else None
 
 
 def decode_line(line: bytes, host: int) -> SequenceRecord:
     """Returns the record of an index line, with or without its newline; StoreError when it is not one.
 
-    Lines of schema version 1, which have neither checksum nor `numerics`, are read too.
+    What it returns is of the right types, within range and without contradiction: `shard` is a name in the
+    host's folder, and the rows fit into `shard_bytes`. Lines of schema version 1, which have neither checksum
+    nor `numerics`, are read too.
     """
     try:
-        text = unseal_line(line.removesuffix(b"\n")).decode()
-        values, end = _DECODER.raw_decode(text)  # not json.loads, which is twice as slow on bytes
-        if end != len(text):
-            raise ValueError("something follows the object")
-        if tuple(values) == _LINE_FIELDS:
-            return SequenceRecord._make([host, *values.values()])
-        return SequenceRecord(host=host, **values)
-    except (ValueError, TypeError) as error:
-        raise StoreError(f"an index line of {host_name(host)} is damaged: {line[:80]!r}") from error
+        text = unseal_line(line.removesuffix(b"\n"))
+        key = line_key(text)
+        if key is None:
+            raise ValueError(f"it begins with {line[:80]!r}")
+        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(text)))
+        if bytes.fromhex(record.key) != key:
+            raise ValueError("its key is given twice")
+        _check_consistency(record)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"not an index line ({schema.reason(error)})") from error
+    return record
+
+
+def _check_consistency(record: SequenceRecord) -> None:
+    """Raises ValueError where the fields of an index line contradict each other."""
+    if record.failed:
+        if record.shard or record.failure is None or record.n_rows:
+            raise ValueError("a failed sequence has no shard, has no rows and says why")
+        return
+    if not record.shard or not record.shard_sha256 or record.failure is not None:
+        raise ValueError("a sequence that has not failed has a shard and its checksum, and no failure")
+    if not 1 <= record.generated_length <= record.n_rows <= record.generated_length + record.prompt_length:
+        raise ValueError(
+            f"{record.n_rows} rows for {record.prompt_length} prompt and {record.generated_length} generated "
+            "tokens"
+        )
+    needed = ROW_BYTES * (record.row_start + record.n_rows) + 4 * (record.prompt_start + record.prompt_length)
+    if needed > record.shard_bytes:
+        raise ValueError(f"its rows do not fit into a shard of {record.shard_bytes} bytes")
+
+
+def _plain(value: Any) -> Any:
+    """Returns numpy's numbers, also those in a tuple or dict, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    if isinstance(value, dict):
+        return {name: _plain(of_name) for name, of_name in value.items()}
+    return value

@@ -10,19 +10,24 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from activation_store.format import MANIFEST, SequenceRecord, decode_line, line_key
+from activation_store.format import MANIFEST, SequenceRecord, StoreError, decode_line, line_key
 from activation_store.store_files import FileStatus, StoreFiles
 
 _WINDOW = 1 << 24  # bytes of an index held at a time
 
 
 def index_lines(files: StoreFiles, name: str, size: int) -> Iterator[bytes]:
-    """Yields the lines in the first `size` bytes of an index, newlines included; the last one may be torn."""
+    """Yields the lines in the first `size` bytes of an index, newlines included; the last one may be torn.
+
+    Where no line ends for 16 MiB it is taken for torn there, and nothing after it is read.
+    """
     rest = b""
     for offset in range(0, size, _WINDOW):
         data = files.read(name, offset, min(size, offset + _WINDOW))
         *lines, rest = (rest + data).split(b"\n")
         yield from (line + b"\n" for line in lines)
+        if len(rest) >= _WINDOW:
+            break
     if rest:
         yield rest
 
@@ -82,7 +87,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             before = len(self._ordinals)
             found = self._listing(self._files.hosts() if host is None else [host])
             if host is None and not (found and self._segments.keys() <= found.keys()):
-                self._files.read(MANIFEST)  # raises FileNotFoundError where the whole store is away
+                self._files.read(MANIFEST, 0, 1)  # raises FileNotFoundError where the whole store is away
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0
@@ -137,6 +142,9 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             data = self._files.read(segment.name, offset, min(size, offset + _WINDOW))
             lines = data.split(b"\n")
             lines.pop()  # what follows the last newline is not whole yet
+            if not lines and len(data) == _WINDOW:
+                self.damaged.append(f"{segment.name}, byte {offset}")
+                segment.consumed = size  # no line is that long: what is there is no index
             if not lines:
                 return
             for line in lines:
@@ -158,18 +166,20 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
 
     def __contains__(self, key: object) -> bool:
         with self._lock:  # another thread may be reading all of it anew
-            return isinstance(key, str) and bytes.fromhex(key) in self._ordinals
+            return _key_bytes(key) in self._ordinals
 
     def __iter__(self) -> Iterator[str]:
         return (key.hex() for key in list(self._ordinals))
 
     def __getitem__(self, key: str) -> SequenceRecord:
         with self._lock:
-            ordinal = self._ordinals[bytes.fromhex(key)]
+            ordinal = self._ordinals.get(_key_bytes(key), -1)
+            if ordinal < 0:
+                raise KeyError(key)
             segment = self._segment(ordinal)
             start = self._offset_of[ordinal]
             line = self._files.read(segment.name, start, start + self._length_of[ordinal])
-        return decode_line(line, segment.host)
+        return _record(line, segment, start)
 
     def records(self) -> Iterator[SequenceRecord]:
         """Yields all records in order, reading index files in large pieces: much quicker than key by key."""
@@ -184,4 +194,19 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             if segment_of[ordinal] != current or start + length > len(window):
                 current, window_start, start = segment_of[ordinal], offset, 0
                 window = self._files.read(segments[current].name, offset, offset + _WINDOW)
-            yield decode_line(window[start : start + length], segments[current].host)
+            yield _record(window[start : start + length], segments[current], offset)
+
+
+def _record(line: bytes, segment: _Segment, offset: int) -> SequenceRecord:
+    try:
+        return decode_line(line, segment.host)
+    except StoreError as error:
+        raise StoreError(f"{segment.name} is damaged at byte {offset}: {error}") from error
+
+
+def _key_bytes(key: object) -> bytes:
+    """Returns a key's 16 bytes; b"", which is no sequence's, for what is no key."""
+    try:
+        return bytes.fromhex(key) if isinstance(key, str) else b""
+    except ValueError:
+        return b""

@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,12 +21,24 @@ from activation_store.store_files import (
     INDEX_FOLDER,
     FileStatus,
     StoredFile,
+    cannot,
+    index_part,
     writing,
 )
 
 LOCK = "writer.lock"
 _TEMP = ".tmp"
 _POLL_SECONDS = 0.01
+# A link in a store could lead anywhere, a pipe would be waited for for ever.
+_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 def write_atomic(
@@ -64,7 +77,11 @@ def write_atomic(
 
 
 class LocalFiles:
-    """A store's files in a directory. Each change counts once file, rename and folder are fsynced."""
+    """A store's files in a directory. Each change counts once file, rename and folder are fsynced.
+
+    Only regular files in folders of the store's own are read or written. The directory itself may be a link;
+    a link, pipe or device within it is refused with a StoreError that names it.
+    """
 
     excludes_others = True
 
@@ -76,8 +93,12 @@ class LocalFiles:
     def hosts(self) -> list[int]:
         if not self.root.is_dir():
             return []
-        numbers = (host_number(entry.name) for entry in self.root.iterdir() if entry.is_dir())
-        return sorted(number for number in numbers if number is not None)
+        numbers = []
+        for entry in self.root.iterdir():
+            if (number := host_number(entry.name)) is not None and (entry.is_symlink() or entry.is_dir()):
+                self._require_folder(entry)
+                numbers.append(number)
+        return sorted(numbers)
 
     def names(self, folder: str = "") -> list[str]:
         try:
@@ -97,29 +118,49 @@ class LocalFiles:
         found = {
             f"{folder}/{INDEX_FOLDER}/{name}": status
             for name, status in self._listing(f"{folder}/{INDEX_FOLDER}").items()
+            if index_part(name)
         }
         with contextlib.suppress(FileNotFoundError):
-            found[f"{folder}/{INDEX}"] = _status((self.root / folder / INDEX).stat())
+            found[f"{folder}/{INDEX}"] = _status((self.root / folder / INDEX).lstat())
+        for name, status in found.items():
+            if status.oddity:
+                raise StoreError(_refusal(self.root / name, status.oddity))
         return found
 
     def _listing(self, folder: str) -> dict[str, FileStatus]:
+        path = self.root / folder
+        self._require_folder(path)
         try:
-            with os.scandir(self.root / folder) as entries:
-                found = {entry.name: _status(entry.stat()) for entry in entries if entry.is_file()}
+            with os.scandir(path) as entries:
+                found = {entry.name: _status(entry.stat(follow_symlinks=False)) for entry in entries}
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
 
+    def _require_folder(self, path: Path) -> None:
+        """Raises StoreError where a folder of the store is a link; it need not be there."""
+        while path != self.root:
+            if path.is_symlink():
+                raise StoreError(_refusal(path, _KINDS[stat.S_IFLNK]))
+            path = path.parent
+
+    def _open(self, name: str, flags: int) -> int:
+        """Opens a regular file of the store; StoreError for anything else that has its name."""
+        path = self.root / name
+        self._require_folder(path.parent)
+        return _open_regular(path, flags)
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        with (self.root / name).open("rb") as file:
+        with os.fdopen(self._open(name, os.O_RDONLY), "rb") as file:
             file.seek(start)
             return file.read(-1 if stop is None else stop - start)
 
     def open_file(self, name: str) -> "LocalFile":
-        return LocalFile(f"{self.root}/{name}")
+        return LocalFile(self._open(name, os.O_RDONLY))
 
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
+        self._require_folder(folder)
         try:
             _make_folder(folder)
             lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
@@ -130,14 +171,19 @@ class LocalFiles:
                 "wait for it to end or choose another directory"
             ) from error
         except OSError as error:
-            raise StoreError(f"cannot write to {folder}: {error.strerror or error}") from error
-        for stale in folder.glob(f"*{_TEMP}"):  # only the holder of the lock may think them stale
-            stale.unlink()
+            raise cannot(f"write to {folder}", error) from error
 
         def release() -> None:
             with contextlib.suppress(OSError):  # of a file server that is away or has forgotten the lock
                 lock.release()
 
+        try:
+            for stale in folder.glob(f"*{_TEMP}"):  # only the holder of the lock may think them stale
+                if not stale.is_dir() or stale.is_symlink():
+                    stale.unlink()
+        except OSError as error:
+            release()
+            raise cannot(f"write to {folder}", error) from error
         return release
 
     def in_use(self, host: int) -> bool:
@@ -166,23 +212,24 @@ class LocalFiles:
         # In the host's own folder the lock protects the temporary file; link() refuses to replace.
         temp = self.root / host_name(host) / f"{name}{_TEMP}"
         with writing(self.location, name):
-            _write_synced(temp, [memoryview(data)])
             try:
+                _write_synced(temp, [memoryview(data)])
                 os.link(temp, self.root / name)
             finally:
-                temp.unlink()
+                temp.unlink(missing_ok=True)
             _sync_folder(self.root)
 
     def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
         path = self.root / name
+        self._require_folder(path.parent)
         with writing(self.location, name):
             return write_atomic(path, chunks, temporary=f"{path}{_TEMP}")
 
     def append_index(self, host: int, number: int, lines: bytes) -> None:
-        path = self.root / host_name(host) / INDEX
-        with writing(self.location, f"{host_name(host)}/{INDEX}"):
+        name = f"{host_name(host)}/{INDEX}"
+        with writing(self.location, name):
             end = self._index_ends.get(host)
-            descriptor = os.open(path, os.O_RDWR | (0 if end else os.O_CREAT), 0o666)
+            descriptor = self._open(name, os.O_RDWR | (0 if end else os.O_CREAT))
             try:
                 size = os.fstat(descriptor).st_size
                 if end is None:
@@ -197,7 +244,7 @@ class LocalFiles:
             finally:
                 os.close(descriptor)
             if not end:
-                _sync_folder(path.parent)
+                _sync_folder(self.root / host_name(host))
             self._index_ends[host] = end + len(lines)
 
     def replace(self, name: str, data: bytes, *, host: int | None = None) -> None:
@@ -208,7 +255,8 @@ class LocalFiles:
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
-        with contextlib.suppress(FileNotFoundError):
+        self._require_folder(path.parent)
+        with writing(self.location, name), contextlib.suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".damaged"))
 
     def discard(self, name: str) -> None:
@@ -217,17 +265,25 @@ class LocalFiles:
 
 
 class LocalFile:
-    """A local file, read or mapped. Views stay valid after this object is gone."""
+    """A local file, read or mapped. Views stay valid after this object is gone.
 
-    def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
+    A view of a file that is cut afterwards must not be used: the system ends a process that does.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self._bytes: np.ndarray | None = None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
-        if hasattr(self, "_descriptor"):  # not when it could not be opened
-            close(self._descriptor)
+        close(self._descriptor)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
 
     def view(self, start: int, stop: int) -> np.ndarray:
+        if self.size < stop:
+            raise OSError(f"the file ends at byte {self.size}")
         if self._bytes is None:
             self._bytes = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
         return self._bytes[start:stop]
@@ -246,8 +302,32 @@ class LocalFile:
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
+def _open_regular(path: Path, flags: int) -> int:
+    """Opens a regular file, which is not waited for; StoreError for anything else."""
+    try:
+        descriptor = os.open(path, flags | _SAFELY, 0o666)  # less the umask
+    except OSError:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if oddity := _oddity(path.lstat().st_mode):
+                raise StoreError(_refusal(path, oddity)) from None
+        raise
+    if oddity := _oddity(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(_refusal(path, oddity))
+    return descriptor
+
+
+def _oddity(mode: int) -> str:
+    """Returns what there is instead of a regular file; "" for one."""
+    return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something unknown")
+
+
+def _refusal(path: Path, oddity: str) -> str:
+    return f"{path} is {oddity}, which a store never has there: move it away"
+
+
 def _status(status: os.stat_result) -> FileStatus:
-    return FileStatus(status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileStatus(status.st_size, status.st_mtime_ns, status.st_ino, _oddity(status.st_mode))
 
 
 def _locks_within(descriptor: int, seconds: float) -> bool:
@@ -290,7 +370,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> StoredFile:
     digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)  # less the umask
+    descriptor = _open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         for chunk in chunks:
             data = memoryview(chunk)

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Float32, Int32
 from activation_store.format import (
     DTYPES,
     MANIFEST,
+    MANIFEST_BYTES,
+    ROW_BYTES,
     SequenceRecord,
     StoreError,
     decode_manifest,
@@ -28,6 +30,7 @@ from activation_store.index import SequenceIndex
 from activation_store.remote_files import open_files
 from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
+from activation_store.store_files import FileStatus
 
 Item = TypeVar("Item")
 OUTCOMES = "outcomes.json"
@@ -84,7 +87,7 @@ class ActivationStore:
         self.directory = os.fspath(directory)
         self.files = open_files(directory)
         try:
-            manifest = self.files.read(MANIFEST)
+            manifest = self.files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
         except FileNotFoundError as error:
             raise StoreError(f"{self.directory} is not an activation store: it has no {MANIFEST}") from error
         except OSError as error:
@@ -96,6 +99,7 @@ class ActivationStore:
         self.index = SequenceIndex(self.files)
         self._shards: OrderedDict[str, Shard] = OrderedDict()
         self._shards_lock = threading.Lock()
+        self._listed: dict[int, dict[str, FileStatus]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ActivationStore, (self.directory,)  # memory maps and locks do not travel to worker processes
@@ -188,6 +192,7 @@ class ActivationStore:
                 start, stop = chosen.row_range(record)
                 if start == stop:
                     continue
+                shard.require(record)
                 at = slice(record.row_start + start, record.row_start + stop)
                 data, columns = of_layer[at], _columns(known, at, record.prompt_length)
                 if chosen.max_norm is not None and not (keep := columns.norms <= chosen.max_norm).all():
@@ -202,7 +207,7 @@ class ActivationStore:
 
         def opened(group: tuple[Any, Iterator[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
             records = list(group[1])
-            return self._shard(records[0]), records
+            return self.open_shard(records[0].path, records[0].shard_bytes), records  # waits for nothing
 
         def prefetched(of_shard: tuple[Shard, list[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
             shard, records = of_shard
@@ -294,15 +299,37 @@ class ActivationStore:
             file = self.files.open_file(path)
         except OSError as error:
             raise StoreError(f"cannot read {where}: {error.strerror or error}") from error
-        shard = Shard(file, size, where)
+        shard = Shard(file, size, where, self.settings)
         with self._shards_lock:
             self._shards[path] = shard
             if len(self._shards) > _OPEN_SHARDS:
                 self._shards.popitem(last=False)
         return shard
 
+    def require_shard(self, record: SequenceRecord) -> None:
+        """Raises StoreError unless a record's shard is there, as long as written, with room for its rows.
+
+        The shards of a host are listed once, and none is opened.
+        """
+        listed = self._listed.get(record.host, {})
+        if record.shard not in listed:
+            listed = self._listed[record.host] = self.files.shards(record.host)
+        where = f"{self.directory}/{record.path}"
+        if record.shard not in listed:
+            raise StoreError(f"{where} is missing")
+        size, oddity = listed[record.shard].size, listed[record.shard].oddity
+        if oddity or size != record.shard_bytes:
+            raise StoreError(
+                f"{where} is {oddity or f'{size} bytes long'}, {record.shard_bytes} were written"
+            )
+        row_bytes = ROW_BYTES + len(self.layers) * self.settings.hidden_size * self.dtype.itemsize
+        if _end(record) * row_bytes > size:
+            raise StoreError(f"{record.label}: its rows end outside {where}")
+
     def _shard(self, record: SequenceRecord) -> Shard:
-        return self.open_shard(record.path, record.shard_bytes)
+        shard = self.open_shard(record.path, record.shard_bytes)
+        shard.require(record)
+        return shard
 
     def _generated(self, record: SequenceRecord, name: str) -> np.ndarray:
         self._require_rows(record)

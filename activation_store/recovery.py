@@ -137,6 +137,8 @@ def _judge(
     """Returns what is wrong with a shard or its lines, and the claims that are true of it."""
     if status is None:
         return "the shard is missing", ()
+    if status.oddity:
+        return f"the shard is {status.oddity}", ()
     of_size = [claim for claim in claims if claim.size == status.size]
     if not of_size:
         written = claims.most_common(1)[0][0].size

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import fsspec.utils
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from activation_store.format import StoreError, StoreWriteError, host_name, host_number, shard_number
 from activation_store.local_files import LocalFiles
@@ -19,6 +19,7 @@ from activation_store.store_files import (
     FileStatus,
     StoredFile,
     StoreFiles,
+    index_part,
     writing,
 )
 
@@ -37,7 +38,7 @@ def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
         filesystem, path = fsspec.core.url_to_fs(location)
     except (ValueError, ImportError) as error:
         raise StoreError(f"{location} cannot be opened: {error}") from error
-    if fsspec.utils.get_protocol(location) == "file":
+    if isinstance(filesystem, LocalFileSystem):  # file:// or local://
         return LocalFiles(Path(path), location)
     return RemoteFiles(filesystem, path.rstrip("/"), location)
 
@@ -45,18 +46,20 @@ def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
 class RemoteFile:
     """An object whose ranges are fetched when they are asked for."""
 
+    size = None
+
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
 
     def view(self, start: int, stop: int) -> np.ndarray:
-        return np.frombuffer(self._read(start, stop), np.uint8)
+        data = np.frombuffer(self._read(start, stop), np.uint8)
+        if len(data) < stop - start:
+            raise OSError(f"the object ends at byte {start + len(data)}")
+        return data
 
     def read_into(self, start: int, out: np.ndarray) -> None:
         into = out.reshape(-1).view(np.uint8)
-        data = self.view(start, start + len(into))
-        if len(data) < len(into):
-            raise OSError(f"the object ends at byte {start + len(data)}")
-        into[:] = data
+        into[:] = self.view(start, start + len(into))
 
     def prefetch(self, start: int, stop: int) -> None:
         """Does nothing: a request would have to be waited for."""
@@ -101,6 +104,7 @@ class RemoteFiles:
         found = {
             f"{folder}/{INDEX_FOLDER}/{name}": status
             for name, status in self._listing(f"{folder}/{INDEX_FOLDER}").items()
+            if index_part(name)
         }
         with contextlib.suppress(FileNotFoundError):
             size = self._filesystem.info(self._path(f"{folder}/{INDEX}"))["size"]

@@ -17,20 +17,23 @@ The statistics live in the shard, so one rename commits both. Without capture on
 """
 
 import functools
-import json
 import math
-from collections.abc import Callable, Iterable
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
-from activation_store.format import StoreError
+from activation_store import schema
+from activation_store.format import DTYPES, SequenceRecord, StoreError, StoreSettings
+from activation_store.schema import Count
 from activation_store.store_files import FileView
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _HEAD_BYTES = 1 << 15  # holds the header and the first columns of a shard of a thousand rows
+_HEADER_BYTES = 1 << 20  # no header is longer
 # Bytes, of the first layer in the file: the kernel copies from and to odd addresses at half the speed.
 ALIGNMENT = 64
 GROUPS = ("generated", "prompt")
@@ -43,7 +46,18 @@ TYPE_NAMES = {
     np.dtype(np.uint8): "U8",
 }
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
-_DECODER = json.JSONDecoder()
+
+
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """The form of a header's entry for one tensor."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=2)]
+    data_offsets: tuple[Count, Count]
+
+
+_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ENTRY = msgspec.json.Decoder(_Entry)
 
 
 class TensorPlace(NamedTuple):
@@ -68,8 +82,8 @@ def _naming_the_shard(
             raise
         except OSError as error:
             raise StoreError(f"cannot read {self.where}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise StoreError(f"{self.where} is not a whole shard: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"{self.where} is not a whole shard: {schema.reason(error)}") from error
 
     return wrapped
 
@@ -86,65 +100,58 @@ class Shard:
         file: its bytes.
         size: how many they are.
         where: its name for messages.
+        settings: those of its store, which decide what tensors there are.
     """
 
-    def __init__(self, file: FileView, size: int, where: str) -> None:
+    def __init__(self, file: FileView, size: int, where: str, settings: StoreSettings) -> None:
+        if file.size not in (None, size):
+            raise StoreError(f"{where} has {file.size} bytes, {size} were written")
         self._file = file
         self._size = size
         self.where = where
+        self._settings = settings
         self._head = np.empty(0, np.uint8)
-        self._header = ""
-        self._base = 0  # where the tensors begin, once the header was read
-        self._places: dict[str, TensorPlace] = {}
+        self._all_places: dict[str, TensorPlace] = {}  # once the header was read
         self._columns: dict[str, np.ndarray] = {}
         self._layer: tuple[str, np.ndarray] | None = None
         file.prefetch(0, min(size, _HEAD_BYTES))
 
     @_naming_the_shard
-    def names(self) -> list[str]:
-        """Returns the tensors' names, in file order."""
-        header = json.loads(self._read_header())
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        return [name for name in header if name != "__metadata__"]
+    def places(self) -> Mapping[str, TensorPlace]:
+        """Returns where each tensor lies, in file order.
 
-    @_naming_the_shard
-    def check_layout(self) -> None:
-        """Raises StoreError unless the tensors fill the file from the header to its end without a gap."""
-        end = 0
-        for name in self.names():
-            place = self.place(name)
-            if place.start != (end or self._base):
-                raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
-            end = place.stop
-        if end != self._size:
-            raise ValueError(f"its tensors end at byte {end}, the file at {self._size}")
+        They fill the file without a gap, and are those that the settings promise.
+        """
+        if not self._all_places:
+            self._head = np.empty(min(self._size, _HEAD_BYTES), np.uint8)
+            self._file.read_into(0, self._head)
+            length = int.from_bytes(self._head[:8].tobytes(), "little")
+            if length > min(self._size - 8, _HEADER_BYTES):
+                raise ValueError(f"its header does not fit {self._size} bytes")
+            places = _read_header(self._bytes(8, 8 + length).tobytes(), 8 + length)
+            end = max((place.stop for place in places.values()), default=8 + length)
+            if end != self._size:
+                raise ValueError(f"its tensors end at byte {end}, the file at {self._size}")
+            for problem in _problems(places, self._settings):
+                raise ValueError(problem)
+            self._all_places = places
+        return self._all_places
 
     def __contains__(self, name: str) -> bool:
-        return name in self.names()
+        return name in self.places()
 
-    @_naming_the_shard
     def place(self, name: str) -> TensorPlace:
-        """Returns where a tensor lies; StoreError when it is missing or not within the file."""
-        if name not in self._places:
-            # One entry is looked up in the text: parsing all of it would take longer than reading the rows.
-            _, found, rest = self._read_header().partition(f'"{name}":')
-            if not found:
-                raise ValueError(f"it has no tensor {name!r}")
-            try:
-                entry, _ = _DECODER.raw_decode(rest)
-                dtype, shape = _TYPES[entry["dtype"]], tuple(entry["shape"])
-                start, stop = entry["data_offsets"]
-                start, stop = self._base + start, self._base + stop
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"the header's entry {name!r} is not that of a tensor") from error
-            if (
-                stop - start != math.prod(shape) * dtype.itemsize
-                or not self._base <= start <= stop <= self._size
-            ):
-                raise ValueError(f"tensor {name!r} does not fill its place")
-            self._places[name] = TensorPlace(dtype, shape, start, stop)
-        return self._places[name]
+        """Returns where a tensor lies; StoreError when it is missing."""
+        places = self.places()
+        if name not in places:
+            raise StoreError(f"{self.where} is not a whole shard: it has no tensor {name!r}")
+        return places[name]
+
+    def require(self, record: SequenceRecord) -> None:
+        """Raises StoreError unless the rows and the prompt of an index line lie within the shard."""
+        rows, prompts = self.place("token_ids").shape[0], self.place("prompt_token_ids").shape[0]
+        if record.row_start + record.n_rows > rows or record.prompt_start + record.prompt_length > prompts:
+            raise StoreError(f"{record.label}: its rows or prompt tokens end outside {self.where}")
 
     def column(self, name: str) -> np.ndarray:
         """Returns any tensor but a layer's, read-only."""
@@ -175,10 +182,12 @@ class Shard:
 
         Quicker than a view for rows that are read once.
         """
-        start = self.place(name).start
-        row_bytes = out.shape[1] * out.dtype.itemsize
+        place = self.place(name)
+        start, row_bytes = place.start, out.shape[1] * out.dtype.itemsize
         filled = 0
         for first, end in runs:
+            if end > place.shape[0]:
+                raise ValueError(f"it has {place.shape[0]} rows, row {end - 1} is wanted")
             self._file.read_into(start + first * row_bytes, out[filled : filled + end - first])
             filled += end - first
 
@@ -192,15 +201,62 @@ class Shard:
         for first, end in [(0, place.shape[0])] if runs is None else runs:
             self._file.prefetch(place.start + first * row_bytes, place.start + end * row_bytes)
 
-    def _read_header(self) -> str:
-        if not self._base:
-            self._head = np.empty(min(self._size, _HEAD_BYTES), np.uint8)
-            self._file.read_into(0, self._head)
-            length = int.from_bytes(self._head[:8].tobytes(), "little")
-            if 8 + length > self._size:
-                raise ValueError(f"its header does not fit {self._size} bytes")
-            self._header, self._base = self._bytes(8, 8 + length).tobytes().decode(), 8 + length
-        return self._header
-
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         return self._head[start:stop] if stop <= len(self._head) else self._file.view(start, stop)
+
+
+def _read_header(text: bytes, base: int) -> dict[str, TensorPlace]:
+    """Returns the places of a header whose tensors follow each other from byte `base` on."""
+    places = {}
+    end = base
+    for name, raw in _HEADER.decode(text).items():
+        if name == "__metadata__":
+            continue
+        try:
+            entry = _ENTRY.decode(raw)
+            dtype = _TYPES[entry.dtype]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"the header's entry {name!r} is not that of a tensor") from error
+        start, stop = (base + offset for offset in entry.data_offsets)
+        if start != end:
+            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+        if stop - start != math.prod(entry.shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} does not fill its place")
+        places[name] = TensorPlace(dtype, entry.shape, start, stop)
+        end = stop
+    return places
+
+
+def _problems(places: Mapping[str, TensorPlace], settings: StoreSettings) -> Iterator[str]:
+    """Yields tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
+    expected = _expected(places, settings)
+    for name, (dtype, shape) in expected.items():
+        place = places.get(name)
+        if place is None:
+            yield f"tensor {name} is missing"
+        elif (place.dtype, place.shape) != (dtype, shape):
+            yield f"tensor {name} is {place.dtype.name} {place.shape}, expected {dtype.name} {shape}"
+    for name in places.keys() - expected.keys():
+        yield f"tensor {name!r} does not belong there"
+
+
+def _expected(
+    places: Mapping[str, TensorPlace], settings: StoreSettings
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Returns dtype and shape of each tensor of a shard that has as many rows and prompt tokens."""
+    rows, prompts = (
+        places[name].shape[:1] if name in places else (0,) for name in ("token_ids", "prompt_token_ids")
+    )
+    layers, hidden = len(settings.hook_names), settings.hidden_size
+    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+    expected = dict.fromkeys(("token_ids", "positions", "sequence_index"), (int32, rows))
+    expected |= {"logprobs": (float32, rows), "prompt_token_ids": (int32, prompts)}
+    if layers:
+        expected["norms"] = float32, (layers, *rows)
+        for group in GROUPS:
+            names = [f"statistics.{group}.{name}" for name in ("mean", "variance", "norm")]
+            if any(name in places for name in names):  # there are none where a group has no rows
+                shapes = (layers, hidden), (layers, hidden), (layers,)
+                expected |= {name: (float32, shape) for name, shape in zip(names, shapes, strict=True)}
+        expected |= dict.fromkeys(settings.hook_names, (DTYPES[settings.dtype], (*rows, hidden)))
+    return expected | {"is_generated": (np.dtype(np.uint8), rows)}

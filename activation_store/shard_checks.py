@@ -10,7 +10,7 @@ import numpy as np
 from activation_store.format import SequenceId, SequenceRecord, StoreError, StoreSettings, sequence_key
 from activation_store.reader import ActivationStore
 from activation_store.recovery import shard_sha256
-from activation_store.shard import GROUPS, Shard
+from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure
 from activation_store.store_files import FileStatus
 
@@ -95,13 +95,8 @@ def _compare(
 def _check_content(
     store: ActivationStore, where: str, lines: Sequence[IndexLine], size: int
 ) -> Iterator[Finding]:
-    all_lines = frozenset(line.place for line in lines)
     shard = store.open_shard(where, size)
-    shard.check_layout()
-    problems = list(_tensor_problems(store.settings, shard))
-    yield from (Finding(f"{where}: {problem}", all_lines) for problem in problems)
-    if problems:
-        return
+    shard.places()
     bad: set[tuple[str, int]] = set()
     for line in sorted(lines, key=lambda line: line.record.row_start):
         for problem in _sequence_problems(store.settings, line.record, shard):
@@ -112,37 +107,6 @@ def _check_content(
         yield finding
         bad |= finding.lines
     yield from _row_findings(store.settings, shard, where, [line for line in good if line.place not in bad])
-
-
-def _tensor_problems(settings: StoreSettings, shard: Shard) -> Iterator[str]:
-    """Yields tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
-    places = {name: shard.place(name) for name in shard.names()}
-    rows = places["token_ids"].shape[0] if "token_ids" in places else 0
-    layers, hidden = len(settings.hook_names), settings.hidden_size
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_ids": ("int32", (rows,)),
-        "positions": ("int32", (rows,)),
-        "sequence_index": ("int32", (rows,)),
-        "is_generated": ("uint8", (rows,)),
-        "logprobs": ("float32", (rows,)),
-    }
-    if layers:
-        expected["norms"] = ("float32", (layers, rows))
-        expected |= dict.fromkeys(settings.hook_names, (settings.dtype, (rows, hidden)))
-        for group in GROUPS:
-            if f"statistics.{group}.mean" in places:
-                expected[f"statistics.{group}.mean"] = ("float32", (layers, hidden))
-                expected[f"statistics.{group}.variance"] = ("float32", (layers, hidden))
-                expected[f"statistics.{group}.norm"] = ("float32", (layers,))
-    for name, (dtype, shape) in expected.items():
-        if name not in places:
-            yield f"tensor {name} is missing"
-        elif (places[name].dtype.name, places[name].shape) != (dtype, shape):
-            yield f"tensor {name} is {places[name].dtype.name} {places[name].shape}, expected {dtype} {shape}"
-    for name in set(places) - set(expected) - {"prompt_token_ids"}:
-        yield f"tensor {name} does not belong there"
-    if "prompt_token_ids" not in places:
-        yield "tensor prompt_token_ids is missing"
 
 
 def _sequence_problems(settings: StoreSettings, record: SequenceRecord, shard: Shard) -> Iterator[str]:

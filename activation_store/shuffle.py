@@ -123,6 +123,7 @@ class ShuffledBatches:
             start, stop = chosen.row_range(record)
             if start == stop:
                 continue
+            self.store.require_shard(record)
             shard = shard_numbers.setdefault(record.path, len(shard_numbers))
             if shard == len(self._shards):
                 self._shards.append((record.path, record.shard_bytes))

@@ -7,23 +7,55 @@ one to the other and read there.
 """
 
 import contextlib
+import errno
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from activation_store.format import StoreWriteError
+from activation_store.format import StoreError, StoreWriteError
 
 INDEX = "index.jsonl"
 INDEX_FOLDER = "index"
 COMMIT_SECONDS = 5.0  # how long a commit waits for another host's to end
+_PART = re.compile(r"([0-9]{6}|[1-9][0-9]{6,11})\.jsonl")
+# What stays as it is until a person changes something; anything else may be over when it is tried again.
+_LASTING = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENOENT,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }
+)
+
+
+def index_part(name: str) -> bool:
+    """Returns whether a file in the folder INDEX_FOLDER is one of the index: "000012.jsonl"."""
+    return _PART.fullmatch(name) is not None
 
 
 class FileView(Protocol):
     """The bytes of one file, read-only."""
 
+    @property
+    def size(self) -> int | None:
+        """How many bytes there are now; None where that would have to be asked for."""
+        ...
+
     def view(self, start: int, stop: int) -> np.ndarray:
-        """Returns bytes [start, stop) as uint8; mapped, not copied, where the file is local."""
+        """Returns bytes [start, stop) as uint8; mapped, not copied, where the file is local.
+
+        Raises:
+            OSError: the file ends before `stop`.
+        """
         ...
 
     def read_into(self, start: int, out: np.ndarray) -> None:
@@ -49,6 +81,7 @@ class FileStatus(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+    oddity: str = ""  # what there is instead of a regular file: "a symbolic link", "a folder", ...
 
 
 class StoreFiles(Protocol):
@@ -66,11 +99,15 @@ class StoreFiles(Protocol):
         ...
 
     def shards(self, host: int) -> dict[str, FileStatus]:
-        """Returns the shards of a host folder by base name; {} without the folder."""
+        """Returns the shards of a host folder by base name, odd ones too; {} without the folder."""
         ...
 
     def indexes(self, host: int) -> dict[str, FileStatus]:
-        """Returns the index files of a host in commit order, by name below the store."""
+        """Returns the index files of a host in commit order, by name below the store.
+
+        Raises:
+            StoreError: one of them is no regular file.
+        """
         ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
@@ -140,7 +177,11 @@ class StoreFiles(Protocol):
         ...
 
     def set_aside(self, name: str) -> None:
-        """Moves a damaged file out of the way."""
+        """Moves a damaged file out of the way.
+
+        Raises:
+            StoreWriteError: it cannot be moved.
+        """
         ...
 
     def discard(self, name: str) -> None:
@@ -150,6 +191,12 @@ class StoreFiles(Protocol):
             StoreWriteError: it cannot be removed.
         """
         ...
+
+
+def cannot(what: str, error: OSError) -> StoreError:
+    """Returns the error for what could not be done: a StoreWriteError where trying again may help."""
+    kind = StoreError if error.errno in _LASTING else StoreWriteError
+    return kind(f"cannot {what}: {error.strerror or error}")
 
 
 @contextlib.contextmanager

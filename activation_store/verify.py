@@ -7,9 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from activation_store.format import (
-    FINISH_REASONS,
     MANIFEST,
-    SequenceRecord,
     StoreError,
     decode_line,
     host_name,
@@ -24,7 +22,6 @@ from activation_store.reader import OUTCOMES, ActivationStore
 from activation_store.shard_checks import Finding, IndexLine, check_shard
 from activation_store.store_files import INDEX, INDEX_FOLDER
 
-_FIELD_TYPES = dict(SequenceRecord.__annotations__)
 _OURS = {MANIFEST, OUTCOMES, "run", INDEX, INDEX_FOLDER, LOCK}
 
 Item = TypeVar("Item")
@@ -159,14 +156,9 @@ def _read_lines(
                     yield Finding(f"{where}: torn, {len(line)} bytes of it are there", place)
                 continue
             try:
-                record = decode_line(line, host)
-            except StoreError:
-                yield Finding(f"{where}: not an index line", place)
-                continue
-            problems = list(_line_problems(record))
-            yield from (Finding(f"{where}: {problem}", place) for problem in problems)
-            if not problems:
-                lines.append(IndexLine(name, number, record))
+                lines.append(IndexLine(name, number, decode_line(line, host)))
+            except StoreError as error:
+                yield Finding(f"{where}: {error}", place)
 
 
 def _foreign_names(store: ActivationStore, folder: str) -> list[str]:
@@ -181,16 +173,3 @@ def _foreign_names(store: ActivationStore, folder: str) -> list[str]:
             or (not folder and host_file_number(name) is not None)
         )
     ]
-
-
-def _line_problems(record: SequenceRecord) -> Iterator[str]:
-    for name, kind in _FIELD_TYPES.items():
-        value = getattr(record, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            yield f"{name} is {value!r}"
-        elif isinstance(value, int) and value < 0:
-            yield f"{name} is negative"
-    if record.finish_reason not in FINISH_REASONS:
-        yield f"finish_reason is {record.finish_reason!r}"
-    if record.failed != (record.failure is not None) or record.failed != (record.shard == ""):
-        yield "a failed sequence has no shard and says why; others have a shard"

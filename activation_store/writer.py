@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from activation_store.format import (
     MANIFEST,
+    MANIFEST_BYTES,
     SCHEMA_VERSION,
     FinishedSequence,
     SequenceRecord,
@@ -46,7 +47,7 @@ from activation_store.packing import PackedBatch, pack_batch
 from activation_store.recovery import drop_late_lines, recover_host
 from activation_store.remote_files import open_files
 from activation_store.retry import RetryPolicy, at_once
-from activation_store.store_files import COMMIT_SECONDS, StoredFile, StoreFiles, writing
+from activation_store.store_files import COMMIT_SECONDS, StoredFile, StoreFiles, cannot, writing
 
 BATCHES_IN_FLIGHT = 2
 Batch = Sequence[FinishedSequence] | Callable[[], Sequence[FinishedSequence]]
@@ -111,7 +112,7 @@ class ActivationWriter:
             self.earlier_numerics = list(known_numerics(read_host_files(self._files)[0]).values())
         except OSError as error:
             self._release()
-            raise StoreError(f"cannot open {self._files.location}: {error.strerror or error}") from error
+            raise cannot(f"open {self._files.location}", error) from error
         except BaseException:
             self._release()
             raise
@@ -292,11 +293,11 @@ class ActivationWriter:
 def _check_manifest(files: StoreFiles, settings: StoreSettings) -> bool:
     """Returns whether the store has a manifest; StoreError when it is one of other settings."""
     try:
-        data = files.read(MANIFEST)
+        data = files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StoreError(f"cannot read {files.location}/{MANIFEST}: {error.strerror or error}") from error
+        raise cannot(f"read {files.location}/{MANIFEST}", error) from error
     where = f"{files.location}/{MANIFEST}"
     there, provenance = decode_manifest(data, where)
     if problem := manifest_problem(data):

@@ -121,12 +121,12 @@ def test_a_sequence_in_two_places_is_found(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        ({"row_start": -1}, "row_start is negative"),
-        ({"n_rows": "7"}, "n_rows is '7'"),
-        ({"task_id": None}, "task_id is None"),
-        ({"finish_reason": "done"}, "finish_reason is 'done'"),
-        ({"finish_reason": "failed"}, "a failed sequence has no shard and says why"),
-        ({"failure": "broke"}, "a failed sequence has no shard and says why"),
+        ({"row_start": -1}, "row_start: expected int >= 0"),
+        ({"n_rows": "7"}, "n_rows: expected int, got str"),
+        ({"task_id": None}, "task_id: expected str, got null"),
+        ({"finish_reason": "done"}, "finish_reason: a text of another form"),
+        ({"finish_reason": "failed"}, "a failed sequence has no shard, has no rows and says why"),
+        ({"failure": "broke"}, "a sequence that has not failed has a shard and its checksum, and no failure"),
     ],
 )
 def test_an_index_line_with_an_impossible_value_is_found(
@@ -153,7 +153,8 @@ def test_an_index_line_with_an_impossible_value_is_found(
         ({"augmentation": "flip"}, "its key is not that of its task"),
         ({"seed": 8}, "its key is not that of its task"),
         ({"finish_reason": "length"}, "finish_reason is length, the last token is 5"),
-        ({"shard_bytes": 5}, "different sizes"),
+        ({"shard_bytes": 5}, "its rows do not fit into a shard of 5 bytes"),
+        ({"shard_bytes": 5000}, "different sizes"),
         ({"shard_sequences": 9}, "different sizes, checksums or sequence counts"),
     ],
 )
@@ -224,7 +225,7 @@ def replaced(
         (lambda tensors: tensors.pop(HOOK), f"tensor {HOOK} is missing"),
         (lambda tensors: tensors.pop("norms"), "tensor norms is missing"),
         (lambda tensors: tensors.pop("prompt_token_ids"), "tensor prompt_token_ids is missing"),
-        (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "tensor extra does not belong there"),
+        (lambda tensors: tensors.update(extra=np.zeros(3, np.float32)), "tensor 'extra' does not belong"),
     ],
 )
 def test_a_tensor_that_is_not_right_is_found_though_its_checksum_fits(
@@ -238,11 +239,11 @@ def test_a_tensor_that_is_not_right_is_found_though_its_checksum_fits(
 
 def test_a_file_that_is_no_shard_is_found_though_its_checksum_fits(tmp_path: Path):
     make(tmp_path)
-    data = b"\xff" * 100
+    data = b"\xff" * 2000
     (tmp_path / SHARD).write_bytes(data)
     lines = read_index(tmp_path)
     for line in lines[:4]:
-        line |= {"shard_bytes": 100, "shard_sha256": hashlib.sha256(data).hexdigest()}
+        line |= {"shard_bytes": 2000, "shard_sha256": hashlib.sha256(data).hexdigest()}
     write_index(tmp_path, lines)
     assert any("is not a whole shard" in line for line in findings(tmp_path))
 
