@@ -83,6 +83,7 @@ class LocalFiles:
 
     def __init__(self, root: Path, location: str) -> None:
         self.root = root
+        self._path = os.fspath(root)
         self.location = location
         self._index_ends: dict[int, int] = {}  # how much of a host's index is whole, once written to
 
@@ -92,7 +93,7 @@ class LocalFiles:
         numbers = []
         for entry in self.root.iterdir():
             if (number := host_number(entry.name)) is not None and (entry.is_symlink() or entry.is_dir()):
-                self._require_folder(entry)
+                self._require_folder(entry.name)
                 numbers.append(number)
         return sorted(numbers)
 
@@ -114,31 +115,29 @@ class LocalFiles:
             found[f"{folder}/{INDEX}"] = _status((self.root / folder / INDEX).lstat())
         for name, status in found.items():
             if status.oddity:
-                raise StoreError(_refusal(self.root / name, status.oddity))
+                raise StoreError(_refusal(f"{self._path}/{name}", status.oddity))
         return found
 
     def _listing(self, folder: str) -> dict[str, FileStatus]:
-        path = self.root / folder
-        self._require_folder(path)
+        self._require_folder(folder)
         try:
-            with os.scandir(path) as entries:
+            with os.scandir(self.root / folder) as entries:
                 found = {entry.name: _status(entry.stat(follow_symlinks=False)) for entry in entries}
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
 
-    def _require_folder(self, path: Path) -> None:
-        """Raises StoreError where a folder of the store is a link; it need not be there."""
-        while path != self.root:
-            if path.is_symlink():
-                raise StoreError(_refusal(path, _KINDS[stat.S_IFLNK]))
-            path = path.parent
+    def _require_folder(self, name: str) -> None:
+        """Raises StoreError where a folder of the store, or one above it, is a link; it need not be there."""
+        while name:
+            if os.path.islink(f"{self._path}/{name}"):  # noqa: PTH114 - for every shard that is opened
+                raise StoreError(_refusal(f"{self._path}/{name}", _KINDS[stat.S_IFLNK]))
+            name = name.rpartition("/")[0]
 
     def _open(self, name: str, flags: int) -> int:
         """Opens a regular file of the store; StoreError for anything else that has its name."""
-        path = self.root / name
-        self._require_folder(path.parent)
-        return _open_regular(path, flags)
+        self._require_folder(name.rpartition("/")[0])
+        return _open_regular(f"{self._path}/{name}", flags)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with os.fdopen(self._open(name, os.O_RDONLY), "rb") as file:
@@ -150,7 +149,7 @@ class LocalFiles:
 
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
-        self._require_folder(folder)
+        self._require_folder(folder.name)
         try:
             _make_folder(folder)
             if (folder / _LOCK).is_symlink() or (folder / _LOCK).exists():
@@ -191,7 +190,7 @@ class LocalFiles:
 
     def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
         path = self.root / name
-        self._require_folder(path.parent)
+        self._require_folder(name.rpartition("/")[0])
         with writing(self.location, name):
             return write_atomic(path, chunks, temporary=f"{path}{_TEMP}")
 
@@ -222,7 +221,7 @@ class LocalFiles:
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
-        self._require_folder(path.parent)
+        self._require_folder(name.rpartition("/")[0])
         with writing(self.location, name), contextlib.suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".damaged"))
 
@@ -265,13 +264,13 @@ class LocalFile:
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _open_regular(path: Path, flags: int) -> int:
+def _open_regular(path: str | Path, flags: int) -> int:
     """Opens a regular file, which is not waited for; StoreError for anything else."""
     try:
         descriptor = os.open(path, flags | _SAFELY, 0o666)  # less the umask
     except OSError:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if oddity := _oddity(path.lstat().st_mode):
+            if oddity := _oddity(os.lstat(path).st_mode):
                 raise StoreError(_refusal(path, oddity)) from None
         raise
     if oddity := _oddity(os.fstat(descriptor).st_mode):
@@ -285,7 +284,7 @@ def _oddity(mode: int) -> str:
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something unknown")
 
 
-def _refusal(path: Path, oddity: str) -> str:
+def _refusal(path: str | Path, oddity: str) -> str:
     return f"{path} is {oddity}, which a store never has there: move it away"
 
 

@@ -46,18 +46,18 @@ TYPE_NAMES = {
     np.dtype(np.uint8): "U8",
 }
 _TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_SIZES = {name: dtype.itemsize for name, dtype in _TYPES.items()}
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    """The form of a header's entry for one tensor."""
+class _Entry(msgspec.Struct):
+    """The form of a header's entry for one tensor; `__metadata__`, which has none of these fields, passes."""
 
-    dtype: str
-    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=2)]
-    data_offsets: tuple[Count, Count]
+    dtype: str = ""
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=2)] = ()
+    data_offsets: tuple[Count, Count] = (0, 0)
 
 
-_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_ENTRY = msgspec.json.Decoder(_Entry)
+_HEADER = msgspec.json.Decoder(dict[str, _Entry])
 
 
 class TensorPlace(NamedTuple):
@@ -202,22 +202,19 @@ class Shard:
 def _read_header(text: bytes, base: int) -> dict[str, TensorPlace]:
     """Returns the places of a header whose tensors follow each other from byte `base` on."""
     places = {}
-    end = base
-    for name, raw in _HEADER.decode(text).items():
-        if name == "__metadata__":
-            continue
-        try:
-            entry = _ENTRY.decode(raw)
-            dtype = _TYPES[entry.dtype]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"the header's entry {name!r} is not that of a tensor") from error
-        start, stop = (base + offset for offset in entry.data_offsets)
-        if start != end:
+    offset = 0
+    entries = _HEADER.decode(text)
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry.dtype not in _TYPES:
+            raise ValueError(f"the header's entry {name!r} is not that of a tensor")
+        start, stop = entry.data_offsets
+        if start != offset:
             raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
-        if stop - start != math.prod(entry.shape) * dtype.itemsize:
+        if stop - start != math.prod(entry.shape, start=_SIZES[entry.dtype]):
             raise ValueError(f"tensor {name!r} does not fill its place")
-        places[name] = TensorPlace(dtype, entry.shape, start, stop)
-        end = stop
+        places[name] = TensorPlace(_TYPES[entry.dtype], entry.shape, base + start, base + stop)
+        offset = stop
     return places
 
 
@@ -228,7 +225,7 @@ def _problems(places: Mapping[str, TensorPlace], settings: StoreSettings) -> Ite
         place = places.get(name)
         if place is None:
             yield f"tensor {name} is missing"
-        elif (place.dtype, place.shape) != (dtype, shape):
+        elif place.shape != shape or place.dtype is not dtype:
             yield f"tensor {name} is {place.dtype.name} {place.shape}, expected {dtype.name} {shape}"
     for name in places.keys() - expected.keys():
         yield f"tensor {name!r} does not belong there"

@@ -294,7 +294,6 @@ def set_header(path: Path, change: Callable[[dict[str, Any]], Any] | str) -> Non
                 [0, 8, 9],
             )
         ),
-        *(("extra", wrong) for wrong in (1,)),
     ],
 )
 def test_a_wrong_entry_in_a_shards_header_is_found_by_every_reader(
