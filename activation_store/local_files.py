@@ -234,18 +234,16 @@ class LocalFile:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
         self._bytes: np.ndarray | None = None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         close(self._descriptor)
 
-    @property
-    def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
-
     def view(self, start: int, stop: int) -> np.ndarray:
-        if self.size < stop:
-            raise OSError(f"the file ends at byte {self.size}")
+        size = os.fstat(self._descriptor).st_size  # it may have been cut since it was opened
+        if size < stop:
+            raise OSError(f"the file ends at byte {size}")
         if self._bytes is None:
             self._bytes = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
         return self._bytes[start:stop]

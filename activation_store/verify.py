@@ -137,7 +137,7 @@ def _shard_problems(
     if len(records) != first.shard_sequences:
         yield f"{len(records)} of its {first.shard_sequences} index lines are there"
     shard = store.open_shard(where, status.size)
-    shard.places()
+    shard.check_layout()
     yield from _tiling_problems(shard, records)
     for order, record in enumerate(sorted(records, key=lambda r: r.row_start)):
         for problem in _sequence_problems(store.settings, record, shard, order):

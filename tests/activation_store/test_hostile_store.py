@@ -296,21 +296,23 @@ def set_header(path: Path, change: Callable[[dict[str, Any]], Any] | str) -> Non
         ),
     ],
 )
-def test_a_wrong_entry_in_a_shards_header_is_found_by_every_reader(
+def test_a_wrong_entry_in_a_shards_header_is_found_by_whoever_needs_it(
     store: Path, name: str, part: str, wrong: Any
 ):
     set_header(store / SHARD, lambda header: header[name].update({part: wrong}))
     opened = ActivationStore(store)
     record = next(opened.sequences())
-    for read in (
-        lambda: opened.rows(record, 11),
-        lambda: opened.columns(record, 11),
-        lambda: opened.statistics(11),
+    readers: list[Callable[[], Any]] = [
+        lambda: opened.open_shard(record.path, record.shard_bytes).check_layout(),
         lambda: list(opened.iterate(11)),
-        lambda: list(ShuffledBatches(opened, 11, 8)),
-        lambda: opened.prompt_token_ids(record),
-        lambda: opened.sequence_digest(record),
-    ):
+    ]
+    if name == "blocks.11.hook_resid_post":
+        readers += [lambda: opened.rows(record, 11), lambda: opened.sequence_digest(record)]
+    if name in ("token_ids", "norms"):
+        readers += [lambda: opened.columns(record, 11)]
+    if name != "norms":
+        readers += [lambda: list(ShuffledBatches(opened, 11, 8))]
+    for read in readers:
         with pytest.raises(StoreError, match="is not a whole shard"):
             read()
 
