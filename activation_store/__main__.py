@@ -143,8 +143,11 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import_legacy(options: argparse.Namespace) -> int:
     count = import_legacy(options.source, options.output, options.hidden_size)
+    failed = list(ActivationStore(options.output).sequences(failed=True))
+    for record in failed:
+        print(f"{record.label} is not imported: {record.failure}")
     print(f"{count} sequences in {options.output}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

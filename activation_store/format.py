@@ -262,7 +262,7 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     try:
         schema.checked(name, tuple[Name, Length, Length, Name])
     except ValueError as error:
-        raise StoreError(f"a sequence cannot be stored as {name} ({error})") from error
+        raise StoreError(f"a sequence cannot be stored as {str(name)[:200]} ({error})") from error
     digest = hashlib.sha256(canonical_json([settings.to_json(), name]).encode())
     digest.update(np.asarray(sequence_id.prompt_token_ids, dtype="<i4").tobytes())
     return digest.hexdigest()[:32]

@@ -87,6 +87,7 @@ class LocalFiles:
 
     def __init__(self, root: Path, location: str) -> None:
         self.root = root
+        self._path = os.fspath(root)
         self.location = location
         self._index_ends: dict[int, int] = {}  # how much of a host's index is whole, once written to
 
@@ -96,7 +97,7 @@ class LocalFiles:
         numbers = []
         for entry in self.root.iterdir():
             if (number := host_number(entry.name)) is not None and (entry.is_symlink() or entry.is_dir()):
-                self._require_folder(entry)
+                self._require_folder(entry.name)
                 numbers.append(number)
         return sorted(numbers)
 
@@ -124,31 +125,29 @@ class LocalFiles:
             found[f"{folder}/{INDEX}"] = _status((self.root / folder / INDEX).lstat())
         for name, status in found.items():
             if status.oddity:
-                raise StoreError(_refusal(self.root / name, status.oddity))
+                raise StoreError(_refusal(f"{self._path}/{name}", status.oddity))
         return found
 
     def _listing(self, folder: str) -> dict[str, FileStatus]:
-        path = self.root / folder
-        self._require_folder(path)
+        self._require_folder(folder)
         try:
-            with os.scandir(path) as entries:
+            with os.scandir(self.root / folder) as entries:
                 found = {entry.name: _status(entry.stat(follow_symlinks=False)) for entry in entries}
         except FileNotFoundError:
             return {}
         return dict(sorted(found.items()))
 
-    def _require_folder(self, path: Path) -> None:
-        """Raises StoreError where a folder of the store is a link; it need not be there."""
-        while path != self.root:
-            if path.is_symlink():
-                raise StoreError(_refusal(path, _KINDS[stat.S_IFLNK]))
-            path = path.parent
+    def _require_folder(self, name: str) -> None:
+        """Raises StoreError where a folder of the store, or one above it, is a link; it need not be there."""
+        while name:
+            if os.path.islink(f"{self._path}/{name}"):  # noqa: PTH114 - for every shard that is opened
+                raise StoreError(_refusal(f"{self._path}/{name}", _KINDS[stat.S_IFLNK]))
+            name = name.rpartition("/")[0]
 
     def _open(self, name: str, flags: int) -> int:
         """Opens a regular file of the store; StoreError for anything else that has its name."""
-        path = self.root / name
-        self._require_folder(path.parent)
-        return _open_regular(path, flags)
+        self._require_folder(name.rpartition("/")[0])
+        return _open_regular(f"{self._path}/{name}", flags)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         with os.fdopen(self._open(name, os.O_RDONLY), "rb") as file:
@@ -160,9 +159,13 @@ class LocalFiles:
 
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
-        self._require_folder(folder)
+        self._require_folder(folder.name)
         try:
             _make_folder(folder)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a lock must be a file, which filelock would not ask
+                os.close(self._open(f"{folder.name}/{LOCK}", os.O_RDONLY))
             lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
             lock.acquire()  # not quite at once: `in_use` may be looking
         except filelock.Timeout as error:
@@ -188,7 +191,7 @@ class LocalFiles:
 
     def in_use(self, host: int) -> bool:
         try:
-            descriptor = os.open(self.root / host_name(host) / LOCK, os.O_RDONLY)
+            descriptor = self._open(f"{host_name(host)}/{LOCK}", os.O_RDONLY)
         except OSError:
             return False
         try:
@@ -203,7 +206,7 @@ class LocalFiles:
         # The manifest is what all hosts have, and where the store is away nothing must be made in its place.
         with writing(self.location, MANIFEST):
             try:
-                descriptor = os.open(self.root / MANIFEST, os.O_RDWR)  # NFS locks no file that is only read
+                descriptor = self._open(MANIFEST, os.O_RDWR)  # NFS locks no file that is only read
             except PermissionError:
                 return False, lambda: None
         return _locks_within(descriptor, COMMIT_SECONDS), lambda: os.close(descriptor)
@@ -221,7 +224,7 @@ class LocalFiles:
 
     def commit(self, name: str, chunks: Iterable[memoryview]) -> StoredFile:
         path = self.root / name
-        self._require_folder(path.parent)
+        self._require_folder(name.rpartition("/")[0])
         with writing(self.location, name):
             return write_atomic(path, chunks, temporary=f"{path}{_TEMP}")
 
@@ -255,7 +258,7 @@ class LocalFiles:
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
-        self._require_folder(path.parent)
+        self._require_folder(name.rpartition("/")[0])
         with writing(self.location, name), contextlib.suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".damaged"))
 
@@ -272,18 +275,16 @@ class LocalFile:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
         self._bytes: np.ndarray | None = None
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         close(self._descriptor)
 
-    @property
-    def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
-
     def view(self, start: int, stop: int) -> np.ndarray:
-        if self.size < stop:
-            raise OSError(f"the file ends at byte {self.size}")
+        size = os.fstat(self._descriptor).st_size  # it may have been cut since it was opened
+        if size < stop:
+            raise OSError(f"the file ends at byte {size}")
         if self._bytes is None:
             self._bytes = np.frombuffer(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
         return self._bytes[start:stop]
@@ -302,13 +303,13 @@ class LocalFile:
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
 
-def _open_regular(path: Path, flags: int) -> int:
+def _open_regular(path: str | Path, flags: int) -> int:
     """Opens a regular file, which is not waited for; StoreError for anything else."""
     try:
         descriptor = os.open(path, flags | _SAFELY, 0o666)  # less the umask
     except OSError:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if oddity := _oddity(path.lstat().st_mode):
+            if oddity := _oddity(os.lstat(path).st_mode):
                 raise StoreError(_refusal(path, oddity)) from None
         raise
     if oddity := _oddity(os.fstat(descriptor).st_mode):
@@ -322,7 +323,7 @@ def _oddity(mode: int) -> str:
     return "" if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "something unknown")
 
 
-def _refusal(path: Path, oddity: str) -> str:
+def _refusal(path: str | Path, oddity: str) -> str:
     return f"{path} is {oddity}, which a store never has there: move it away"
 
 

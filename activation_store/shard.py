@@ -18,7 +18,7 @@ The statistics live in the shard, so one rename commits both. Without capture on
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Annotated, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import ml_dtypes
@@ -45,19 +45,26 @@ TYPE_NAMES = {
     np.dtype(np.int32): "I32",
     np.dtype(np.uint8): "U8",
 }
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
+_COLUMNS = {
+    "token_ids": np.dtype(np.int32),
+    "positions": np.dtype(np.int32),
+    "sequence_index": np.dtype(np.int32),
+    "logprobs": np.dtype(np.float32),
+    "prompt_token_ids": np.dtype(np.int32),
+    "is_generated": np.dtype(np.uint8),
+}
+_STATISTICS = [f"statistics.{group}.{name}" for group in GROUPS for name in ("mean", "variance", "norm")]
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
-    """The form of a header's entry for one tensor."""
+class _Entry(msgspec.Struct):
+    """The form of a header's entry for one tensor; `__metadata__`, which has none of these fields, passes."""
 
-    dtype: str
-    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=2)]
-    data_offsets: tuple[Count, Count]
+    dtype: str = ""
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=2)] = ()
+    data_offsets: tuple[Count, Count] = (0, 0)
 
 
-_HEADER = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_ENTRY = msgspec.json.Decoder(_Entry)
+_HEADER = msgspec.json.Decoder(dict[str, _Entry])
 
 
 class TensorPlace(NamedTuple):
@@ -111,41 +118,59 @@ class Shard:
         self.where = where
         self._settings = settings
         self._head = np.empty(0, np.uint8)
-        self._all_places: dict[str, TensorPlace] = {}  # once the header was read
+        self._entries: dict[str, _Entry] = {}  # once the header was read
+        self._base = 0  # where the tensors begin
+        self._places: dict[str, TensorPlace] = {}
         self._columns: dict[str, np.ndarray] = {}
         self._layer: tuple[str, np.ndarray] | None = None
         file.prefetch(0, min(size, _HEAD_BYTES))
 
     @_naming_the_shard
-    def places(self) -> Mapping[str, TensorPlace]:
-        """Returns where each tensor lies, in file order.
+    def check_layout(self) -> None:
+        """Raises StoreError unless the shard has exactly the tensors that the settings promise."""
+        entries = self._read_header()
+        for name in [*entries, *_required(self._settings)]:
+            self.place(name)
 
-        They fill the file without a gap, and are those that the settings promise.
-        """
-        if not self._all_places:
-            self._head = np.empty(min(self._size, _HEAD_BYTES), np.uint8)
-            self._file.read_into(0, self._head)
-            length = int.from_bytes(self._head[:8].tobytes(), "little")
-            if length > min(self._size - 8, _HEADER_BYTES):
-                raise ValueError(f"its header does not fit {self._size} bytes")
-            places = _read_header(self._bytes(8, 8 + length).tobytes(), 8 + length)
-            end = max((place.stop for place in places.values()), default=8 + length)
-            if end != self._size:
-                raise ValueError(f"its tensors end at byte {end}, the file at {self._size}")
-            for problem in _problems(places, self._settings):
-                raise ValueError(problem)
-            self._all_places = places
-        return self._all_places
-
+    @_naming_the_shard
     def __contains__(self, name: str) -> bool:
-        return name in self.places()
+        return name in self._read_header()
 
+    @_naming_the_shard
     def place(self, name: str) -> TensorPlace:
-        """Returns where a tensor lies; StoreError when it is missing."""
-        places = self.places()
-        if name not in places:
-            raise StoreError(f"{self.where} is not a whole shard: it has no tensor {name!r}")
-        return places[name]
+        """Returns where a tensor lies; StoreError where it is missing or not what the settings promise."""
+        if name not in self._places:
+            entries = self._read_header()
+            if name not in entries:
+                raise ValueError(f"tensor {name} is missing")
+            entry = entries[name]
+            dtype, shape = self._promised(name)
+            if (entry.dtype, entry.shape) != (TYPE_NAMES[dtype], shape):
+                raise ValueError(
+                    f"tensor {name} is {entry.dtype} {entry.shape}, expected {TYPE_NAMES[dtype]} {shape}"
+                )
+            start, stop = entry.data_offsets
+            if stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} does not fill its place")
+            self._places[name] = TensorPlace(dtype, shape, self._base + start, self._base + stop)
+        return self._places[name]
+
+    def _promised(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
+        """Returns dtype and shape of a tensor in a shard of as many rows and prompt tokens."""
+        rows, prompts = (
+            self._entries[one].shape[:1] if one in self._entries else (0,)
+            for one in ("token_ids", "prompt_token_ids")
+        )
+        layers, hidden = len(self._settings.hook_names), self._settings.hidden_size
+        if name in self._settings.hook_names:
+            return DTYPES[self._settings.dtype], (*rows, hidden)
+        if name in _COLUMNS:
+            return _COLUMNS[name], prompts if name == "prompt_token_ids" else rows
+        if layers and name == "norms":
+            return np.dtype(np.float32), (layers, *rows)
+        if layers and name in _STATISTICS:
+            return np.dtype(np.float32), (layers,) if name.endswith(".norm") else (layers, hidden)
+        raise ValueError(f"tensor {name!r} does not belong there")
 
     def require(self, record: SequenceRecord) -> None:
         """Raises StoreError unless the rows and the prompt of an index line lie within the shard."""
@@ -201,62 +226,31 @@ class Shard:
         for first, end in [(0, place.shape[0])] if runs is None else runs:
             self._file.prefetch(place.start + first * row_bytes, place.start + end * row_bytes)
 
+    def _read_header(self) -> dict[str, _Entry]:
+        """Returns the header's entries, whose tensors fill the file from the header to its end."""
+        if not self._base:
+            self._head = np.empty(min(self._size, _HEAD_BYTES), np.uint8)
+            self._file.read_into(0, self._head)
+            length = int.from_bytes(self._head[:8].tobytes(), "little")
+            if length > min(self._size - 8, _HEADER_BYTES):
+                raise ValueError(f"its header does not fit {self._size} bytes")
+            entries = _HEADER.decode(self._bytes(8, 8 + length).tobytes())
+            entries.pop("__metadata__", None)
+            end = 0
+            for name, entry in entries.items():
+                start, stop = entry.data_offsets
+                if start != end:
+                    raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
+                end = stop
+            if 8 + length + end != self._size:
+                raise ValueError(f"its tensors end at byte {8 + length + end}, the file at {self._size}")
+            self._entries, self._base = entries, 8 + length
+        return self._entries
+
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         return self._head[start:stop] if stop <= len(self._head) else self._file.view(start, stop)
 
 
-def _read_header(text: bytes, base: int) -> dict[str, TensorPlace]:
-    """Returns the places of a header whose tensors follow each other from byte `base` on."""
-    places = {}
-    end = base
-    for name, raw in _HEADER.decode(text).items():
-        if name == "__metadata__":
-            continue
-        try:
-            entry = _ENTRY.decode(raw)
-            dtype = _TYPES[entry.dtype]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"the header's entry {name!r} is not that of a tensor") from error
-        start, stop = (base + offset for offset in entry.data_offsets)
-        if start != end:
-            raise ValueError(f"tensor {name!r} does not begin where the one before it ends")
-        if stop - start != math.prod(entry.shape) * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} does not fill its place")
-        places[name] = TensorPlace(dtype, entry.shape, start, stop)
-        end = stop
-    return places
-
-
-def _problems(places: Mapping[str, TensorPlace], settings: StoreSettings) -> Iterator[str]:
-    """Yields tensors that are missing, too many, or not of the shape and dtype that the settings promise."""
-    expected = _expected(places, settings)
-    for name, (dtype, shape) in expected.items():
-        place = places.get(name)
-        if place is None:
-            yield f"tensor {name} is missing"
-        elif (place.dtype, place.shape) != (dtype, shape):
-            yield f"tensor {name} is {place.dtype.name} {place.shape}, expected {dtype.name} {shape}"
-    for name in places.keys() - expected.keys():
-        yield f"tensor {name!r} does not belong there"
-
-
-def _expected(
-    places: Mapping[str, TensorPlace], settings: StoreSettings
-) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Returns dtype and shape of each tensor of a shard that has as many rows and prompt tokens."""
-    rows, prompts = (
-        places[name].shape[:1] if name in places else (0,) for name in ("token_ids", "prompt_token_ids")
-    )
-    layers, hidden = len(settings.hook_names), settings.hidden_size
-    int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
-    expected = dict.fromkeys(("token_ids", "positions", "sequence_index"), (int32, rows))
-    expected |= {"logprobs": (float32, rows), "prompt_token_ids": (int32, prompts)}
-    if layers:
-        expected["norms"] = float32, (layers, *rows)
-        for group in GROUPS:
-            names = [f"statistics.{group}.{name}" for name in ("mean", "variance", "norm")]
-            if any(name in places for name in names):  # there are none where a group has no rows
-                shapes = (layers, hidden), (layers, hidden), (layers,)
-                expected |= {name: (float32, shape) for name, shape in zip(names, shapes, strict=True)}
-        expected |= dict.fromkeys(settings.hook_names, (DTYPES[settings.dtype], (*rows, hidden)))
-    return expected | {"is_generated": (np.dtype(np.uint8), rows)}
+def _required(settings: StoreSettings) -> list[str]:
+    """Returns the tensors that every shard has; statistics are of the groups that have rows."""
+    return [*_COLUMNS, *(("norms", *settings.hook_names) if settings.hook_names else ())]

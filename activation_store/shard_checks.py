@@ -72,13 +72,15 @@ def _compare(
     first = lines[0].record
     if status is None:
         return "missing", ()
+    if status.oddity:
+        return f"is {status.oddity}, not a file", ()
     of_size = [line for line in lines if line.record.shard_bytes == status.size]
     if not of_size:
         return f"has {status.size} bytes, {first.shard_bytes} were written", ()
     try:
         sha256 = shard_sha256(store.files, where, status.size)
     except OSError as error:
-        return f"cannot be read ({error.strerror or error})", ()
+        return f"cannot be read: {error.strerror or error}", ()
     true = [line for line in of_size if line.record.shard_sha256 == sha256]
     if not true:
         return "its bytes are not those that were written (checksum)", ()
@@ -96,7 +98,7 @@ def _check_content(
     store: ActivationStore, where: str, lines: Sequence[IndexLine], size: int
 ) -> Iterator[Finding]:
     shard = store.open_shard(where, size)
-    shard.places()
+    shard.check_layout()
     bad: set[tuple[str, int]] = set()
     for line in sorted(lines, key=lambda line: line.record.row_start):
         for problem in _sequence_problems(store.settings, line.record, shard):

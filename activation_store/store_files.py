@@ -47,7 +47,7 @@ class FileView(Protocol):
 
     @property
     def size(self) -> int | None:
-        """How many bytes there are now; None where that would have to be asked for."""
+        """How many bytes there were when it was opened; None where that would have to be asked for."""
         ...
 
     def view(self, start: int, stop: int) -> np.ndarray:

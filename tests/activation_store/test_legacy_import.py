@@ -13,10 +13,12 @@ import pytest
 
 from activation_store import (
     ActivationStore,
+    ActivationWriter,
     StoreError,
     import_legacy,
     verify_store,
 )
+from activation_store.__main__ import main
 from activation_store.legacy_import import read_legacy
 
 
@@ -180,7 +182,158 @@ def test_rows_of_half_the_hidden_size_are_refused(tmp_path: Path):
 def test_an_import_does_not_mix_with_what_is_there(tmp_path: Path):
     write_pickles(tmp_path / "old")
     import_legacy(tmp_path / "old", tmp_path / "new", 16)
-    with pytest.raises(StoreError, match="already holds 4 sequences"):
+    (tmp_path / "old" / "layer_10_batch_2.pkl").write_bytes(pickle.dumps([rows(0, 2)]))
+    (tmp_path / "old" / "layer_11_batch_2.pkl").write_bytes(pickle.dumps([rows(1, 2)]))
+    with pytest.raises(StoreError, match="was made with other settings"):
         import_legacy(tmp_path / "old", tmp_path / "new", 16)
     with pytest.raises(StoreError, match=r"has no layer_<l>_batch_<n>\.pkl"):
         import_legacy(tmp_path, tmp_path / "other", 16)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    store = ActivationStore(directory)
+    return {record.key: store.sequence_digest(record) for record in store.sequences()}
+
+
+def test_an_import_that_is_done_again_changes_nothing(tmp_path: Path):
+    write_pickles(tmp_path / "old")
+    assert import_legacy(tmp_path / "old", tmp_path / "new", 16) == 4
+    before = digests(tmp_path / "new")
+    assert import_legacy(tmp_path / "old", tmp_path / "new", 16) == 4
+    assert digests(tmp_path / "new") == before
+
+
+def test_an_import_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_pickles(tmp_path / "old")
+    import_legacy(tmp_path / "old", tmp_path / "whole", 16)
+    real = ActivationWriter.submit
+    submitted: list[int] = []
+
+    def submit(self: ActivationWriter, batch: Any) -> None:
+        if submitted:
+            raise KeyboardInterrupt
+        submitted.append(len(batch))
+        real(self, batch)
+
+    monkeypatch.setattr(ActivationWriter, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        import_legacy(tmp_path / "old", tmp_path / "new", 16)
+    monkeypatch.undo()
+    assert len(ActivationStore(tmp_path / "new")) == 2
+    assert import_legacy(tmp_path / "old", tmp_path / "new", 16) == 4
+    assert digests(tmp_path / "new") == digests(tmp_path / "whole")
+    assert list(verify_store(ActivationStore(tmp_path / "new"))) == []
+
+
+def test_what_is_wrong_in_the_last_file_is_found_before_a_store_is_made(tmp_path: Path):
+    write_pickles(tmp_path / "old")
+    last = tmp_path / "old" / "layer_11_batch_1.pkl"
+    for content, message in (
+        ({"t1": rows(0, 4), "t2": rows(1, 2, np.float16)}, "are float16, those before them float32"),
+        ({"t1": rows(0, 4)[:, :8], "t2": rows(1, 2)}, "8 wide, the model's hidden size is 16"),
+        ({}, "holds no items"),
+        ([], "holds no items"),
+        ({"t1": rows(0, 4)}, "do not hold the same sequences"),
+    ):
+        last.write_bytes(pickle.dumps(content))
+        with pytest.raises(StoreError, match=message) as raised:
+            import_legacy(tmp_path / "old", tmp_path / "new", 16)
+        assert "layer_11_batch_1.pkl" in str(raised.value)
+        assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_are_not_finite_are_named_and_the_others_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bad = rows(0, 3)
+    bad[1, 5] = np.nan
+    (tmp_path / "layer_3_batch_0.pkl").write_bytes(pickle.dumps({"good": rows(1, 2), "bad": bad}))
+    arguments = ["import-legacy", str(tmp_path), "--output", str(tmp_path / "new"), "--hidden_size", "16"]
+    for _ in range(2):
+        assert main(arguments) == 1
+        named, count = capsys.readouterr().out.splitlines()
+        assert named.startswith("task bad test 0 identity sample 0")
+        assert named.endswith("is not imported: blocks.3.hook_resid_post is not finite at position 1")
+        assert count == f"1 sequences in {tmp_path / 'new'}"
+
+
+def test_rows_of_the_other_byte_order_are_read_right(tmp_path: Path):
+    (tmp_path / "layer_0_batch_0.pkl").write_bytes(pickle.dumps([rows(0, 3).astype(">f4")]))
+    import_legacy(tmp_path, tmp_path / "new", 16)
+    store = ActivationStore(tmp_path / "new")
+    np.testing.assert_array_equal(store.rows(next(store.sequences()), 0), rows(0, 3))
+
+
+class _Reduced:
+    """Pickled as a call and, where there is one, a state."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+FEW = bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps([rows(0, 3)]) + pickle.dumps([rows(1, 3)]), "something follows the pickle"),
+        (pickle.dumps([rows(0, 3)]) + b"\n", "something follows the pickle"),
+        (pickle.dumps([_Reduced(np.ndarray, ((10**7, 16), np.float32, FEW, 0, (0, 4)))]), "refused"),
+        (pickle.dumps([_Reduced(np.ndarray, ((10**9, 16), np.float32))]), "refused"),
+        (pickle.dumps([rows(0, 3)] * 100), "its arrays are larger than its"),
+        (pickle.dumps([np.array([[object()]])]), "refused"),
+        (pickle.dumps([np.array([["a"]], dtype=object)]), "an array of Python objects"),
+        (pickle.dumps([np.zeros((2, 16), [("a", "O"), ("b", "f4")])]), "an array of Python objects"),
+        (pickle.dumps([np.zeros((2, 16), [("a", "f4")])]), "has no array of"),
+        (pickle.dumps([np.zeros(16, np.float32)]), r"shape \(16,\), not \[rows, hidden\]"),
+        (pickle.dumps([np.zeros((), np.float32)]), r"shape \(\), not \[rows, hidden\]"),
+        (pickle.dumps([np.zeros((2, 16), np.int32)]), "has no array of"),
+        (pickle.dumps([None]), "has no array of"),
+        (pickle.dumps([{"task_id": [1], "activation": rows(0, 3)}]), "neither text nor number"),
+        (pickle.dumps([{"task_id": "a", "sample_idx": "0", "activation": rows(0, 3)}]), "neither text nor"),
+        (pickle.dumps({"a\x1b[2J": rows(0, 3)}), "cannot be stored as"),
+        (pickle.dumps({"\ud800": rows(0, 3)}), "cannot be stored as"),
+        (pickle.dumps({"a": rows(0, 3), "b" * 3000: rows(0, 3)}), "cannot be stored as"),
+        (b"\x80\x04]r\xff\xff\xff\xff.", "numbers more objects than it can hold"),
+        (b"\x80\x04]\x8e\xff\xff\xff\xff\xff\xff\xff\x00", "refused"),  # bytes without end
+        (pickle.dumps([rows(0, 64)], 2).replace(b"K@K\x10", b"K\xffK\x10"), "refused"),  # 255 rows, not 64
+    ],
+)
+def test_a_pickle_of_any_other_kind_is_named_and_refused(tmp_path: Path, content: bytes, message: str):
+    path = tmp_path / "old" / "layer_0_batch_0.pkl"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=message) as raised:
+        import_legacy(path.parent, tmp_path / "new", 16)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1500
+    assert not (tmp_path / "new").exists()
+
+
+def test_text_of_a_nested_list_is_not_made(tmp_path: Path):
+    """Thirty lists of the one before, twice: a gigabyte as text."""
+    nested: Any = ["x"]
+    for _ in range(30):
+        nested = [nested, nested]
+    path = tmp_path / "layer_0_batch_0.pkl"
+    path.write_bytes(pickle.dumps([{"task_id": nested, "activation": rows(0, 3)}]))
+    with pytest.raises(StoreError, match="neither text nor number"):
+        read_legacy(path)
+
+
+def test_two_files_of_one_layer_and_batch_are_refused(tmp_path: Path):
+    write_pickles(tmp_path / "old")
+    (tmp_path / "old" / "layer_010_batch_0.pkl").write_bytes(pickle.dumps([rows(0, 2)]))
+    with pytest.raises(StoreError, match="are both layer 10 of one batch"):
+        import_legacy(tmp_path / "old", tmp_path / "new", 16)
+
+
+@pytest.mark.timeout(60)
+def test_a_pickle_that_is_no_file_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "layer_0_batch_0.pkl")
+    with pytest.raises(StoreError, match="it is no file"):
+        import_legacy(tmp_path, tmp_path / "new", 16)

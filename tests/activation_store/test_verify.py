@@ -219,9 +219,9 @@ def replaced(
         (planted("logprobs", 6, 0.5), "a log-probability is above 0"),
         (
             replaced(HOOK, lambda rows: rows[:, :8]),
-            f"tensor {HOOK} is bfloat16 (41, 8), expected bfloat16 (41, 16)",
+            f"tensor {HOOK} is BF16 (41, 8), expected BF16 (41, 16)",
         ),
-        (replaced(HOOK, lambda rows: rows.astype(np.float32)), f"tensor {HOOK} is float32"),
+        (replaced(HOOK, lambda rows: rows.astype(np.float32)), f"tensor {HOOK} is F32"),
         (lambda tensors: tensors.pop(HOOK), f"tensor {HOOK} is missing"),
         (lambda tensors: tensors.pop("norms"), "tensor norms is missing"),
         (lambda tensors: tensors.pop("prompt_token_ids"), "tensor prompt_token_ids is missing"),
