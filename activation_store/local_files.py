@@ -164,7 +164,7 @@ class LocalFiles:
             _make_folder(folder)
             with contextlib.suppress(
                 FileNotFoundError
-            ):  # a lock must be a file, which filelock would not ask
+            ):  # filelock would take anything
                 os.close(self._open(f"{folder.name}/{LOCK}", os.O_RDONLY))
             lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
             lock.acquire()  # not quite at once: `in_use` may be looking
