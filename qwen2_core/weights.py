@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +22,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_core.checkpoint_files import CheckpointError, StoredTensors, open_tensors, resolve_file
-from qwen2_core.config import QwenConfig
+from qwen2_core.checkpoint_files import (
+    FLOATS,
+    StoredTensors,
+    open_tensors,
+    read_json_object,
+    resolve_file,
+    weights_dtype,
+)
+from qwen2_core.config import QwenConfig, said_dtype
+from qwen2_core.errors import CheckpointError
 from qwen2_core.sharding import Layout, make_layout
 
 Params = dict[str, Any]
+_logger = logging.getLogger(__name__)
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
 _LISTED = 20  # tensors that an error names of each kind; a wrong checkpoint differs in hundreds
 
@@ -52,9 +63,7 @@ def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
     """Returns every tensor that a checkpoint of this config has, by its Hugging Face name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    specs = {
-        "model.embed_tokens.weight": TensorSpec(("embed_tokens", "embedding"), (config.vocab_size, hidden))
-    }
+    specs = {_EMBEDDING: TensorSpec(("embed_tokens", "embedding"), (config.vocab_size, hidden))}
     projections = {
         ("self_attn", "q_proj"): (heads, hidden),
         ("self_attn", "k_proj"): (kv, hidden),
@@ -77,7 +86,7 @@ def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
             specs[f"{name}.{norm}.weight"] = TensorSpec((tree, norm, "weight"), (hidden,))
     specs["model.norm.weight"] = TensorSpec(("norm", "weight"), (hidden,))
     if not config.tie_word_embeddings:
-        specs["lm_head.weight"] = TensorSpec(("lm_head", "kernel"), (config.vocab_size, hidden))
+        specs[_HEAD] = TensorSpec(("lm_head", "kernel"), (config.vocab_size, hidden))
     return specs
 
 
@@ -87,14 +96,21 @@ def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -
     The weights are copied, in ``config.dtype``, onto the default device.
 
     Raises:
-        CheckpointError: listing every missing, unexpected and mis-shaped tensor.
+        CheckpointError: listing every missing, unexpected, mis-shaped and mis-typed tensor; or the head is
+            not the embedding that the config says it is.
     """
     state = hf_model_or_state_dict
     if not isinstance(state, Mapping):
         state = state.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _check_tensors(shapes, config, "The state dict")
-    return _build_tree(config, lambda name: _to_numpy(state[name]), Layout())
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    names = _locate(shapes, dtypes, config, "The state dict")
+
+    def read(name: str) -> np.ndarray:
+        return _to_numpy(state[names[name]])
+
+    _refuse_another_head(read, names, config, "The state dict")
+    return _build_tree(config, read, Layout())
 
 
 def load_qwen2(
@@ -125,16 +141,51 @@ def load_qwen2(
             unexpected or mis-shaped (all of them listed).
         ValueError: there are not so many devices, or the model cannot be split over them.
     """
-    if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
-        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
-    config_path = resolve_file(path_or_hub_id, "config.json", revision=revision)
-    if scan_layers is None:
-        scan_layers = scans_layers_by_default()
-    config = QwenConfig.from_hf(config_path.parent).replace(scan_layers=scan_layers)
-    if dtype is not None:
-        config = config.replace(dtype=dtype)
+    config = read_config(path_or_hub_id, dtype=dtype, revision=revision, scan_layers=scan_layers)
     layout = make_layout(config, mesh_shape)
     return config, load_params(path_or_hub_id, config, layout, revision=revision)
+
+
+def read_config(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    scan_layers: bool | None = None,
+) -> QwenConfig:
+    """Reads a checkpoint's config, and from its weights what the config does not decide.
+
+    The dtype that no config names is that of the weights. A head that the config says is the embedding, but
+    that is stored with other values, is a head of its own. Both are as in Transformers.
+
+    Args:
+        path_or_hub_id: as in ``load_qwen2``, like the other arguments.
+
+    Raises:
+        CheckpointError: as ``load_qwen2``.
+    """
+    if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
+        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
+    hf = read_json_object(resolve_file(path_or_hub_id, "config.json", revision=revision))
+    config = QwenConfig.from_hf(hf)
+    if scan_layers is None:
+        scan_layers = scans_layers_by_default()
+    if dtype is None and said_dtype(hf) is None:
+        dtype = weights_dtype(path_or_hub_id, revision=revision)
+    config = config.replace(scan_layers=scan_layers, dtype=config.dtype if dtype is None else dtype)
+    if not config.tie_word_embeddings:
+        return config
+    with open_tensors(path_or_hub_id, revision=revision) as stored:
+        names = _locate_stored(stored, config)
+        if _is_tied(lambda name: stored.read(names[name]), names, config):
+            return config
+        _logger.warning(
+            "the config of %s says that the head is the embedding, but %s has other values: it is used, as "
+            "Transformers does",
+            path_or_hub_id,
+            names[_HEAD],
+        )
+        return config.replace(tie_word_embeddings=False)
 
 
 def scans_layers_by_default() -> bool:
@@ -151,8 +202,13 @@ def load_params(
         CheckpointError: as ``load_qwen2``.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        _check_stored(stored, config)
-        return _build_tree(config, stored.read, layout)
+        names = _locate_stored(stored, config)
+
+        def read(name: str) -> np.ndarray:
+            return stored.read(names[name])
+
+        _refuse_another_head(read, names, config, f"The checkpoint in {stored.directory}")
+        return _build_tree(config, read, layout)
 
 
 def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:
@@ -162,7 +218,7 @@ def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision
         CheckpointError: no weights, a truncated file, or tensors missing, unexpected or mis-shaped.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        _check_stored(stored, config)
+        _locate_stored(stored, config)
 
 
 def stack_layers(params: Params) -> Params:
@@ -235,35 +291,85 @@ def _stacks(specs: Mapping[str, TensorSpec], count: int) -> Iterator[tuple[tuple
             yield path[1:], [by_path[(f"layers_{i}", *path[1:])] for i in range(count)]
 
 
-def _check_stored(stored: StoredTensors, config: QwenConfig) -> None:
-    _check_tensors(stored.shapes(), config, f"The checkpoint in {stored.directory}")
+def _locate_stored(stored: StoredTensors, config: QwenConfig) -> dict[str, str]:
+    dtypes = {name: FLOATS.get(dtype, dtype) for name, dtype in stored.dtypes().items()}
+    return _locate(stored.shapes(), dtypes, config, f"The checkpoint in {stored.directory}")
 
 
-def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: QwenConfig, where: str) -> None:
-    """Raises a CheckpointError that lists every missing, unexpected and mis-shaped tensor."""
+def _locate(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], config: QwenConfig, where: str
+) -> dict[str, str]:
+    """Finds each of the config's tensors; returns the name that it has in the file, by its Hugging Face name.
+
+    As for Transformers the prefix ``model.`` may be left out, a tied checkpoint may store the embedding, the
+    head or both (then both are returned), and tables of rotary frequencies are passed over.
+
+    Raises:
+        CheckpointError: listing every missing, unexpected, doubled, mis-shaped and mis-typed tensor.
+    """
     specs = tensor_specs(config)
-    # A tied checkpoint may store the head as well; it is the embedding by definition.
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    wanted = specs | {_HEAD: TensorSpec(("lm_head", "kernel"), specs[_EMBEDDING].shape)}
+    found: dict[str, str] = {}
+    unexpected, doubled = [], []
+    for name in shapes:
+        bare, full = name.removeprefix("model."), f"model.{name}"
+        known = next((one for one in (name, full, bare) if one in wanted), None)
+        if known in found:
+            doubled.append(f"{name} and {found[known]}")
+        elif known is not None:
+            found[known] = name
+        elif "rotary_emb.inv_freq" not in name:
+            unexpected.append(name)
+    if config.tie_word_embeddings and _HEAD in found:
+        found.setdefault(_EMBEDDING, found[_HEAD])
     problems = [
-        ("missing", [name for name in specs if name not in shapes]),
-        ("unexpected", [name for name in shapes if name not in specs and name not in ignored]),
+        ("missing", [name for name in specs if name not in found]),
+        ("unexpected", unexpected),
+        ("given twice", doubled),
         (
             "mis-shaped",
             [
-                f"{name} {list(shapes[name])} instead of {list(spec.shape)}"
-                for name, spec in specs.items()
-                if name in shapes and shapes[name] != spec.shape
+                f"{stored} {list(shapes[stored])} instead of {list(wanted[name].shape)}"
+                for name, stored in found.items()
+                if shapes[stored] != wanted[name].shape
             ],
         ),
+        (
+            "not of floats",
+            [f"{one} {dtypes[one]}" for one in found.values() if dtypes[one] not in FLOATS.values()],
+        ),
     ]
-    found = []
+    listed = []
     for kind, names in problems:
         if names:
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            found.append(f"{kind}: {', '.join(names[:_LISTED])}{more}")
-    if found:
+            listed.append(f"{kind}: {', '.join(names[:_LISTED])}{more}")
+    if listed:
         raise CheckpointError(
-            f"{where} does not fit its config ({config.num_hidden_layers} layers): {'; '.join(found)}."
+            f"{where} does not fit its config ({config.num_hidden_layers} layers"
+            f"{', a head of its own' if _HEAD in specs and _HEAD not in found else ''}): {'; '.join(listed)}."
+        )
+    return found
+
+
+def _is_tied(read: Callable[[str], np.ndarray], names: Mapping[str, str], config: QwenConfig) -> bool:
+    """Tells whether the embedding serves as the head, for a config that says so: no other head is stored."""
+    if _HEAD not in names or names[_HEAD] == names[_EMBEDDING]:
+        return True
+    head, embedding = read(_HEAD), read(_EMBEDDING)
+    return all(
+        np.array_equal(head[rows].astype(config.dtype), embedding[rows].astype(config.dtype))
+        for rows in (slice(start, start + 4096) for start in range(0, config.vocab_size, 4096))
+    )
+
+
+def _refuse_another_head(
+    read: Callable[[str], np.ndarray], names: Mapping[str, str], config: QwenConfig, where: str
+) -> None:
+    if config.tie_word_embeddings and not _is_tied(read, names, config):
+        raise CheckpointError(
+            f"{where} has a {_HEAD} that is not the embedding, and the config says tie_word_embeddings. Use "
+            "config.replace(tie_word_embeddings=False), or the config that read_config returns."
         )
 
 
