@@ -77,7 +77,7 @@ def is_hub_id(source: str | Path) -> bool:
     A folder of nearly this name is taken to be meant, unless the hub's cache has the model.
     """
     name = str(source)
-    if not _HUB_ID.fullmatch(name) or Path(source).exists():
+    if not _HUB_ID.fullmatch(name) or _path(source).exists():
         return False
     return cached_snapshot(name) is not None or _near_folder(Path(name)) is None
 
@@ -94,9 +94,7 @@ def checkpoint_folder(source: str | Path, *, revision: str | None = None) -> Pat
     Raises:
         CheckpointError: there is no such folder or model.
     """
-    if "\0" in str(source):
-        raise CheckpointError(f"{str(source)!r} is no path.")
-    folder = Path(source).expanduser()
+    folder = _path(source)
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -244,6 +242,15 @@ def checkpoint_fingerprint(source: str | Path, *, revision: str | None = None) -
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _path(source: str | Path) -> Path:
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a NUL, or of an unknown user
+        raise CheckpointError(f"{str(source)[:200]!r} is no path ({error}).") from error
+    return path
 
 
 def _fetch_small(repo_id: str, revision: str | None) -> Path:

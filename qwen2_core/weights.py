@@ -25,6 +25,7 @@ import numpy as np
 from qwen2_core.checkpoint_files import (
     FLOATS,
     StoredTensors,
+    is_hub_id,
     open_tensors,
     read_json_object,
     resolve_file,
@@ -164,8 +165,8 @@ def read_config(
     Raises:
         CheckpointError: as ``load_qwen2``.
     """
-    if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
-        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
+    if revision is not None and not is_hub_id(path_or_hub_id):
+        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is none.")
     hf = read_json_object(resolve_file(path_or_hub_id, "config.json", revision=revision))
     config = QwenConfig.from_hf(hf)
     if scan_layers is None:
