@@ -25,6 +25,7 @@ import numpy as np
 from qwen2_core.checkpoint_files import (
     FLOATS,
     StoredTensors,
+    checkpoint_folder,
     is_hub_id,
     open_tensors,
     read_json_object,
@@ -33,6 +34,7 @@ from qwen2_core.checkpoint_files import (
 )
 from qwen2_core.config import QwenConfig, said_dtype
 from qwen2_core.errors import CheckpointError
+from qwen2_core.generation_config import unapplied_settings
 from qwen2_core.sharding import Layout, make_layout
 
 Params = dict[str, Any]
@@ -134,6 +136,8 @@ def load_qwen2(
         mesh_shape: (data, model) devices, see :mod:`qwen2_core.sharding`. Generation runs where the weights
             are.
 
+    Warns of settings in ``generation_config.json`` that would change the tokens: none of them is applied.
+
     Returns:
         (config, params), for ``QwenModel(config).apply({"params": params}, ...)``.
 
@@ -143,8 +147,18 @@ def load_qwen2(
         ValueError: there are not so many devices, or the model cannot be split over them.
     """
     config = read_config(path_or_hub_id, dtype=dtype, revision=revision, scan_layers=scan_layers)
+    _warn_of_unapplied_settings(path_or_hub_id, revision)
     layout = make_layout(config, mesh_shape)
     return config, load_params(path_or_hub_id, config, layout, revision=revision)
+
+
+def _warn_of_unapplied_settings(path_or_hub_id: str | Path, revision: str | None) -> None:
+    try:
+        unapplied = unapplied_settings(checkpoint_folder(path_or_hub_id, revision=revision))
+    except CheckpointError as error:  # the weights are as good without it
+        unapplied = f"no generation_config.json is read: {error}"
+    if unapplied:
+        _logger.warning("%s: %s; sampling is what a call says", path_or_hub_id, unapplied)
 
 
 def read_config(

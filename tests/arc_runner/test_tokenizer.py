@@ -32,15 +32,23 @@ TOKENIZERS: list[tuple[str, Spoil, str]] = [
     ),
     ("torn tokenizer", text("tokenizer.json", "{"), "the tokenizer of {model} cannot be used"),
     ("no chat template", template(None), "has no chat template; use the tokenizer of a chat model"),
-    ("template that is wrong", template("{% for %}"), "the tokenizer of {model} cannot be used: Expected an"),
-    ("template that objects", template("{{ raise_exception('no system') }}"), "cannot be used: no system"),
+    (
+        "template that is wrong",
+        template("{% for %}"),
+        "the tokenizer of {model} cannot be used: the chat template fails: Expected an",
+    ),
+    (
+        "template that objects",
+        template("{{ raise_exception('no system') }}"),
+        "cannot be used: the chat template fails: no system",
+    ),
     ("empty prompts", template("{# nothing #}"), "cannot be used: it does not give back the text"),
     (
         "tokenizer of another model",
         fewer_tokens,
         "has token ids up to 511, the model a vocabulary of 500: they do not belong together",
     ),
-    ("torn EOS", text("generation_config.json", "{"), "generation_config.json is not a JSON object"),
+    ("torn EOS", text("generation_config.json", "{"), "generation_config.json is not valid JSON"),
     (
         "EOS outside the vocabulary",
         text("generation_config.json", '{"eos_token_id": [512]}'),
