@@ -31,8 +31,12 @@ def say_defaults(options: RunOptions) -> None:
             say(f"no --{name} given: using the embedded example, {what}")
     if is_hub_id(options.model_path):
         cached = cached_snapshot(options.model_path)
-        where = f"its cache has commit {cached.name[:12]}" if cached else "asking it"
-        say(f"there is no directory {options.model_path}: using the Hugging Face hub's; {where}")
+        where = (
+            f"the hub's cache has it, at commit {cached.name[:12]}"
+            if cached
+            else "asking the Hugging Face hub"
+        )
+        say(f"there is no directory {options.model_path}: {where}")
 
 
 def check_places(options: RunOptions) -> None:

@@ -118,11 +118,9 @@ def resolve_file(source: str | Path, name: str, *, revision: str | None = None) 
     if not _is_there(folder / name) and is_hub_id(source):
         folder = _fetch_small(str(source), folder.name)
     if not _is_there(folder / name):
-        adapter = _is_there(folder / "adapter_config.json")
-        what = (
-            "it is a PEFT adapter: merge it into its base model first" if adapter else "it is no checkpoint"
-        )
-        hint = what if name == "config.json" else "give a directory in Hugging Face layout"
+        hint = "give a directory in Hugging Face layout"
+        if _is_there(folder / "adapter_config.json"):
+            hint = "it is a PEFT adapter: merge it into its base model first"
         raise CheckpointError(f"{folder} has no {name}; {hint}.")
     return folder / name
 

@@ -108,6 +108,4 @@ def _explain(
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"it is not in the cache, and {constants.ENDPOINT} fails: {type(error).__name__}: {first}"
-    return CheckpointError(
-        f"There is no model directory {Path(repo_id).absolute()}, and {what} could not be had ({reason})."
-    )
+    return CheckpointError(f"There is no model directory {repo_id}, and {what} could not be had ({reason}).")

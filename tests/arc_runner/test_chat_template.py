@@ -129,7 +129,7 @@ ENDLESS = {
     "10 GB": ("{{ 'x' * 10000000000 }}", MEMORY),
     "a text that doubles": (DOUBLING, MEMORY),
     "a long list": ("{{ [1] * 9999999999 }}", MEMORY),
-    "a power of powers": ("{{ 7 ** 7 ** 11 }}", f"{LONGER}|{MEMORY}"),
+    "a power of powers": ("{{ 7 ** (7 ** 11) }}", f"{LONGER}|{MEMORY}"),
     "a wide number": ("{{ '%0999999999d' % 1 }}", f"{MEMORY}|{LONGER}|writes more"),
     "a macro that calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deep"),
     "brackets": ("{{" + "(" * 50_000, f"nested too deep|{MEMORY}"),

@@ -35,6 +35,16 @@ from activation_store import ActivationStore
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
 
+def index(content: str) -> Spoil:
+    """An index in place of the one file, which would count before it."""
+
+    def spoil(model: Path) -> None:
+        remove("model.safetensors")(model)
+        text("model.safetensors.index.json", content)(model)
+
+    return spoil
+
+
 CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("no such directory", shutil.rmtree, "There is no model directory"),
     ("no config", remove("config.json"), "has no config.json; give a directory in Hugging Face layout"),
@@ -43,14 +53,14 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("another architecture", config(model_type="llama"), "This is a 'llama' model; only model_type 'qwen2'"),
     ("a size missing", config(hidden_size=None), "The model config lacks hidden_size"),
     ("a size of text", config(hidden_size="64"), "hidden_size must be a positive integer, not '64'"),
-    ("RoPE without sense", config(rope_theta="x"), "The model config has a value of the wrong type"),
-    ("RoPE below zero", config(rope_theta=-1), "rope_theta must be a positive number, not -1.0"),
+    ("RoPE without sense", config(rope_theta="x"), "rope_theta must be a positive number, not 'x'"),
+    ("RoPE below zero", config(rope_theta=-1), "rope_theta must be a positive number, not -1"),
     ("epsilon that is none", config(rms_norm_eps=float("nan")), "rms_norm_eps must be a positive number"),
     ("tied to a word", config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
     ("RoPE scaling", config(rope_scaling={"type": "yarn"}), "rope_scaling of type 'yarn' is not implemented"),
     (
         "sliding window",
-        config(use_sliding_window=True),
+        config(use_sliding_window=True, max_window_layers=1),
         "use_sliding_window (sliding_attention layers) is not",
     ),
     ("quantized", config(quantization_config={"bits": 4}), "use the unquantized checkpoint"),
@@ -68,15 +78,15 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
         f"mis-shaped: {QUERY} [5, 64] instead of [64, 64].",
     ),
     ("fewer layers than said", config(num_hidden_layers=3), "(3 layers): missing: model.layers.2.self_attn"),
-    ("torn index", text("model.safetensors.index.json", "{}"), "is no safetensors index"),
+    ("torn index", index("{}"), "is no safetensors index"),
     (
         "index of numbers",
-        text("model.safetensors.index.json", '{"weight_map": {"x": 3}}'),
-        "is no safetensors index",
+        index('{"weight_map": {"x": 3}}'),
+        "model.safetensors.index.json says that x is in 3: a weight file has a plain name",
     ),
     (
         "index of nothing",
-        text("model.safetensors.index.json", '{"weight_map": {"x": "model-7.safetensors"}}'),
+        index('{"weight_map": {"x": "model-7.safetensors"}}'),
         "has no model-7.safetensors",
     ),
 ]
