@@ -10,7 +10,6 @@ stack ``layers/...`` with a leading axis.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import mmap
@@ -23,8 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_core.checkpoint_files import (
-    FLOATS,
-    StoredTensors,
     checkpoint_folder,
     is_hub_id,
     open_tensors,
@@ -36,61 +33,11 @@ from qwen2_core.config import QwenConfig, said_dtype
 from qwen2_core.errors import CheckpointError
 from qwen2_core.generation_config import unapplied_settings
 from qwen2_core.sharding import Layout, make_layout
+from qwen2_core.tensor_names import HEAD, TensorSpec, is_tied, locate, locate_stored, tensor_specs
 
 Params = dict[str, Any]
 _logger = logging.getLogger(__name__)
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
-_LISTED = 20  # tensors that an error names of each kind; a wrong checkpoint differs in hundreds
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Says where one Hugging Face tensor goes: its path in the tree, and its shape as stored."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def transposed(self) -> bool:
-        """Returns whether the tree holds the transpose."""
-        return self.path[-1] == "kernel"
-
-    @property
-    def tree_shape(self) -> tuple[int, ...]:
-        """Returns the shape in the tree."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
-    """Returns every tensor that a checkpoint of this config has, by its Hugging Face name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    specs = {_EMBEDDING: TensorSpec(("embed_tokens", "embedding"), (config.vocab_size, hidden))}
-    projections = {
-        ("self_attn", "q_proj"): (heads, hidden),
-        ("self_attn", "k_proj"): (kv, hidden),
-        ("self_attn", "v_proj"): (kv, hidden),
-        ("self_attn", "o_proj"): (hidden, heads),
-        ("mlp", "gate_proj"): (inner, hidden),
-        ("mlp", "up_proj"): (inner, hidden),
-        ("mlp", "down_proj"): (hidden, inner),
-    }
-    for layer in range(config.num_hidden_layers):
-        tree, name = f"layers_{layer}", f"model.layers.{layer}"
-        for (block, projection), shape in projections.items():
-            specs[f"{name}.{block}.{projection}.weight"] = TensorSpec(
-                (tree, block, projection, "kernel"), shape
-            )
-            if projection in ("q_proj", "k_proj", "v_proj"):
-                bias = TensorSpec((tree, block, projection, "bias"), shape[:1])
-                specs[f"{name}.{block}.{projection}.bias"] = bias
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            specs[f"{name}.{norm}.weight"] = TensorSpec((tree, norm, "weight"), (hidden,))
-    specs["model.norm.weight"] = TensorSpec(("norm", "weight"), (hidden,))
-    if not config.tie_word_embeddings:
-        specs[_HEAD] = TensorSpec(("lm_head", "kernel"), (config.vocab_size, hidden))
-    return specs
 
 
 def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -> Params:
@@ -107,7 +54,7 @@ def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -
         state = state.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
-    names = _locate(shapes, dtypes, config, "The state dict")
+    names = locate(shapes, dtypes, config, "The state dict")
 
     def read(name: str) -> np.ndarray:
         return _to_numpy(state[names[name]])
@@ -191,14 +138,14 @@ def read_config(
     if not config.tie_word_embeddings:
         return config
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        names = _locate_stored(stored, config)
-        if _is_tied(lambda name: stored.read(names[name]), names, config):
+        names = locate_stored(stored, config)
+        if is_tied(lambda name: stored.read(names[name]), names, config):
             return config
         _logger.warning(
             "the config of %s says that the head is the embedding, but %s has other values: it is used, as "
             "Transformers does",
             path_or_hub_id,
-            names[_HEAD],
+            names[HEAD],
         )
         return config.replace(tie_word_embeddings=False)
 
@@ -217,7 +164,7 @@ def load_params(
         CheckpointError: as ``load_qwen2``.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        names = _locate_stored(stored, config)
+        names = locate_stored(stored, config)
 
         def read(name: str) -> np.ndarray:
             return stored.read(names[name])
@@ -233,7 +180,7 @@ def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision
         CheckpointError: no weights, a truncated file, or tensors missing, unexpected or mis-shaped.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        _locate_stored(stored, config)
+        locate_stored(stored, config)
 
 
 def stack_layers(params: Params) -> Params:
@@ -306,84 +253,12 @@ def _stacks(specs: Mapping[str, TensorSpec], count: int) -> Iterator[tuple[tuple
             yield path[1:], [by_path[(f"layers_{i}", *path[1:])] for i in range(count)]
 
 
-def _locate_stored(stored: StoredTensors, config: QwenConfig) -> dict[str, str]:
-    dtypes = {name: FLOATS.get(dtype, dtype) for name, dtype in stored.dtypes().items()}
-    return _locate(stored.shapes(), dtypes, config, f"The checkpoint in {stored.directory}")
-
-
-def _locate(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], config: QwenConfig, where: str
-) -> dict[str, str]:
-    """Finds each of the config's tensors; returns the name that it has in the file, by its Hugging Face name.
-
-    As for Transformers the prefix ``model.`` may be left out, a tied checkpoint may store the embedding, the
-    head or both (then both are returned), and tables of rotary frequencies are passed over.
-
-    Raises:
-        CheckpointError: listing every missing, unexpected, doubled, mis-shaped and mis-typed tensor.
-    """
-    specs = tensor_specs(config)
-    wanted = specs | {_HEAD: TensorSpec(("lm_head", "kernel"), specs[_EMBEDDING].shape)}
-    found: dict[str, str] = {}
-    unexpected, doubled = [], []
-    for name in shapes:
-        bare, full = name.removeprefix("model."), f"model.{name}"
-        known = next((one for one in (name, full, bare) if one in wanted), None)
-        if known in found:
-            doubled.append(f"{name} and {found[known]}")
-        elif known is not None:
-            found[known] = name
-        elif "rotary_emb.inv_freq" not in name:
-            unexpected.append(name)
-    if config.tie_word_embeddings and _HEAD in found:
-        found.setdefault(_EMBEDDING, found[_HEAD])
-    problems = [
-        ("missing", [name for name in specs if name not in found]),
-        ("unexpected", unexpected),
-        ("given twice", doubled),
-        (
-            "mis-shaped",
-            [
-                f"{stored} {list(shapes[stored])} instead of {list(wanted[name].shape)}"
-                for name, stored in found.items()
-                if shapes[stored] != wanted[name].shape
-            ],
-        ),
-        (
-            "not of floats",
-            [f"{one} {dtypes[one]}" for one in found.values() if dtypes[one] not in FLOATS.values()],
-        ),
-    ]
-    listed = []
-    for kind, names in problems:
-        if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            listed.append(f"{kind}: {', '.join(names[:_LISTED])}{more}")
-    if listed:
-        raise CheckpointError(
-            f"{where} does not fit its config ({config.num_hidden_layers} layers"
-            f"{', a head of its own' if _HEAD in specs and _HEAD not in found else ''}): {'; '.join(listed)}."
-        )
-    return found
-
-
-def _is_tied(read: Callable[[str], np.ndarray], names: Mapping[str, str], config: QwenConfig) -> bool:
-    """Tells whether the embedding serves as the head, for a config that says so: no other head is stored."""
-    if _HEAD not in names or names[_HEAD] == names[_EMBEDDING]:
-        return True
-    head, embedding = read(_HEAD), read(_EMBEDDING)
-    return all(
-        np.array_equal(head[rows].astype(config.dtype), embedding[rows].astype(config.dtype))
-        for rows in (slice(start, start + 4096) for start in range(0, config.vocab_size, 4096))
-    )
-
-
 def _refuse_another_head(
     read: Callable[[str], np.ndarray], names: Mapping[str, str], config: QwenConfig, where: str
 ) -> None:
-    if config.tie_word_embeddings and not _is_tied(read, names, config):
+    if config.tie_word_embeddings and not is_tied(read, names, config):
         raise CheckpointError(
-            f"{where} has a {_HEAD} that is not the embedding, and the config says tie_word_embeddings. Use "
+            f"{where} has a {HEAD} that is not the embedding, and the config says tie_word_embeddings. Use "
             "config.replace(tie_word_embeddings=False), or the config that read_config returns."
         )
 
