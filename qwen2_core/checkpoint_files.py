@@ -171,7 +171,7 @@ def weight_files(source: str | Path, *, revision: str | None = None) -> list[Pat
     folder = checkpoint_folder(source, revision=revision)
     if is_hub_id(source):
         _fetch_weights(str(source), folder)
-    distributed = [file.name for file in folder.iterdir() if _DISTRIBUTED.fullmatch(file.name)]
+    distributed = [name for name in _names(folder) if _DISTRIBUTED.fullmatch(name)]
     if distributed:
         raise CheckpointError(
             f"{folder} holds a distributed checkpoint ({min(distributed)}): load and save it first."
@@ -293,8 +293,15 @@ def _index_names(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def _names(folder: Path) -> list[str]:
+    try:
+        return [file.name for file in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be listed: {error.strerror}.") from error
+
+
 def _no_weights(folder: Path) -> str:
-    names = [file.name for file in folder.iterdir()]
+    names = _names(folder)
     shards = sorted(name for name in names if re.fullmatch(r"model-.*-of-.*\.safetensors", name))
     if shards:
         return (

@@ -7,6 +7,7 @@ process keeps to the commit that it found first.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,7 +106,10 @@ def _explain(
         reason = f"it has no revision {revision}"
     elif isinstance(error, OfflineModeIsEnabled):
         reason = "it is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+    elif isinstance(error, OSError) and error.errno is not None:
+        reason = f"the cache {constants.HF_HUB_CACHE} fails: {error.strerror}"
     else:
         first = (str(error).strip().splitlines() or [""])[0]
-        reason = f"it is not in the cache, and {constants.ENDPOINT} fails: {type(error).__name__}: {first}"
+        why = f"{constants.ENDPOINT} fails: {type(error).__name__}: {first}"
+        reason = f"it is not in the cache, and {re.sub('//[^/@]*@', '//', why)}"  # without a password
     return CheckpointError(f"There is no model directory {repo_id}, and {what} could not be had ({reason}).")

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from runner_cases import (
     LAYERS,
     Outcome,
@@ -31,6 +32,8 @@ from spoil import (
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
+from arc_runner.loaded_model import LoadedModel
+from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
@@ -111,6 +114,30 @@ def test_a_model_that_is_neither_a_directory_nor_on_the_hub_is_refused(name: str
     outcome = run_main(tmp_path, model_path=name)
     assert_refused(outcome, f"There is no model directory {Path(name)}")
     assert ("asking the Hugging Face hub" in outcome.out) == name.startswith("Qwen")
+
+
+def test_a_hub_model_in_the_cache_is_used_and_its_commit_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*_: object) -> None:
+        raise CheckpointError("that is all")
+
+    monkeypatch.setattr(LoadedModel, "load", load)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo, commit = tmp_path / "hub" / "models--org--small", "c" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = copy_small(repo / "snapshots" / commit)
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    outcome = run_main(tmp_path, model_path="org/small")
+    assert outcome.out.startswith(
+        f"there is no directory org/small: the hub's cache has it, at commit {'c' * 12}"
+    )
+    assert outcome.err.endswith("error: that is all\n")
+    manifest = json.loads((tmp_path / "activations" / "manifest.json").read_text())
+    assert manifest["provenance"]["model_id"] == "org/small"
+    assert manifest["provenance"]["model_commit"] == commit
+    assert manifest["settings"]["model_fingerprint"] == checkpoint_fingerprint(model)
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------

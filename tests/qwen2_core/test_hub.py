@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -87,6 +88,31 @@ def test_a_cached_model_is_a_hub_model_whatever_folders_are_near(
         checkpoint_folder(MODEL)
     fill(cache)
     assert is_hub_id(MODEL)
+
+
+def test_what_goes_wrong_is_said_without_a_password(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(error: Exception) -> None:
+        def model_info(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=model_info))
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://me:secret@mirror.example")
+    fail(RuntimeError("502 for https://me:secret@mirror.example/api\nand more"))
+    with pytest.raises(CheckpointError) as error:
+        hub.list_files(MODEL)
+    assert "https://mirror.example fails: RuntimeError: 502 for https://mirror.example/api)" in str(
+        error.value
+    )
+    fail(OSError(28, "No space left on device"))
+    with pytest.raises(CheckpointError, match=f"the cache {cache} fails: No space left on device"):
+        hub.list_files(MODEL)
+
+
+@pytest.mark.parametrize("name", ["a..b/c", "org/" + "m" * 200, "org/model.git", "org--x/model"])
+def test_what_is_no_hub_id_is_said(cache: Path, name: str):
+    with pytest.raises(CheckpointError, match=r"that is no hub id|HF_HUB_OFFLINE"):
+        checkpoint_folder(name)
 
 
 def test_offline_a_model_that_is_not_cached_is_refused(cache: Path):
