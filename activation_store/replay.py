@@ -15,7 +15,8 @@ from activation_store.format import SequenceRecord, hook_name
 from activation_store.reader import ActivationStore
 from activation_store.verify import Progress, silently
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
-from qwen2_core.weights import load_qwen2
+from qwen2_core.sharding import Layout
+from qwen2_core.weights import load_params, read_config
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 _BUCKET = 128  # lengths are padded to a multiple, so that a few programs serve all sequences
@@ -66,7 +67,8 @@ def replay_store(
         yield f"{model_path} is not the model that made the store (its fingerprint differs)"
         return
     # Scanned layers compile in a fraction of the time, which counts for a handful of sequences.
-    config, params = load_qwen2(model_path, dtype=settings.dtype, scan_layers=True)
+    config = read_config(model_path, dtype=settings.dtype, scan_layers=True)
+    params = load_params(model_path, config, Layout())
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return

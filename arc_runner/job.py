@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import logging
@@ -25,7 +26,8 @@ from arc_runner.preflight import check_places, choose_devices, load_config, say_
 from arc_runner.report import Report, failure_entries
 from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
 from arc_runner.workload import build_requests
-from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
+from qwen2_core.generation_config import unapplied_settings
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout
 from qwen2_core.weights import check_checkpoint
@@ -96,12 +98,15 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     config = load_config(options)
     check_checkpoint(options.model_path, config)
     layout, devices = choose_devices(options, config)
-    tokenizer = load_tokenizer(options.model_path, config.vocab_size)
-    eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
-    settings = _store_settings(options, config, eos)
-    requests, failures = build_requests(
-        loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
-    )
+    with contextlib.closing(load_tokenizer(options.model_path, config.vocab_size)) as tokenizer:
+        eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
+        sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        if unapplied := unapplied_settings(options.model_path, sampling):
+            say(f"{unapplied}: sampling is what the flags say")
+        settings = _store_settings(options, config, eos)
+        requests, failures = build_requests(
+            loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
+        )
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.tasks) + len(loaded.failures)
     report.tasks_failed = failure_entries([*loaded.failures, *failures])
@@ -142,8 +147,10 @@ def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...
 
 def _provenance(options: RunOptions) -> dict[str, Any]:
     """Returns what the store notes about how its rows were made; it decides nothing."""
+    hub = is_hub_id(options.model_path)
     return {
         "model_id": options.model_path,
+        **({"model_commit": checkpoint_folder(options.model_path).name} if hub else {}),
         "generation": options.generation,
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
     }

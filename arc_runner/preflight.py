@@ -14,8 +14,9 @@ from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions
 from arc_runner.report import report_path
 from qwen2_core.checkpoint_files import is_hub_id
+from qwen2_core.hub import cached_snapshot
 from qwen2_core.sharding import Layout, make_layout
-from qwen2_core.weights import scans_layers_by_default
+from qwen2_core.weights import read_config
 from qwen2_jax import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -29,7 +30,13 @@ def say_defaults(options: RunOptions) -> None:
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")
     if is_hub_id(options.model_path):
-        say(f"there is no directory {options.model_path}: asking the Hugging Face hub")
+        cached = cached_snapshot(options.model_path)
+        where = (
+            f"the hub's cache has it, at commit {cached.name[:12]}"
+            if cached
+            else "asking the Hugging Face hub"
+        )
+        say(f"there is no directory {options.model_path}: {where}")
 
 
 def check_places(options: RunOptions) -> None:
@@ -101,9 +108,7 @@ def load_config(options: RunOptions) -> QwenConfig:
         CheckpointError: there is no such model, or it is not one that can be run.
         UsageError: no prompt would fit beside the answer, or the model lacks a layer to extract.
     """
-    config = QwenConfig.from_hf(options.model_path).replace(scan_layers=scans_layers_by_default())
-    if options.dtype is not None:
-        config = config.replace(dtype=options.dtype)
+    config = read_config(options.model_path, dtype=options.dtype)
     if options.max_output_tokens >= config.max_position_embeddings:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from arc_puzzles import encode_prompt
-from qwen2_core.checkpoint_files import resolve_file
+from arc_runner.chat_template import BoundedTokenizer
+from qwen2_core.checkpoint_files import optional_file, read_json_object, resolve_file
 from qwen2_jax import CheckpointError
+
+_logger = logging.getLogger(__name__)
 
 _FILES = (
     "tokenizer.json",
@@ -21,12 +23,14 @@ _FILES = (
     "merges.txt",
 )
 _PROBE = "Input 0123456789"
+_MOST_BYTES = 1 << 30  # of a file; the largest vocabularies have a hundredth
 
 
-def load_tokenizer(model_path: str, vocab_size: int) -> Any:
+def load_tokenizer(model_path: str, vocab_size: int) -> BoundedTokenizer:
     """Loads the tokenizer of the checkpoint (transformers' ``AutoTokenizer``) and tries it out.
 
-    Trying is needed: where the vocabulary is missing transformers makes an empty one.
+    Trying is needed: where the vocabulary is missing transformers makes an empty one. Warns of a chat
+    template that puts the time into prompts.
 
     Raises:
         CheckpointError: it cannot be loaded, has no chat template, does not give back the text that it
@@ -37,21 +41,29 @@ def load_tokenizer(model_path: str, vocab_size: int) -> Any:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
 
-    resolve_file(model_path, "tokenizer_config.json")
-    directory = Path(model_path).expanduser()
+    directory = resolve_file(model_path, "tokenizer_config.json").parent
+    _check_kinds(directory)
+    messages = [{"role": role, "content": _PROBE} for role in ("system", "user")]
+    tokenizer = None
     try:
-        source = directory if directory.is_dir() else model_path
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        token_ids = encode_prompt(
-            tokenizer, [{"role": role, "content": _PROBE} for role in ("system", "user")]
-        )
+        tokenizer = BoundedTokenizer(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
+        token_ids = encode_prompt(tokenizer, messages)
+        if tokenizer.tells_the_time(messages):
+            _logger.warning(
+                "the chat template of %s puts the time into the prompts: a later run makes other prompts, "
+                "and finds nothing of this one done",
+                model_path,
+            )
         if tokenizer.decode(token_ids.tolist()).count(_PROBE) != 2:
             raise ValueError(f"it does not give back the text {_PROBE!r} (is its vocabulary there?)")
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # many kinds, of transformers, tokenizers and the chat template
+        if tokenizer is not None:
+            tokenizer.close()
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer of {model_path} cannot be used: {reason}") from error
     if largest >= vocab_size:
+        tokenizer.close()
         raise CheckpointError(
             f"the tokenizer of {model_path} has token ids up to {largest}, the model a vocabulary of "
             f"{vocab_size}: they do not belong together"
@@ -70,14 +82,10 @@ def eos_token_ids(model_path: str, tokenizer: Any, vocab_size: int) -> tuple[int
     """
     found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
     for name in ("generation_config.json", "config.json"):
-        try:
-            path = resolve_file(model_path, name)
-        except CheckpointError:  # a checkpoint need not have the first
+        path = optional_file(model_path, name)
+        if path is None:  # a checkpoint need not have the first
             continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is not a JSON object ({error})") from error
+        value = read_json_object(path).get("eos_token_id")
         found += value if isinstance(value, list) else [value]
     given = [token for token in found if token is not None]
     for token in given:
@@ -92,6 +100,20 @@ def tokenizer_sha256(model_path: str) -> str:
     """Returns the SHA-256 of the tokenizer's files, those that there are, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in _FILES:
-        with contextlib.suppress(CheckpointError):
-            digest.update(resolve_file(model_path, name).read_bytes())
+        path = optional_file(model_path, name)
+        if path is not None:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _check_kinds(directory: Path) -> None:
+    """Checks that what a tokenizer may be read from are regular files of a size that one may have.
+
+    Raises:
+        CheckpointError: one is something else, which may never end, or is far too large.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+            path = optional_file(directory, file.name)
+            if path is not None and path.stat().st_size > _MOST_BYTES:
+                raise CheckpointError(f"{path} is larger than any tokenizer's file ({_MOST_BYTES >> 30} GB)")

@@ -15,19 +15,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvcache_utils import KVCacheConfig
-from qwen2_core.checkpoint_files import CheckpointError, read_json_object, resolve_file
+from qwen2_core.checkpoint_files import read_json_object, resolve_file
+from qwen2_core.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+# The largest values that are believed: far above every model, far below what would take minutes to refuse.
+_SIZES = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 21,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "max_position_embeddings": 1 << 30,
+}
+_NUMBERS = {"rope_theta": 1e15, "rms_norm_eps": 1.0}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# What Transformers takes where a Qwen2 config does not say; the other defaults are those of QwenConfig.
+_UNSAID: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +80,23 @@ class QwenConfig:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         if self.dtype.name not in _DTYPES:
             raise CheckpointError(f"dtype {self.dtype.name} is not one of {', '.join(_DTYPES)}.")
-        for name in _SIZES:
+        for name, most in _SIZES.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"{name} must be a positive integer, not {value!r}.")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise CheckpointError(f"{name} must be a positive number, not {getattr(self, name)}.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise CheckpointError(
+                    f"{name} must be a positive integer, not {_shown(value)} (the most is {most})."
+                )
+        for name, most in _NUMBERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= most:
+                raise CheckpointError(
+                    f"{name} must be a positive number, not {_shown(value)} (the most is {most:g})."
+                )
+            object.__setattr__(self, name, float(value))
+        if self.sliding_window is not None and type(self.sliding_window) is not int:
+            raise CheckpointError(
+                f"sliding_window must be an integer or null, not {_shown(self.sliding_window)}."
+            )
         if not isinstance(self.tie_word_embeddings, bool):
             raise CheckpointError(
                 f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}."
@@ -94,8 +115,8 @@ class QwenConfig:
             )
         if self.use_sliding_window:
             raise CheckpointError(
-                "use_sliding_window=true is not implemented: attention here is always over the whole "
-                "context. Use a checkpoint without a sliding window."
+                "use_sliding_window (sliding_attention layers) is not implemented: attention here is always "
+                "over the whole context. Use a checkpoint without a sliding window."
             )
 
     @property
@@ -141,7 +162,8 @@ class QwenConfig:
         """Reads a Hugging Face config: of a local directory or hub id, a dict, or a config object.
 
         Understands the spellings of transformers 4 (``rope_theta``, ``torch_dtype``) and 5
-        (``rope_parameters``, ``dtype``). Keeps the checkpoint's own dtype.
+        (``rope_parameters``, ``dtype``). What the config does not say is as Transformers has it: float32,
+        for one. ``qwen2_core.weights.read_config`` also asks the weights, as loading does.
 
         Raises:
             CheckpointError: no such model, not a Qwen2 model, or a feature that is not implemented.
@@ -160,49 +182,102 @@ class QwenConfig:
         missing = [name for name in _REQUIRED if name not in hf]
         if missing:
             raise CheckpointError(f"The model config lacks {', '.join(missing)}; is it a Qwen2 config.json?")
-        kwargs = {f.name: hf[f.name] for f in dataclasses.fields(cls) if f.name in hf and f.name != "dtype"}
-        rope = hf.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            kwargs["rope_theta"] = rope["rope_theta"]
-        kwargs.setdefault("num_key_value_heads", hf["num_attention_heads"])
-        kwargs.setdefault("tie_word_embeddings", False)
-        for name in ("rope_theta", "rms_norm_eps"):
-            if name in kwargs:
-                kwargs[name] = float(kwargs[name])
-        dtype = str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+        said = _UNSAID | dict(hf)
+        said["rope_theta"] = _rope(hf).get("rope_theta", said["rope_theta"])
+        if said["num_key_value_heads"] is None:
+            said["num_key_value_heads"] = said["num_attention_heads"]
+        names = [*_SIZES, *_NUMBERS, "tie_word_embeddings", "sliding_window"]
+        kwargs = {name: said[name] for name in names if name in said}
+        dtype = said_dtype(hf) or "float32"
         if dtype not in _DTYPES:
             raise CheckpointError(f"The checkpoint's dtype {dtype} is not one of {', '.join(_DTYPES)}.")
-        return cls(dtype=jnp.dtype(dtype), **kwargs)
+        try:
+            config = cls(dtype=jnp.dtype(dtype), **kwargs)
+            return config.replace(use_sliding_window=_slides(said))
+        except CheckpointError as error:
+            unsaid = [name for name in _UNSAID if name not in hf and f"{name} {_UNSAID[name]}" in str(error)]
+            if not unsaid:
+                raise
+            raise CheckpointError(
+                f"{error} (The config does not give {', '.join(unsaid)}; this is Transformers' default.)"
+            ) from error
+
+
+def said_dtype(hf: Mapping[str, Any]) -> str | None:
+    """Returns the dtype that a Hugging Face config names, without the prefix of torch, or None."""
+    dtype = hf.get("dtype")
+    if dtype is None:
+        dtype = hf.get("torch_dtype")
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the RoPE parameters: those of ``rope_scaling``, the older spelling, come first."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = hf.get(name)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise CheckpointError(f"{name} must be an object, not {_shown(rope)}.")
+        if rope:
+            return rope
+    return {}
+
+
+def _slides(hf: Mapping[str, Any]) -> bool:
+    """Returns whether any layer attends to a sliding window only, as Transformers decides it."""
+    use, window, first = (hf.get(k) for k in ("use_sliding_window", "sliding_window", "max_window_layers"))
+    if not isinstance(use, bool | None):
+        raise CheckpointError(f"use_sliding_window must be true or false, not {_shown(use)}.")
+    layers = hf.get("layer_types")
+    if layers is None:
+        if type(first) is not int:
+            raise CheckpointError(f"max_window_layers must be an integer, not {_shown(first)}.")
+        return bool(use) and window is not None and first < hf["num_hidden_layers"]
+    if not isinstance(layers, list | tuple) or len(layers) != hf["num_hidden_layers"]:
+        raise CheckpointError(f"layer_types must be a list of {_shown(hf['num_hidden_layers'])} names.")
+    other = [name for name in layers if name not in ("full_attention", "sliding_attention")]
+    if other:
+        raise CheckpointError(f"layer_types {_shown(other[0])} is not implemented; use 'full_attention'.")
+    return "sliding_attention" in layers
+
+
+def _shown(value: Any) -> str:
+    """Returns a value for an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     model_type = hf.get("model_type")
     if model_type != "qwen2":
         raise CheckpointError(
-            f"This is a {model_type!r} model; only model_type 'qwen2' (Qwen2, Qwen2.5) is implemented."
+            f"This is a {_shown(model_type)} model; only model_type 'qwen2' (Qwen2, Qwen2.5) is implemented."
         )
     for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(
-                f"{name} of type {kind!r} is not implemented. Use a checkpoint without RoPE scaling "
-                f"(or remove {name} from config.json if the context stays within the unscaled length)."
-            )
-    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
-        raise CheckpointError(
-            "use_sliding_window (sliding_attention layers) is not implemented: attention here is always "
-            "over the whole context. Use a checkpoint without a sliding window."
-        )
+        if hf.get(name) and isinstance(hf[name], Mapping):
+            rope = hf[name]
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind != "default":
+                raise CheckpointError(
+                    f"{name} of type {_shown(kind)} is not implemented. Use a checkpoint without RoPE "
+                    f"scaling (or remove {name} from config.json if the context stays within the unscaled)."
+                )
+            if "full_attention" in rope or "sliding_attention" in rope:
+                raise CheckpointError(f"{name} of its own for each kind of layer is not implemented.")
     if hf.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"hidden_act {hf['hidden_act']!r} is not implemented; Qwen2 uses 'silu'.")
+        raise CheckpointError(f"hidden_act {_shown(hf['hidden_act'])} is not implemented; Qwen2 uses 'silu'.")
     head_dim = hf.get("head_dim")
     if head_dim is not None and head_dim * hf.get("num_attention_heads", 0) != hf.get("hidden_size"):
         raise CheckpointError(
-            f"head_dim {head_dim} is not hidden_size / num_attention_heads; not implemented."
+            f"head_dim {_shown(head_dim)} is not hidden_size / num_attention_heads; not implemented."
         )
-    if hf.get("quantization_config"):
+    if hf.get("quantization_config") is not None:
         raise CheckpointError("quantization_config is not implemented; use the unquantized checkpoint.")
+    for name in ("per_layer_config", "transformers_weights"):
+        if hf.get(name) is not None:
+            raise CheckpointError(f"{name} is not implemented; use a checkpoint without it.")
 
 
 def _as_dict(source: Any) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ stack ``layers/...`` with a leading axis.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import logging
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -21,64 +21,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qwen2_core.checkpoint_files import CheckpointError, StoredTensors, open_tensors, resolve_file
-from qwen2_core.config import QwenConfig
+from qwen2_core.checkpoint_files import (
+    checkpoint_folder,
+    is_hub_id,
+    open_tensors,
+    read_json_object,
+    resolve_file,
+    weights_dtype,
+)
+from qwen2_core.config import QwenConfig, said_dtype
+from qwen2_core.errors import CheckpointError
+from qwen2_core.generation_config import unapplied_settings
 from qwen2_core.sharding import Layout, make_layout
+from qwen2_core.tensor_names import HEAD, TensorSpec, is_tied, locate, locate_stored, tensor_specs
 
 Params = dict[str, Any]
+_logger = logging.getLogger(__name__)
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
-_LISTED = 20  # tensors that an error names of each kind; a wrong checkpoint differs in hundreds
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Says where one Hugging Face tensor goes: its path in the tree, and its shape as stored."""
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def transposed(self) -> bool:
-        """Returns whether the tree holds the transpose."""
-        return self.path[-1] == "kernel"
-
-    @property
-    def tree_shape(self) -> tuple[int, ...]:
-        """Returns the shape in the tree."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-
-def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
-    """Returns every tensor that a checkpoint of this config has, by its Hugging Face name."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    specs = {
-        "model.embed_tokens.weight": TensorSpec(("embed_tokens", "embedding"), (config.vocab_size, hidden))
-    }
-    projections = {
-        ("self_attn", "q_proj"): (heads, hidden),
-        ("self_attn", "k_proj"): (kv, hidden),
-        ("self_attn", "v_proj"): (kv, hidden),
-        ("self_attn", "o_proj"): (hidden, heads),
-        ("mlp", "gate_proj"): (inner, hidden),
-        ("mlp", "up_proj"): (inner, hidden),
-        ("mlp", "down_proj"): (hidden, inner),
-    }
-    for layer in range(config.num_hidden_layers):
-        tree, name = f"layers_{layer}", f"model.layers.{layer}"
-        for (block, projection), shape in projections.items():
-            specs[f"{name}.{block}.{projection}.weight"] = TensorSpec(
-                (tree, block, projection, "kernel"), shape
-            )
-            if projection in ("q_proj", "k_proj", "v_proj"):
-                bias = TensorSpec((tree, block, projection, "bias"), shape[:1])
-                specs[f"{name}.{block}.{projection}.bias"] = bias
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            specs[f"{name}.{norm}.weight"] = TensorSpec((tree, norm, "weight"), (hidden,))
-    specs["model.norm.weight"] = TensorSpec(("norm", "weight"), (hidden,))
-    if not config.tie_word_embeddings:
-        specs["lm_head.weight"] = TensorSpec(("lm_head", "kernel"), (config.vocab_size, hidden))
-    return specs
 
 
 def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -> Params:
@@ -87,14 +46,21 @@ def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -
     The weights are copied, in ``config.dtype``, onto the default device.
 
     Raises:
-        CheckpointError: listing every missing, unexpected and mis-shaped tensor.
+        CheckpointError: listing every missing, unexpected, mis-shaped and mis-typed tensor; or the head is
+            not the embedding that the config says it is.
     """
     state = hf_model_or_state_dict
     if not isinstance(state, Mapping):
         state = state.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _check_tensors(shapes, config, "The state dict")
-    return _build_tree(config, lambda name: _to_numpy(state[name]), Layout())
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    names = locate(shapes, dtypes, config, "The state dict")
+
+    def read(name: str) -> np.ndarray:
+        return _to_numpy(state[names[name]])
+
+    _refuse_another_head(read, names, config, "The state dict")
+    return _build_tree(config, read, Layout())
 
 
 def load_qwen2(
@@ -117,6 +83,8 @@ def load_qwen2(
         mesh_shape: (data, model) devices, see :mod:`qwen2_core.sharding`. Generation runs where the weights
             are.
 
+    Warns of settings in ``generation_config.json`` that would change the tokens: none of them is applied.
+
     Returns:
         (config, params), for ``QwenModel(config).apply({"params": params}, ...)``.
 
@@ -125,16 +93,61 @@ def load_qwen2(
             unexpected or mis-shaped (all of them listed).
         ValueError: there are not so many devices, or the model cannot be split over them.
     """
-    if revision is not None and Path(path_or_hub_id).expanduser().is_dir():
-        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is a directory.")
-    config_path = resolve_file(path_or_hub_id, "config.json", revision=revision)
-    if scan_layers is None:
-        scan_layers = scans_layers_by_default()
-    config = QwenConfig.from_hf(config_path.parent).replace(scan_layers=scan_layers)
-    if dtype is not None:
-        config = config.replace(dtype=dtype)
+    config = read_config(path_or_hub_id, dtype=dtype, revision=revision, scan_layers=scan_layers)
+    _warn_of_unapplied_settings(path_or_hub_id, revision)
     layout = make_layout(config, mesh_shape)
     return config, load_params(path_or_hub_id, config, layout, revision=revision)
+
+
+def _warn_of_unapplied_settings(path_or_hub_id: str | Path, revision: str | None) -> None:
+    try:
+        unapplied = unapplied_settings(checkpoint_folder(path_or_hub_id, revision=revision))
+    except CheckpointError as error:  # the weights are as good without it
+        unapplied = f"no generation_config.json is read: {error}"
+    if unapplied:
+        _logger.warning("%s: %s; sampling is what a call says", path_or_hub_id, unapplied)
+
+
+def read_config(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = None,
+    revision: str | None = None,
+    scan_layers: bool | None = None,
+) -> QwenConfig:
+    """Reads a checkpoint's config, and from its weights what the config does not decide.
+
+    The dtype that no config names is that of the weights. A head that the config says is the embedding, but
+    that is stored with other values, is a head of its own. Both are as in Transformers.
+
+    Args:
+        path_or_hub_id: as in ``load_qwen2``, like the other arguments.
+
+    Raises:
+        CheckpointError: as ``load_qwen2``.
+    """
+    if revision is not None and not is_hub_id(path_or_hub_id):
+        raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is none.")
+    hf = read_json_object(resolve_file(path_or_hub_id, "config.json", revision=revision))
+    config = QwenConfig.from_hf(hf)
+    if scan_layers is None:
+        scan_layers = scans_layers_by_default()
+    if dtype is None and said_dtype(hf) is None:
+        dtype = weights_dtype(path_or_hub_id, revision=revision)
+    config = config.replace(scan_layers=scan_layers, dtype=config.dtype if dtype is None else dtype)
+    if not config.tie_word_embeddings:
+        return config
+    with open_tensors(path_or_hub_id, revision=revision) as stored:
+        names = locate_stored(stored, config)
+        if is_tied(lambda name: stored.read(names[name]), names, config):
+            return config
+        _logger.warning(
+            "the config of %s says that the head is the embedding, but %s has other values: it is used, as "
+            "Transformers does",
+            path_or_hub_id,
+            names[HEAD],
+        )
+        return config.replace(tie_word_embeddings=False)
 
 
 def scans_layers_by_default() -> bool:
@@ -151,8 +164,13 @@ def load_params(
         CheckpointError: as ``load_qwen2``.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        _check_stored(stored, config)
-        return _build_tree(config, stored.read, layout)
+        names = locate_stored(stored, config)
+
+        def read(name: str) -> np.ndarray:
+            return stored.read(names[name])
+
+        _refuse_another_head(read, names, config, f"The checkpoint in {stored.directory}")
+        return _build_tree(config, read, layout)
 
 
 def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision: str | None = None) -> None:
@@ -162,7 +180,7 @@ def check_checkpoint(path_or_hub_id: str | Path, config: QwenConfig, *, revision
         CheckpointError: no weights, a truncated file, or tensors missing, unexpected or mis-shaped.
     """
     with open_tensors(path_or_hub_id, revision=revision) as stored:
-        _check_stored(stored, config)
+        locate_stored(stored, config)
 
 
 def stack_layers(params: Params) -> Params:
@@ -235,35 +253,13 @@ def _stacks(specs: Mapping[str, TensorSpec], count: int) -> Iterator[tuple[tuple
             yield path[1:], [by_path[(f"layers_{i}", *path[1:])] for i in range(count)]
 
 
-def _check_stored(stored: StoredTensors, config: QwenConfig) -> None:
-    _check_tensors(stored.shapes(), config, f"The checkpoint in {stored.directory}")
-
-
-def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: QwenConfig, where: str) -> None:
-    """Raises a CheckpointError that lists every missing, unexpected and mis-shaped tensor."""
-    specs = tensor_specs(config)
-    # A tied checkpoint may store the head as well; it is the embedding by definition.
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    problems = [
-        ("missing", [name for name in specs if name not in shapes]),
-        ("unexpected", [name for name in shapes if name not in specs and name not in ignored]),
-        (
-            "mis-shaped",
-            [
-                f"{name} {list(shapes[name])} instead of {list(spec.shape)}"
-                for name, spec in specs.items()
-                if name in shapes and shapes[name] != spec.shape
-            ],
-        ),
-    ]
-    found = []
-    for kind, names in problems:
-        if names:
-            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            found.append(f"{kind}: {', '.join(names[:_LISTED])}{more}")
-    if found:
+def _refuse_another_head(
+    read: Callable[[str], np.ndarray], names: Mapping[str, str], config: QwenConfig, where: str
+) -> None:
+    if config.tie_word_embeddings and not is_tied(read, names, config):
         raise CheckpointError(
-            f"{where} does not fit its config ({config.num_hidden_layers} layers): {'; '.join(found)}."
+            f"{where} has a {HEAD} that is not the embedding, and the config says tie_word_embeddings. Use "
+            "config.replace(tie_word_embeddings=False), or the config that read_config returns."
         )
 
 

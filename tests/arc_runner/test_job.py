@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from runner_cases import (
     LAYERS,
     Outcome,
@@ -31,8 +32,20 @@ from spoil import (
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
+from arc_runner.loaded_model import LoadedModel
+from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
+
+
+def index(content: str) -> Spoil:
+    """An index in place of the one file, which would count before it."""
+
+    def spoil(model: Path) -> None:
+        remove("model.safetensors")(model)
+        text("model.safetensors.index.json", content)(model)
+
+    return spoil
 
 
 CHECKPOINTS: list[tuple[str, Spoil, str]] = [
@@ -43,14 +56,14 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("another architecture", config(model_type="llama"), "This is a 'llama' model; only model_type 'qwen2'"),
     ("a size missing", config(hidden_size=None), "The model config lacks hidden_size"),
     ("a size of text", config(hidden_size="64"), "hidden_size must be a positive integer, not '64'"),
-    ("RoPE without sense", config(rope_theta="x"), "The model config has a value of the wrong type"),
-    ("RoPE below zero", config(rope_theta=-1), "rope_theta must be a positive number, not -1.0"),
+    ("RoPE without sense", config(rope_theta="x"), "rope_theta must be a positive number, not 'x'"),
+    ("RoPE below zero", config(rope_theta=-1), "rope_theta must be a positive number, not -1"),
     ("epsilon that is none", config(rms_norm_eps=float("nan")), "rms_norm_eps must be a positive number"),
     ("tied to a word", config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
     ("RoPE scaling", config(rope_scaling={"type": "yarn"}), "rope_scaling of type 'yarn' is not implemented"),
     (
         "sliding window",
-        config(use_sliding_window=True),
+        config(use_sliding_window=True, max_window_layers=1),
         "use_sliding_window (sliding_attention layers) is not",
     ),
     ("quantized", config(quantization_config={"bits": 4}), "use the unquantized checkpoint"),
@@ -68,15 +81,15 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
         f"mis-shaped: {QUERY} [5, 64] instead of [64, 64].",
     ),
     ("fewer layers than said", config(num_hidden_layers=3), "(3 layers): missing: model.layers.2.self_attn"),
-    ("torn index", text("model.safetensors.index.json", "{}"), "is no safetensors index"),
+    ("torn index", index("{}"), "is no safetensors index"),
     (
         "index of numbers",
-        text("model.safetensors.index.json", '{"weight_map": {"x": 3}}'),
-        "is no safetensors index",
+        index('{"weight_map": {"x": 3}}'),
+        "model.safetensors.index.json says that x is in 3: a weight file has a plain name",
     ),
     (
         "index of nothing",
-        text("model.safetensors.index.json", '{"weight_map": {"x": "model-7.safetensors"}}'),
+        index('{"weight_map": {"x": "model-7.safetensors"}}'),
         "has no model-7.safetensors",
     ),
 ]
@@ -101,6 +114,30 @@ def test_a_model_that_is_neither_a_directory_nor_on_the_hub_is_refused(name: str
     outcome = run_main(tmp_path, model_path=name)
     assert_refused(outcome, f"There is no model directory {Path(name)}")
     assert ("asking the Hugging Face hub" in outcome.out) == name.startswith("Qwen")
+
+
+def test_a_hub_model_in_the_cache_is_used_and_its_commit_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*_: object) -> None:
+        raise CheckpointError("that is all")
+
+    monkeypatch.setattr(LoadedModel, "load", load)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo, commit = tmp_path / "hub" / "models--org--small", "c" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    model = copy_small(repo / "snapshots" / commit)
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    outcome = run_main(tmp_path, model_path="org/small")
+    assert outcome.out.startswith(
+        f"there is no directory org/small: the hub's cache has it, at commit {'c' * 12}"
+    )
+    assert outcome.err.endswith("error: that is all\n")
+    manifest = json.loads((tmp_path / "activations" / "manifest.json").read_text())
+    assert manifest["provenance"]["model_id"] == "org/small"
+    assert manifest["provenance"]["model_commit"] == commit
+    assert manifest["settings"]["model_fingerprint"] == checkpoint_fingerprint(model)
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------

@@ -78,6 +78,10 @@ def test_nothing_is_written_into_a_directory_of_tasks(flag: str, name: str, tmp_
 AS_NOBODY = """
 import json, os, sys
 from runner_cases import run_main
+from arc_runner.chat_template import BoundedTokenizer
+def render(self, messages, add_generation_prompt=True, clock=None):  # nobody may not start this Python
+    return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+BoundedTokenizer.render = render
 first, *others = json.loads(sys.argv[1])
 outcomes = [run_main(**first)]
 if os.getuid() == 0:

@@ -71,10 +71,77 @@ def test_rope_theta_is_read_in_either_spelling(change: dict[str, Any]):
 
 def test_missing_optional_keys_have_the_defaults_of_transformers():
     hf = {key: FOUR[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
-    config = QwenConfig.from_hf(hf | {"num_hidden_layers": 2, "num_attention_heads": 14})
+    hf |= {"num_hidden_layers": 2, "num_attention_heads": 14, "num_key_value_heads": None}
+    config = QwenConfig.from_hf(hf)
     assert config.num_key_value_heads == 14
     assert not config.tie_word_embeddings
     assert config.dtype == np.float32
+    assert config.rope_theta == 10_000
+    assert config.rms_norm_eps == 1e-6
+    assert config.max_position_embeddings == 32768
+
+
+def test_a_config_of_layers_that_are_all_full_is_accepted_whatever_else_it_says_of_windows():
+    assert QwenConfig.from_hf(FIVE | {"use_sliding_window": True}) == QwenConfig.from_hf(FIVE)
+    for first in (24, 25, 2**70):
+        hf = FOUR | {"use_sliding_window": True, "max_window_layers": first}
+        assert QwenConfig.from_hf(hf) == QwenConfig.from_hf(FOUR)
+
+
+def test_what_the_file_says_of_our_own_settings_counts_for_nothing():
+    assert QwenConfig.from_hf(FOUR | {"scan_layers": True, "use_fixed_cache": 1}) == QwenConfig.from_hf(FOUR)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "vocab_size", "hidden_size", "max_position_embeddings"]
+)
+@pytest.mark.parametrize("value", [10**9 * 4, 10**4000, -1, 0, True, 2.0, "2", None, NAN, INF, [2], {"a": 2}])
+def test_sizes_are_integers_of_a_plausible_range(name: str, value: Any):
+    with pytest.raises(CheckpointError, match=f"{name} must be a positive integer, not .* \\(the most is"):
+        QwenConfig.from_hf(FOUR | {name: value})
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize(
+    "value", [1e308, 10**4000, -1, 0, True, "1e6", None, NAN, INF, -INF, [1.0], {"a": 2}]
+)
+def test_numbers_are_numbers_of_a_plausible_range(name: str, value: Any):
+    with pytest.raises(CheckpointError, match=f"{name} must be a positive number, not .* \\(the most is"):
+        QwenConfig.from_hf(FOUR | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a positive integer, not 1000000000"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer, not '2'"),
+        ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta must be a positive number, not '1e6'"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, not 'linear'"),
+        ({"rope_scaling": [2.0]}, "rope_scaling must be an object"),
+        ({"rope_parameters": 5}, "rope_parameters must be an object, not 5"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings must be true or false, not None"),
+        ({"use_sliding_window": "no"}, "use_sliding_window must be true or false, not 'no'"),
+        ({"sliding_window": "4096"}, "sliding_window must be an integer or null, not '4096'"),
+        ({"max_window_layers": "28", "layer_types": None}, "max_window_layers must be an integer, not '28'"),
+        ({"layer_types": "full_attention"}, "layer_types must be a list of 24 names"),
+        ({"layer_types": [["full_attention"]] * 24}, "layer_types .* is not implemented"),
+        ({"hidden_act": {"silu": 1}}, "hidden_act .* is not implemented"),
+        ({"hidden_act": None}, "hidden_act None is not implemented"),
+        ({"head_dim": "64"}, "head_dim '64' is not"),
+        ({"dtype": ["float32"]}, r"dtype \['float32'\] is not one of"),
+        ({"model_type": ["qwen2"]}, "This is a .* model"),
+        ({"quantization_config": {}}, "quantization_config is not implemented"),
+        ({"quantization_config": "awq"}, "quantization_config is not implemented"),
+    ],
+    ids=str,
+)
+def test_values_of_the_wrong_type_are_refused_by_name(change: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message):
+        QwenConfig.from_hf(FOUR | change)
 
 
 def test_a_config_is_hashable_and_frozen():
@@ -95,7 +162,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_scaling": YARN}, "rope_scaling of type 'yarn' is not implemented"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
         ({"rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_parameters of type 'yarn'"),
-        ({"use_sliding_window": True}, "use_sliding_window .* is not implemented"),
+        (
+            {"use_sliding_window": True, "layer_types": None, "sliding_window": 4096},
+            "use_sliding_window .* is not implemented",
+        ),
+        ({"layer_types": ["full_attention"] * 23}, "layer_types must be a list of 24 names"),
+        ({"layer_types": ["chunked_attention"] * 24}, "layer_types 'chunked_attention' is not implemented"),
         (
             {"layer_types": ["full_attention"] * 12 + ["sliding_attention"] * 12},
             r"sliding_attention layers\) is not implemented",
@@ -139,6 +211,10 @@ def test_missing_required_keys_are_named():
         ('{"hidden_size": ', "is not valid JSON"),
         ("[1, 2]", "holds no JSON object"),
         ("\xff", "is not valid JSON"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "is not valid JSON .*digits"),
+        ('{"a":' * 200_000, "is nested too deep"),
+        ("[" * 200_000, "is nested too deep"),
+        ('{"rope_theta": NaN}', "This is a None model"),
     ],
 )
 def test_a_config_that_is_no_json_object_is_refused(text: str, message: str, tmp_path: Path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,15 @@ import pytest
 from lively import SHALLOW, Lively, rewrite_json, rewrite_safetensors
 
 from qwen2_core.checkpoint_files import CheckpointError
-from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
+from qwen2_core.config import QwenConfig
+from qwen2_core.sharding import Layout
+from qwen2_core.weights import (
+    convert_hf_to_jax_weights,
+    load_params,
+    load_qwen2,
+    read_config,
+    stack_layers,
+)
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 ROOT = Path(__file__).parents[2]
@@ -112,6 +121,74 @@ def test_a_tied_head_that_the_checkpoint_stores_all_the_same_is_ignored(tmp_path
         lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
     )
     assert_trees_equal(load_qwen2(path)[1], before)
+
+
+def test_a_head_that_the_config_calls_the_embedding_and_is_not_is_a_head_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = UNTIED.save(tmp_path)
+    expected = load_qwen2(path)[1]
+    assert caplog.messages == []
+    rewrite_json(path / "config.json", tie_word_embeddings=True)
+    config, params = load_qwen2(path)
+    assert not config.tie_word_embeddings
+    assert_trees_equal(params, expected)
+    assert len(caplog.messages) == 1
+    assert "says that the head is the embedding, but lm_head.weight has other values" in caplog.text
+    tied = QwenConfig.from_hf(path)  # what the file says alone
+    assert tied.tie_word_embeddings
+    for load in (
+        lambda: load_params(path, tied, Layout()),
+        lambda: convert_hf_to_jax_weights(UNTIED.state_dict(), tied),
+    ):
+        with pytest.raises(CheckpointError, match=r"has a lm_head\.weight that is not the embedding"):
+            load()
+
+
+def test_one_value_of_the_head_that_differs_is_seen_wherever_it_is(tmp_path: Path):
+    for row in (0, 159):
+        path = TIED.save(tmp_path / str(row))
+
+        def differ(tensors: dict[str, np.ndarray], row: int = row) -> None:
+            head = tensors["model.embed_tokens.weight"].copy()
+            head[row, -1] += 1
+            tensors["lm_head.weight"] = head
+
+        rewrite_safetensors(path / "model.safetensors", differ)
+        assert not read_config(path).tie_word_embeddings
+
+
+def test_a_dtype_that_no_config_names_is_that_of_the_weights(tmp_path: Path):
+    path = UNTIED.save(tmp_path)
+    rewrite_json(path / "config.json", torch_dtype=None)
+    assert read_config(path).dtype == np.float32
+    rewrite_safetensors(
+        path / "model.safetensors",
+        lambda tensors: tensors.update({name: a.astype(jnp.bfloat16) for name, a in tensors.items()}),
+    )
+    assert read_config(path).dtype == jnp.bfloat16
+    assert load_qwen2(path)[1]["norm"]["weight"].dtype == jnp.bfloat16
+    assert read_config(path, dtype="float32").dtype == np.float32
+    rewrite_json(path / "config.json", dtype="float32")
+    assert read_config(path).dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.bool_, jnp.float8_e4m3fn, np.complex64])
+def test_a_state_dict_of_other_types_is_refused_by_name(dtype: Any):
+    state = UNTIED.state_dict()
+    state["model.norm.weight"] = state["model.norm.weight"].astype(dtype)
+    with pytest.raises(CheckpointError, match=r"not of floats: model\.norm\.weight \w+\."):
+        convert_hf_to_jax_weights(state, UNTIED.config())
+
+
+def test_a_state_dict_without_the_prefix_converts_alike():
+    state = TIED.state_dict()
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    assert_trees_equal(
+        convert_hf_to_jax_weights(bare, TIED.config()), convert_hf_to_jax_weights(state, TIED.config())
+    )
+    with pytest.raises(CheckpointError, match=r"given twice: .*norm\.weight"):
+        convert_hf_to_jax_weights(state | bare, TIED.config())
 
 
 # --- What is wrong with a checkpoint ---

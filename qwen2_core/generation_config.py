@@ -1,0 +1,87 @@
+"""Says what a checkpoint's ``generation_config.json`` asks for that nothing here applies.
+
+Sampling is what a call or a command line says. Of the file only the EOS ids count, and those for the runner
+alone; its lengths are left to whoever generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen2_core.checkpoint_files import optional_file, read_json_object
+
+_NAME = "generation_config.json"
+# Each of Transformers' settings that changes which tokens come, and the value that changes nothing.
+_ALWAYS: dict[str, Any] = {
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": [],
+    "sequence_bias": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "forced_decoder_ids": [],
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "stop_strings": [],
+    "max_time": None,
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "remove_invalid_values": False,
+}
+_WHEN_SAMPLING: dict[str, Any] = {
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": 0,
+    "top_h": 1,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+}
+
+
+def unapplied_settings(source: str | Path, applied: Mapping[str, Any] | None = None) -> str | None:
+    """Returns a sentence that names the settings of ``generation_config.json`` which are not applied.
+
+    None where there are none: the file is missing, or its settings change nothing or are ``applied``.
+
+    Args:
+        source: the checkpoint's directory or hub id.
+        applied: the ``temperature`` (0 is greedy), ``top_k`` and ``top_p`` that are used, if known.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or the file is no JSON object.
+    """
+    path = optional_file(source, _NAME)
+    if path is None:
+        return None
+    asked = read_json_object(path)
+    applied = applied or {}
+    neutral: dict[str, Any] = dict(_ALWAYS)
+    named = []
+    if asked.get("do_sample") is True:
+        neutral |= _WHEN_SAMPLING
+        if applied.get("temperature") == 0:
+            named.append("do_sample true")
+    for name, value in neutral.items():
+        given = asked.get(name)
+        if given is None or given == applied.get(name, value) or (given in ([], {}) and value == []):
+            continue
+        shown = repr(given)
+        named.append(f"{name} {shown if len(shown) <= 40 else f'{shown[:40]}...'}")
+    if not named:
+        return None
+    *others, last = named
+    words = f"{', '.join(others)} and {last}" if others else last
+    return f"{_NAME} asks for {words}, which {'are' if others else 'is'} not applied"
