@@ -11,9 +11,8 @@
 ``prompt_lengths[b] + t``. One forward pass runs for each generated token, also for the last one, so n tokens
 have n rows. The prefill's last row chose token 0.
 
-This page holds the whole of it, from the inside out: the loop's state, the prefill, one decode step, the
-loop, the call, and how its two programs are compiled. Prompts, lengths, sampling, seeds and EOS ids are
-traced values: changing them never recompiles.
+This page holds it from the inside out: the loop's state, the prefill, one decode step, the loop, the call,
+its two programs. Prompts, lengths, sampling, seeds and EOS ids are traced: changing them never recompiles.
 """
 
 from __future__ import annotations
@@ -291,12 +290,11 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         prompt_lengths: [P] valid tokens of each right-padded prompt; the full width by default.
         attention_mask: instead, [P, P_len], 1 at tokens and 0 at padding, on the left or on the right.
         samples_per_prompt: sequences that continue each prompt.
-        eos_token_ids: ids that end a row, or one id. The one that does is generated, read and captured.
-            Without any, every row gets exactly ``max_tokens`` tokens.
+        eos_token_ids: ids that end a row, or one id; it is generated, read and captured. Without any, every
+            row gets exactly ``max_tokens`` tokens.
         sampling: how tokens are chosen; greedy by default.
         seed: 0 to 2**32 - 1. Random keys derive from (seed, the sequence's id, step).
-        sequence_ids: [B] integers, 0..B-1 by default. Give each sequence its own to make its tokens
-            independent of the batch it is in.
+        sequence_ids: [B] integers, 0..B-1 by default; own ones make tokens independent of the batch.
         cache_dtype: of the KV cache; the model's by default.
         extract_activations: False returns tokens and log-probabilities alone.
         extract_prompt: True returns the prompts' rows too.

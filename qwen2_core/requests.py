@@ -181,7 +181,7 @@ def _warn_of_padding(ids: np.ndarray) -> None:
     """Warns of what looks like padding in prompts [P, P_len] of which nothing says that it is.
 
     That is one id at the same end of several rows, repeated, more often in one than in another, and nowhere
-    else; in a single prompt, eight times or more.
+    else, where no other id is repeated at that end; in a single prompt, eight times or more.
     """
     if not ids.size:
         return
@@ -189,7 +189,7 @@ def _warn_of_padding(ids: np.ndarray) -> None:
         repeated = np.logical_and.accumulate(rows == rows[:, :1], axis=1).sum(axis=1)
         longest = int(np.argmax(repeated))
         pad, runs = rows[longest, 0], np.where(rows[:, 0] == rows[longest, 0], repeated, 0)
-        ragged = runs.min() < runs.max() and runs.max() > 1
+        ragged = runs.min() < runs.max() and runs.max() > 1 and (repeated[runs == 0] == 1).all()
         alone = len(rows) == 1 and runs[0] >= _LIKELY_PADDING
         if (ragged or alone) and runs.max() < rows.shape[1] and np.count_nonzero(ids == pad) == runs.sum():
             warnings.warn(
