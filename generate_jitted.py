@@ -7,9 +7,8 @@
     out.layer(12, row=1)           # [n, hidden] float32, numpy: layer 12 after reading each of its n tokens
     out.activations[:, t, b]       # [14, hidden]: layers 10..23 after reading generated token t of row b
 
-``activations[:, t, b]`` is what the layers produced while *reading* generated token t, at position
-``prompt_lengths[b] + t``. One forward pass runs for each generated token, also for the last one, so n tokens
-have n rows. The prefill's last row chose token 0.
+``activations[:, t, b]`` is from *reading* generated token t, at position ``prompt_lengths[b] + t``. One
+forward pass runs for each token, also for the last, so n tokens have n rows. The prefill chose token 0.
 
 This page holds it from the inside out: the loop's state, the prefill, one decode step, the loop, the call,
 its two programs. Prompts, lengths, sampling, seeds and EOS ids are traced: changing them never recompiles.
@@ -35,7 +34,7 @@ from kvcache_utils import (
     create_kv_cache_buffers,
     update_activation_buffer,
 )
-from qwen2_core.compilation import AbstractParams, check_surroundings, compile_all, traced_apart
+from qwen2_core.compilation import AbstractParams, check_surroundings, compile_all, raise_on_nan, traced_apart
 from qwen2_core.generation import CompiledGenerate, GenerateShape, Generation
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
@@ -307,10 +306,8 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
     capture = yes_or_no("extract_activations", extract_activations)
     if capture and not model.capture_layers:
-        raise ValueError(
-            "This model returns no activations: make it with create_model_with_hooks(config), "
-            "or pass extract_activations=False."
-        )
+        way = "make it with create_model_with_hooks(config), or pass extract_activations=False"
+        raise ValueError(f"This model returns no activations: {way}.")
     if not capture:
         model = QwenModel(model.config)
     max_tokens = whole_number("max_tokens", max_tokens, 1)
@@ -328,7 +325,9 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
         eos_capacity=len(traced.eos_token_ids),
     )
-    return compile_generate(model, params, shape)(params, prompts, traced, ids)
+    generation = compile_generate(model, params, shape)(params, prompts, traced, ids)
+    raise_on_nan(generation.logprobs)
+    return generation
 
 
 # --- Its two programs -------------------------------------------------------------------------------------

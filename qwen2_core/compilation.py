@@ -63,8 +63,30 @@ def defined_settings() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def program_settings() -> Iterator[None]:
+    """Holds this thread to ``defined_settings`` and leaves the search for NaN to ``raise_on_nan``.
+
+    JAX's own would keep the memory of donated buffers, and say nothing that a reader understands.
+    """
+    with defined_settings(), jax.debug_nans(False):
+        yield
+
+
+def raise_on_nan(logprobs: Any) -> None:
+    """Does for the log-probabilities of generated tokens what the user's ``jax_debug_nans`` asks for.
+
+    Raises:
+        FloatingPointError: it is set, and one of them is NaN, as all are where a logit is.
+    """
+    if jax.config.jax_debug_nans and np.isnan(to_host(logprobs)).any():
+        raise FloatingPointError(
+            "Generation computed NaN, which jax_debug_nans looks for; are the weights finite?"
+        )
+
+
 def traced_apart(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Makes a function that traces and compiles run in a thread of its own, under ``defined_settings``.
+    """Makes a function that traces and compiles run in a thread of its own, under ``program_settings``.
 
     There it sees none of the caller's ``with`` blocks: meshes, transformations, flax interceptors. So the
     programs that it returns may be kept for other callers.
@@ -72,8 +94,7 @@ def traced_apart(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     def apart(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with (
-            defined_settings(),
-            jax.debug_nans(False),  # it would keep donated memory; results are checked all the same
+            program_settings(),
             jax.check_tracer_leaks(False),
             jax.no_tracing(False),
             jax.default_device(None),

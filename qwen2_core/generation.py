@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32
 
 from kvcache_utils import KVCacheConfig
-from qwen2_core.compilation import defined_settings
+from qwen2_core.compilation import defined_settings, program_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.inputs import as_int
 from qwen2_core.requests import PromptBatch
@@ -133,7 +133,7 @@ class CompiledGenerate:
     compile_seconds: float
     layers: tuple[int, ...] = ()  # the model's capture_layers
 
-    @defined_settings()
+    @program_settings()
     def __call__(
         self, params: Any, prompts: PromptBatch, sampling: SamplingParams, sequence_ids: np.ndarray
     ) -> Generation:

@@ -6,9 +6,8 @@
         finished.id, finished.token_ids, finished.rows        # in the order in which sequences end
 
 Tokens, log-probabilities and rows are those of ``generate_single_task_jitted`` for each sequence alone
-(``sequence_ids=[request.sampling_id]``). For a given number of slots and room in each (``slots``,
-``max_tokens``) they are the same to the last bit in whichever slot, beside whichever others and in whichever
-order they are made.
+(``sequence_ids=[request.sampling_id]``). For given ``slots`` and ``max_tokens`` they are the same to the last
+bit in whichever slot, beside whichever others and in whichever order they are made.
 
 While one window of steps computes, the rows of the window before are copied to the host, and the caller may
 work on finished sequences.
@@ -28,7 +27,7 @@ import numpy as np
 from jax import Array
 
 from activation_store.format import FinishedSequence
-from qwen2_core.compilation import check_surroundings, defined_settings, to_host
+from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan, to_host
 from qwen2_core.inputs import cache_dtype_of, token_rows, whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import SequenceRequest, check_prompts, pad_to
@@ -77,8 +76,8 @@ class ContinuousEngine:
             slots: sequences at once, on each group of devices of a mesh; fewer where memory is short.
             max_tokens: generated tokens that a slot has room for; by default the longest of each plan's
                 requests.
-            window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window on
-                average. Another window may change results' last bits, as it changes the cache's size.
+            window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window.
+                Another window may change results' last bits, as it changes the cache's size.
             eos_token_ids: ids that end a sequence.
             sampling: how tokens are chosen; greedy by default.
             seed: 0 to 2**32 - 1. Random keys derive from (seed, the request's sampling_id, step).
@@ -165,7 +164,7 @@ class ContinuousEngine:
 
     def _checked(self, request: Any) -> SequenceRequest:
         if not isinstance(request, SequenceRequest):
-            raise ValueError(f"requests must be SequenceRequest, and one is a {type(request).__name__}.")
+            raise ValueError(f"requests must be SequenceRequest, not {type(request).__name__}.")
         max_tokens = whole_number("max_tokens", request.max_tokens, 1)
         rows = token_rows("prompt_token_ids", request.prompt_token_ids)
         if len(rows) != 1:
@@ -185,7 +184,7 @@ class ContinuousEngine:
         shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
         return self._planner.stages({request.width for request in requests}, shape, self._budget)
 
-    @defined_settings()
+    @program_settings()
     def start(self, stage: Stage) -> RunningSlots:
         """Compiles a stage's programs and makes its slots, all free.
 
@@ -302,7 +301,7 @@ class RunningSlots:
                 return
             activations, shares = window.activations, self._settle(window, on_window)
 
-    @defined_settings()
+    @program_settings()
     def _refill(self) -> None:
         """Gives free slots the next requests, in rounds of at most one for each group of devices."""
         groups = self.programs.layout.data_parallel
@@ -354,13 +353,13 @@ class RunningSlots:
             self._prompts_read += len(set(token_ids))
         return self._read
 
-    @defined_settings()
+    @program_settings()
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
         self._slots, window = self.programs.window(self._params, self._slots, self._sampling)
         return window
 
-    @defined_settings()
+    @program_settings()
     def _settle(self, window: Window, on_window: Callable[[Occupancy], None]) -> list[_Share]:
         """Waits for a window, takes its small results, and frees the slots whose sequence has ended."""
         token_ids, logprobs = np.asarray(window.token_ids), np.asarray(window.logprobs)
@@ -384,7 +383,9 @@ class RunningSlots:
             if rows is not None:
                 share.sequence.add_rows(rows[:, : share.tokens, share.slot])
             if share.ended:
-                yield share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
+                finished = share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
+                raise_on_nan(finished.logprobs)
+                yield finished
 
 
 def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
