@@ -17,7 +17,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qwen2_core.kernels.matmul import compiler_options
@@ -144,7 +143,7 @@ def check_surroundings(*arguments: Any) -> None:
     """
     leaves = jax.tree.leaves(arguments)
     # Within jit, also constants are tracers.
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jnp.zeros(()))):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jax.device_put(np.zeros(())))):
         raise ValueError(
             "Generation compiles and runs programs of its own, so it cannot be called inside jax.jit, vmap, "
             "grad or eval_shape: call it outside of them, or put model.apply there."
