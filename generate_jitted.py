@@ -4,16 +4,14 @@
     model = create_model_with_hooks(config)
     input_ids, prompt_lengths = pad_prompts([tokenizer.encode("2 + 2 ="), tokenizer.encode("Why?")])
     out = generate_single_task_jitted(model, params, input_ids, 64, prompt_lengths=prompt_lengths)
-    out.layer(12, row=1)           # [n, hidden] float32, numpy: layer 12 after each of row 1's n tokens
+    out.layer(12, row=1)           # [n, hidden] float32, numpy: layer 12 after reading each of its n tokens
     out.activations[:, t, b]       # [14, hidden]: layers 10..23 after reading generated token t of row b
 
-``activations[:, t, b]`` is what the layers produced while *reading* generated token t, at position
-``prompt_lengths[b] + t``. One forward pass runs for each generated token, also for the last one, so n tokens
-have n rows. The prefill's last row chose token 0.
+``activations[:, t, b]`` is from *reading* generated token t, at position ``prompt_lengths[b] + t``. One
+forward pass runs for each token, also for the last, so n tokens have n rows. The prefill chose token 0.
 
-This page holds the whole of it, from the inside out: the loop's state, the prefill, one decode step, the
-loop, the call, and how its two programs are compiled. Prompts, lengths, sampling, seeds and EOS ids are
-traced values: changing them never recompiles.
+This page holds it from the inside out: the loop's state, the prefill, one decode step, the loop, the call,
+its two programs. Prompts, lengths, sampling, seeds and EOS ids are traced: changing them never recompiles.
 """
 
 from __future__ import annotations
@@ -21,27 +19,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, Key, UInt32
 
 from kvcache_utils import (
     ROW_AXES,
     KVCache,
-    KVCacheConfig,
     axes,
     create_activation_buffer,
     create_kv_cache_buffers,
     update_activation_buffer,
 )
-from qwen2_core.compilation import AbstractParams, compile_all
-from qwen2_core.config import QwenConfig
-from qwen2_core.generation import Generation
+from qwen2_core.compilation import AbstractParams, check_surroundings, compile_all, raise_on_nan, traced_apart
+from qwen2_core.generation import CompiledGenerate, GenerateShape, Generation
+from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
+from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import (
     PromptBatch,
     bucket_length,
@@ -58,7 +54,7 @@ from qwen2_core.sampling import (
     sequence_keys,
 )
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
-from qwen2_jax import ModelOutput, QwenModel
+from qwen2_jax import ModelOutput, QwenModel, check_model
 
 __all__ = [
     "DecodeState",
@@ -272,8 +268,9 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     max_tokens: int,
     *,
     prompt_lengths: Any = None,
+    attention_mask: Any = None,
     samples_per_prompt: int = 1,
-    eos_token_ids: Sequence[int] | np.ndarray = (),
+    eos_token_ids: Any = (),
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
     sequence_ids: Any = None,
@@ -286,113 +283,54 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     Args:
         model: ``create_model_with_hooks(config)``; a plain ``QwenModel`` only without activations.
         params: the parameter tree, from ``load_qwen2``.
-        input_ids: [P, P_len] integers, right-padded, numpy or jax. Each width compiles once: pad to a
-            few widths (``pad_prompts``) rather than to each batch's own.
+        input_ids: [P, P_len] integers of numpy, jax or torch, lists, or what a tokenizer returns, its mask
+            included. Each width compiles once: pad to a few (``pad_prompts``).
         max_tokens: tokens to generate at most.
-        prompt_lengths: [P] valid tokens of each prompt; the full width by default.
+        prompt_lengths: [P] valid tokens of each right-padded prompt; the full width by default.
+        attention_mask: instead, [P, P_len], 1 at tokens and 0 at padding, on the left or on the right.
         samples_per_prompt: sequences that continue each prompt.
-        eos_token_ids: ids that end a row. The one that does is generated, read and captured. Without any,
-            every row gets exactly ``max_tokens`` tokens.
+        eos_token_ids: ids that end a row, or one id; it is generated, read and captured. Without any, every
+            row gets exactly ``max_tokens`` tokens.
         sampling: how tokens are chosen; greedy by default.
         seed: 0 to 2**32 - 1. Random keys derive from (seed, the sequence's id, step).
-        sequence_ids: [B] integers, 0..B-1 by default. Give each sequence its own to make its tokens
-            independent of the batch it is in.
+        sequence_ids: [B] integers, 0..B-1 by default; own ones make tokens independent of the batch.
         cache_dtype: of the KV cache; the model's by default.
         extract_activations: False returns tokens and log-probabilities alone.
         extract_prompt: True returns the prompts' rows too.
 
     Raises:
-        ValueError: an empty or too long prompt, a token id outside the vocabulary, ``max_tokens`` < 1,
-            shapes that do not fit; all on the host, before any device work.
+        ValueError: a prompt, a number, a type or a shape that cannot be, parameters of another model, a call
+            inside ``jit``, a setting of JAX that results may depend on; before anything is compiled.
     """
-    config = model.config
-    if extract_activations and not model.capture_layers:
-        raise ValueError(
-            "This model returns no activations: make it with create_model_with_hooks(config), "
-            "or pass extract_activations=False."
-        )
-    if not extract_activations:
-        model = QwenModel(config)
-    prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens)
+    check_model(model)
+    check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
+    capture = yes_or_no("extract_activations", extract_activations)
+    if capture and not model.capture_layers:
+        way = "make it with create_model_with_hooks(config), or pass extract_activations=False"
+        raise ValueError(f"This model returns no activations: {way}.")
+    if not capture:
+        model = QwenModel(model.config)
+    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
+    prompts = check_prompts(model.config, input_ids, prompt_lengths, max_tokens, attention_mask)
     ids = check_sequence_ids(len(prompts.lengths), samples_per_prompt, sequence_ids)
-    traced = sampling_params(sampling, seed, eos_token_ids, config.vocab_size)
+    traced = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
     shape = GenerateShape(
         num_prompts=len(prompts.lengths),
         prompt_width=prompts.input_ids.shape[1],
         max_tokens=max_tokens,
         samples_per_prompt=samples_per_prompt,
-        cache_dtype=None if cache_dtype is None else np.dtype(cache_dtype),
-        stop=len(eos_token_ids) > 0,
-        capture_prompt=extract_prompt and extract_activations,
+        cache_dtype=cache_dtype_of(cache_dtype),
+        stop=bool((traced.eos_token_ids >= 0).any()),
+        capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
         eos_capacity=len(traced.eos_token_ids),
     )
-    return compile_generate(model, params, shape)(params, prompts, traced, ids)
+    generation = compile_generate(model, params, shape)(params, prompts, traced, ids)
+    raise_on_nan(generation.logprobs)
+    return generation
 
 
 # --- Its two programs -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateShape:
-    """All that decides which programs are compiled, beside the model and the weights' shapes."""
-
-    num_prompts: int
-    prompt_width: int
-    max_tokens: int
-    samples_per_prompt: int = 1
-    cache_dtype: Any = None  # the model's by default
-    stop: bool = True  # end when every row has met an EOS id
-    capture_prompt: bool = False
-    eos_capacity: int = 8
-
-    @property
-    def batch_size(self) -> int:
-        """Number of sequences."""
-        return self.num_prompts * self.samples_per_prompt
-
-    def cache_config(self, config: QwenConfig) -> KVCacheConfig:
-        """Returns the sizes of the KV cache."""
-        return config.kv_cache(
-            self.prompt_width,
-            self.max_tokens,
-            num_prompts=self.num_prompts,
-            samples_per_prompt=self.samples_per_prompt,
-            dtype=self.cache_dtype,
-        )
-
-    def nbytes(self, model: QwenModel) -> int:
-        """Returns the bytes of the KV cache and of the activation buffers that one call allocates."""
-        buffers = [model.activation_buffer(self.max_tokens, self.batch_size)]
-        if self.capture_prompt:
-            buffers.append(model.activation_buffer(self.prompt_width, self.num_prompts))
-        return self.cache_config(model.config).nbytes + sum(one.nbytes for one in buffers if one is not None)
-
-
-@dataclasses.dataclass(frozen=True)
-class CompiledGenerate:
-    """The two executables of one shape."""
-
-    shape: GenerateShape
-    prefill: jax.stages.Compiled  # as run_prefill, from params on
-    decode: jax.stages.Compiled  # as run_decode, from params on
-    compile_seconds: float
-    layers: tuple[int, ...] = ()  # the model's capture_layers
-
-    def __call__(
-        self, params: Any, prompts: PromptBatch, sampling: SamplingParams, sequence_ids: np.ndarray
-    ) -> Generation:
-        """Runs both, one after the other. Returns at once; the device may still compute."""
-        state, prompt_activations = self.prefill(params, prompts, sampling, sequence_ids)
-        state = self.decode(params, state, sampling, sequence_ids)
-        return Generation(
-            token_ids=state.token_ids,
-            lengths=state.lengths,
-            finished=state.ended,
-            logprobs=state.logprobs,
-            activations=state.activations,
-            prompt_activations=prompt_activations,
-            layers=self.layers,
-        )
 
 
 def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> CompiledGenerate:
@@ -401,17 +339,20 @@ def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> Com
     ``generate_single_task_jitted`` calls this itself. Call it before to be warm, from several threads for
     several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays.
     """
+    check_params(model.config, params)
     # pyright takes flax modules for unhashable.
     return _compile(model, shape, AbstractParams.of(params))  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=256)
+@traced_apart
 def _compile(model: QwenModel, shape: GenerateShape, params: AbstractParams) -> CompiledGenerate:
     started = time.perf_counter()
     prefill, decode = compile_all(lower_generate(model, params.tree, shape))
     return CompiledGenerate(shape, prefill, decode, time.perf_counter() - started, model.capture_layers)
 
 
+@traced_apart
 def lower_generate(
     model: QwenModel, params: Any, shape: GenerateShape
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:

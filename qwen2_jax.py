@@ -35,9 +35,11 @@ from kvcache_utils import (
     write_prefill_cache,
 )
 from qwen2_core.checkpoint_files import CheckpointError
+from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import embed, linear, logits_f32
+from qwen2_core.model_inputs import read_mask, read_token_ids
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "ModelOutput",
     "QwenConfig",
     "QwenModel",
+    "check_model",
     "convert_hf_to_jax_weights",
     "load_qwen2",
     "stack_layers",
@@ -261,7 +264,8 @@ class QwenModel(nn.Module):
         Args:
             input_ids: [B, T] token ids; an id outside the vocabulary gives NaN.
             attention_mask: nonzero where a position holds a token. Growing cache: [B, past + T]; prefill:
-                [P, T], right-padded. Causality applies on top. None: no padding.
+                [P, T], right-padded. Causality applies on top. None: no padding. Padding on the left shifts
+                all positions of a row, which changes nothing but rounding: RoPE is relative.
             kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
             position_offset: position of ``input_ids[:, 0]``, a scalar or [B]; fixed caches know their own.
 
@@ -271,6 +275,7 @@ class QwenModel(nn.Module):
         output = self.forward(input_ids, attention_mask, kv_caches, position_offset, capture_layers=())
         return output.logits, output.cache
 
+    @defined_settings()
     def forward(
         self,
         input_ids: ArrayLike,
@@ -282,13 +287,10 @@ class QwenModel(nn.Module):
     ) -> ModelOutput:
         """Runs one forward pass and captures the outputs of ``capture_layers`` (the model's by default)."""
         config = self.config
-        input_ids = jnp.asarray(input_ids)
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be [batch, tokens], not of shape {input_ids.shape}.")
+        input_ids = read_token_ids(input_ids, config.vocab_size)
         tokens = input_ids.shape[1]
-        cache, grown, key_valid = None, None, None
-        if attention_mask is not None:
-            key_valid = jnp.asarray(attention_mask) != 0
+        cache, grown = None, None
+        key_valid = read_mask(attention_mask, input_ids.shape, kv_caches)
         if isinstance(kv_caches, KVCache):
             if tokens != 1:
                 raise ValueError(f"A decode step reads one token a sequence, not {tokens}.")
@@ -344,6 +346,19 @@ class QwenModel(nn.Module):
             outputs.append(output)
             kv_list.append(layer_kv)
         return x, cache, kv_list, [outputs[layer] for layer in capture]
+
+
+def check_model(model: Any) -> None:
+    """Checks that generation is given one of these models.
+
+    Raises:
+        ValueError: one sentence that says how to make one.
+    """
+    if not isinstance(model, QwenModel):
+        raise ValueError(
+            "model must be a QwenModel, such as create_model_with_hooks(config) with the config of "
+            f"load_qwen2, not a {type(model).__name__}."
+        )
 
 
 class _Embedding(nn.Module):

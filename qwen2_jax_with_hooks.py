@@ -12,6 +12,7 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from qwen2_core.config import QwenConfig
+from qwen2_core.inputs import layer_numbers
 from qwen2_jax import QwenModel
 
 FIXED_EXTRACT_LAYERS = tuple(range(10, 24))
@@ -48,20 +49,21 @@ class QwenModelWithActivations(QwenModel):
 
 
 def create_model_with_hooks(
-    config: QwenConfig, extract_layers: tuple[int, ...] = FIXED_EXTRACT_LAYERS
+    config: QwenConfig, extract_layers: Any = FIXED_EXTRACT_LAYERS
 ) -> QwenModelWithActivations:
-    """Makes a model that returns the outputs of ``extract_layers`` (0-based, in the given order).
+    """Makes a model that returns the outputs of ``extract_layers``.
+
+    Args:
+        config: the model's.
+        extract_layers: 0-based numbers in any kind of list or array, or a single one. The outputs come in
+            this order.
 
     Raises:
-        ValueError: no layers, a layer twice, or one that the model does not have.
+        ValueError: no layers, a layer twice, one that the model does not have, or anything but numbers.
     """
-    layers = tuple(int(layer) for layer in extract_layers)
-    depth = config.num_hidden_layers
-    outside = [layer for layer in layers if not 0 <= layer < depth]
-    if outside:
+    if not isinstance(config, QwenConfig):
         raise ValueError(
-            f"extract_layers {outside} are out of range: the model has {depth} layers, 0 to {depth - 1}."
+            f"config must be a QwenConfig, as load_qwen2 returns it, not a {type(config).__name__}."
         )
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"extract_layers must name at least one layer and none twice, not {list(layers)}.")
+    layers = layer_numbers(extract_layers, config.num_hidden_layers)
     return QwenModelWithActivations(config, extract_layers=layers)

@@ -162,9 +162,7 @@ class LocalFiles:
         self._require_folder(folder.name)
         try:
             _make_folder(folder)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # filelock would take anything
+            with contextlib.suppress(FileNotFoundError):  # filelock would take anything
                 os.close(self._open(f"{folder.name}/{LOCK}", os.O_RDONLY))
             lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
             lock.acquire()  # not quite at once: `in_use` may be looking

@@ -15,6 +15,7 @@ from activation_store.format import SequenceRecord, hook_name
 from activation_store.reader import ActivationStore
 from activation_store.verify import Progress, silently
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.compilation import defined_settings
 from qwen2_core.sharding import Layout
 from qwen2_core.weights import load_params, read_config
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -115,6 +116,7 @@ def plain_forward(config: Any, params: Any, layers: tuple[int, ...]) -> Forward:
         chosen = jnp.take_along_axis(logits[0], following[:, None], axis=-1)[:, 0]
         return rows[:, :, 0], chosen - jax.nn.logsumexp(logits[0], axis=-1)
 
+    @defined_settings()
     def forward(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros(-(-len(tokens) // _BUCKET) * _BUCKET, np.int32)  # after the end: nothing sees it
         padded[: len(tokens)] = tokens

@@ -14,7 +14,7 @@ from arc_runner.errors import EXIT_RESUMABLE, EXIT_USAGE, ClusterError, UsageErr
 from arc_runner.signals import STOPPED
 from qwen2_jax import CheckpointError
 
-_REFUSED = (UsageError, ArcFormatError, CheckpointError)
+_REFUSED = (UsageError, ArcFormatError, CheckpointError, FloatingPointError)
 _DEVICE_FAILED = (jax.errors.JaxRuntimeError, MemoryError)
 EXPECTED = (*_REFUSED, *_DEVICE_FAILED, StoreError, ClusterError, KeyboardInterrupt, OSError)
 _CONTINUES = "the same command continues"

@@ -17,6 +17,7 @@ from arc_runner.console import say
 from arc_runner.job import Job
 from arc_runner.workload import Call
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
+from qwen2_core.compilation import defined_settings
 from qwen2_core.kernels.cpu.library import unavailable_reason
 from qwen2_core.requests import pad_to
 from qwen2_core.sampling import eos_capacity
@@ -102,6 +103,7 @@ class LoadedModel:
         )
 
 
+@defined_settings()
 def finished_sequences(call: Call, generation: Generation, wanted: Sequence[bool]) -> list[FinishedSequence]:
     """Copies a call's results to the host as finished sequences, without padding and what follows EOS.
 

@@ -14,6 +14,7 @@ from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions
 from arc_runner.report import report_path
 from qwen2_core.checkpoint_files import is_hub_id
+from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.weights import read_config
@@ -79,7 +80,8 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str
     weights; the other ways and the CPU use one device.
 
     Raises:
-        UsageError: JAX finds no device, there are too few, or the model cannot be split like that.
+        UsageError: JAX finds no device, there are too few, the model cannot be split like that, or JAX has
+            a setting with which results may differ.
     """
     try:
         devices = jax.local_devices()
@@ -92,6 +94,10 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str
         layout = make_layout(config, (data, model))
     except ValueError as error:
         raise UsageError(f"--mesh_shape {data} {model}: {error}") from error
+    try:
+        check_settings(mesh=layout.mesh is not None)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     kind = devices[0].device_kind
     if layout == Layout():
         if len(devices) > 1:

@@ -6,8 +6,6 @@ import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from activation_store import ActivationWriter
 from arc_runner.cluster.work import Unit, Work, keys_of
 from arc_runner.console import say
@@ -16,6 +14,7 @@ from arc_runner.progress import Clock, Progress
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.workload import Call
+from qwen2_core.compilation import to_host
 
 
 def make_calls(
@@ -59,6 +58,6 @@ def _make(
     generation = device.submit(model.generate, call).result()
     new = [key not in writer.committed for key in unit.keys]
     writer.submit(lambda: finished_sequences(call, generation, new))
-    tokens = int(np.asarray(generation.lengths)[new].sum())
+    tokens = int(to_host(generation.lengths)[new].sum())
     report.tokens_generated += tokens
     return len(call.requests), tokens

@@ -1,13 +1,21 @@
-"""What a call of ``generate_single_task_jitted`` returns."""
+"""What one call of ``generate_single_task_jitted`` compiles, and what it returns."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32
+
+from kvcache_utils import KVCacheConfig
+from qwen2_core.compilation import defined_settings, program_settings
+from qwen2_core.config import QwenConfig
+from qwen2_core.inputs import as_int
+from qwen2_core.requests import PromptBatch
+from qwen2_core.sampling import SamplingParams
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +42,16 @@ class Generation:
         batch, tokens = self.token_ids.shape
         return f"Generation({batch} rows of up to {tokens} tokens, {captured})"
 
+    def tokens(self, row: int) -> list[int]:
+        """Returns the tokens of one sequence, cut to its length, ready for ``tokenizer.decode``.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        row = self._row(row)
+        with defined_settings():
+            return np.asarray(self.token_ids)[row, : int(self.lengths[row])].tolist()
+
     def layer(self, layer: int, row: int) -> Float32[np.ndarray, "tokens hidden"]:
         """Returns the rows of one layer for one sequence, on the host, cut to the sequence's length.
 
@@ -42,15 +60,92 @@ class Generation:
 
         Raises:
             IndexError: the layer was not captured, or there is no such row.
+            TypeError: either is no whole number.
         """
+        layer, row = _index("layer", layer), self._row(row)
         if self.activations is None or layer not in self.layers:
             captured = ", ".join(map(str, self.layers)) or "none"
             raise IndexError(f"layer {layer} was not captured; captured are: {captured}.")
-        batch = self.token_ids.shape[0]
-        if not 0 <= row < batch:
-            raise IndexError(f"row {row} is none of the {batch} rows, which are counted from 0.")
         _, tokens, _, hidden = self.activations.shape
         # One small program for all layers and rows; what is past the length is cut on the host.
         start, size = (self.layers.index(layer), 0, row, 0), (1, tokens, 1, hidden)
-        rows = np.asarray(lax.dynamic_slice(self.activations, start, size))[0, :, 0]
-        return rows[: int(self.lengths[row])].astype(np.float32)
+        with defined_settings():
+            rows = np.asarray(lax.dynamic_slice(self.activations, start, size))[0, :, 0]
+            return rows[: int(self.lengths[row])].astype(np.float32)
+
+    def _row(self, row: int) -> int:
+        row, batch = _index("row", row), self.token_ids.shape[0]
+        if not 0 <= row < batch:
+            raise IndexError(f"row {row} is none of the {batch} rows, which are counted from 0.")
+        return row
+
+
+def _index(name: str, value: Any) -> int:
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"{name} must be a whole number, not {value!r}.")
+    return number
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateShape:
+    """All that decides which programs are compiled, beside the model and the weights' shapes."""
+
+    num_prompts: int
+    prompt_width: int
+    max_tokens: int
+    samples_per_prompt: int = 1
+    cache_dtype: Any = None  # the model's by default
+    stop: bool = True  # end when every row has met an EOS id
+    capture_prompt: bool = False
+    eos_capacity: int = 8
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return self.num_prompts * self.samples_per_prompt
+
+    def cache_config(self, config: QwenConfig) -> KVCacheConfig:
+        """Returns the sizes of the KV cache."""
+        return config.kv_cache(
+            self.prompt_width,
+            self.max_tokens,
+            num_prompts=self.num_prompts,
+            samples_per_prompt=self.samples_per_prompt,
+            dtype=self.cache_dtype,
+        )
+
+    def nbytes(self, model: Any) -> int:
+        """Returns the bytes of the KV cache and of the activation buffers that one call allocates."""
+        buffers = [model.activation_buffer(self.max_tokens, self.batch_size)]
+        if self.capture_prompt:
+            buffers.append(model.activation_buffer(self.prompt_width, self.num_prompts))
+        return self.cache_config(model.config).nbytes + sum(one.nbytes for one in buffers if one is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledGenerate:
+    """The two executables of one shape."""
+
+    shape: GenerateShape
+    prefill: jax.stages.Compiled  # as run_prefill, from params on
+    decode: jax.stages.Compiled  # as run_decode, from params on
+    compile_seconds: float
+    layers: tuple[int, ...] = ()  # the model's capture_layers
+
+    @program_settings()
+    def __call__(
+        self, params: Any, prompts: PromptBatch, sampling: SamplingParams, sequence_ids: np.ndarray
+    ) -> Generation:
+        """Runs both, one after the other. Returns at once; the device may still compute."""
+        state, prompt_activations = self.prefill(params, prompts, sampling, sequence_ids)
+        state = self.decode(params, state, sampling, sequence_ids)
+        return Generation(
+            token_ids=state.token_ids,
+            lengths=state.lengths,
+            finished=state.ended,
+            logprobs=state.logprobs,
+            activations=state.activations,
+            prompt_activations=prompt_activations,
+            layers=self.layers,
+        )

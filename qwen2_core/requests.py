@@ -6,13 +6,17 @@ Inside ``jit`` nothing can complain: JAX clamps token ids and positions out of r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt32
 
 from qwen2_core.config import QwenConfig
+from qwen2_core.inputs import mask_rows, plain, token_rows
+
+_LIKELY_PADDING = 8  # repetitions of one id at an end of a single prompt
 
 
 class PromptBatch(NamedTuple):
@@ -53,20 +57,30 @@ def bucket_length(length: int) -> int:
     return max(64, -(-length // step) * step)
 
 
-def pad_prompts(
-    prompts: Sequence[Sequence[int] | np.ndarray],
-) -> tuple[Int32[np.ndarray, "prompts width"], Int32[np.ndarray, " prompts"]]:
+def pad_prompts(prompts: Any) -> tuple[Int32[np.ndarray, "prompts width"], Int32[np.ndarray, " prompts"]]:
     """Right-pads token lists to one bucket: returns (input_ids, prompt_lengths).
 
+    Args:
+        prompts: a list of prompts, each token ids in any kind of list or array, or what a tokenizer returns
+            for one text. What it returns for several will do as well, also if it has padded them.
+
     Raises:
-        ValueError: no prompts, or an empty one.
+        ValueError: no prompts, an empty one, text, or anything else that is no token id.
     """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if not len(lengths):
+    rows = token_rows("prompts", prompts)
+    mask = prompts.get("attention_mask") if isinstance(prompts, Mapping) else None
+    if mask is not None:
+        rows = [row[valid] for row, valid in zip(rows, _whole_masks(mask, rows), strict=True)]
+    if not rows:
         raise ValueError("There are no prompts.")
-    if not lengths.all():
-        raise ValueError(f"Prompt {int(np.argmin(lengths))} is empty.")
-    return pad_to(prompts, bucket_length(int(lengths.max())))
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise ValueError(f"Prompt {number} is empty.")
+        outside = (row < 0) | (row >= 2**31)
+        if outside.any():
+            column = int(np.argmax(outside))
+            raise ValueError(f"Token id {row[column]} (prompt {number}, position {column}) can be no token.")
+    return pad_to(rows, bucket_length(max(map(len, rows))))
 
 
 def pad_to(prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> PromptBatch:
@@ -77,54 +91,112 @@ def pad_to(prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> PromptB
     return PromptBatch(ids, np.array([len(prompt) for prompt in prompts], np.int32))
 
 
-def check_prompts(config: QwenConfig, input_ids: Any, prompt_lengths: Any, max_tokens: int) -> PromptBatch:
+def check_prompts(
+    config: QwenConfig, input_ids: Any, prompt_lengths: Any, max_tokens: int, attention_mask: Any = None
+) -> PromptBatch:
     """Checks prompts against the model, and converts them.
 
     Args:
         config: the model's.
-        input_ids: [P, P_len] integers, right-padded.
-        prompt_lengths: [P] integers; None: the full width.
+        input_ids: [P, P_len] integers; a list of lists of several lengths, one prompt's ids, or what a
+            tokenizer returns, its mask included. Where nothing says what is padding, all of it is read.
+        prompt_lengths: [P] integers: the prompts are padded on the right.
         max_tokens: tokens to generate at most.
+        attention_mask: as input_ids: 1 at tokens, 0 at padding, on the left or on the right.
 
     Raises:
         ValueError: one sentence that says what is wrong.
     """
-    ids = np.asarray(input_ids)
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"input_ids must be integers [prompts, tokens], not {ids.dtype} of shape {ids.shape}."
-        )
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}.")
-    if not len(ids):
+    if isinstance(input_ids, Mapping) and input_ids.get("attention_mask") is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask is given twice: by itself, and with the input_ids.")
+        attention_mask = input_ids["attention_mask"]
+    rows = token_rows("input_ids", input_ids)
+    if not rows:
         raise ValueError("input_ids holds no prompts.")
-    width = ids.shape[1]
-    lengths = np.full(len(ids), width) if prompt_lengths is None else np.asarray(prompt_lengths)
-    if lengths.shape != (len(ids),) or not np.issubdtype(lengths.dtype, np.integer):
+    widths = {len(row) for row in rows}
+    width = max(widths) if len(widths) == 1 else bucket_length(max(widths))
+    lengths = None if prompt_lengths is None else _lengths(prompt_lengths, rows)
+    if attention_mask is not None:
+        rows = [row[valid] for row, valid in zip(rows, _whole_masks(attention_mask, rows), strict=True)]
+        for number, row in enumerate(rows):
+            if lengths is not None and len(row) != lengths[number]:
+                raise ValueError(
+                    f"Prompt {number} has {len(row)} tokens by its attention_mask, and {lengths[number]} by "
+                    "prompt_lengths; give one of the two."
+                )
+    elif lengths is not None:
+        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    elif len(widths) == 1:
+        _warn_of_padding(np.stack(rows))
+    longest = max(map(len, rows))
+    for number, row in enumerate(rows):
+        if not len(row):
+            raise ValueError(f"Prompt {number} is empty; every prompt needs at least one token.")
+        outside = (row < 0) | (row >= config.vocab_size)
+        if outside.any():
+            column = int(np.argmax(outside))
+            raise ValueError(
+                f"Token id {row[column]} (prompt {number}, position {column}) is outside the vocabulary of "
+                f"{config.vocab_size}; does the tokenizer belong to the model?"
+            )
+    if longest + max_tokens > config.max_position_embeddings:
         raise ValueError(
-            f"prompt_lengths must be {len(ids)} integers, one a prompt, not of shape {lengths.shape}."
-        )
-    if lengths.min() < 1:
-        raise ValueError(f"Prompt {int(lengths.argmin())} is empty; every prompt needs at least one token.")
-    if lengths.max() > width:
-        raise ValueError(
-            f"Prompt {int(lengths.argmax())} is said to have {lengths.max()} tokens, but input_ids is only "
-            f"{width} wide."
-        )
-    if lengths.max() + max_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"A prompt of {lengths.max()} tokens and {max_tokens} new ones exceed the model's context of "
+            f"A prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
             f"{config.max_position_embeddings}; shorten the prompt or lower max_tokens."
         )
-    valid = np.arange(width) < lengths[:, None]
-    outside = valid & ((ids < 0) | (ids >= config.vocab_size))
-    if outside.any():
-        row, column = np.argwhere(outside)[0]
+    return pad_to(rows, width)
+
+
+def _lengths(given: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
+    lengths = np.asarray(plain(given))
+    lengths = lengths[None] if not lengths.ndim and len(rows) == 1 else lengths
+    if lengths.shape != (len(rows),) or not np.issubdtype(lengths.dtype, np.integer):
         raise ValueError(
-            f"Token id {ids[row, column]} (prompt {row}, position {column}) is outside the vocabulary of "
-            f"{config.vocab_size}; does the tokenizer belong to the model?"
+            f"prompt_lengths must be {len(rows)} integers, one a prompt, not of shape {lengths.shape}."
         )
-    return PromptBatch(np.where(valid, ids, 0).astype(np.int32), lengths.astype(np.int32))
+    for number, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+        if length < 1:
+            raise ValueError(f"Prompt {number} is empty; every prompt needs at least one token.")
+        if length > len(row):
+            raise ValueError(
+                f"Prompt {number} is said to have {length} tokens, but input_ids is only {len(row)} wide."
+            )
+    return lengths
+
+
+def _whole_masks(mask: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the prompts' masks, which may leave out padding at either end but nothing in the middle."""
+    masks = mask_rows(mask, rows)
+    for number, valid in enumerate(masks):
+        if np.count_nonzero(np.diff(valid.astype(np.int8), prepend=0) == 1) > 1:
+            raise ValueError(
+                f"The attention_mask of prompt {number} has a gap; it may leave out padding on the left or "
+                "on the right, and no token between others."
+            )
+    return masks
+
+
+def _warn_of_padding(ids: np.ndarray) -> None:
+    """Warns of what looks like padding in prompts [P, P_len] of which nothing says that it is.
+
+    That is one id at the same end of several rows, repeated, more often in one than in another, and nowhere
+    else, where no other id is repeated at that end; in a single prompt, eight times or more.
+    """
+    if not ids.size:
+        return
+    for side, rows in (("right", ids[:, ::-1]), ("left", ids)):
+        repeated = np.logical_and.accumulate(rows == rows[:, :1], axis=1).sum(axis=1)
+        longest = int(np.argmax(repeated))
+        pad, runs = rows[longest, 0], np.where(rows[:, 0] == rows[longest, 0], repeated, 0)
+        ragged = runs.min() < runs.max() and runs.max() > 1 and (repeated[runs == 0] == 1).all()
+        alone = len(rows) == 1 and runs[0] >= _LIKELY_PADDING
+        if (ragged or alone) and runs.max() < rows.shape[1] and np.count_nonzero(ids == pad) == runs.sum():
+            warnings.warn(
+                f"input_ids look padded on the {side}, and all of it is read as tokens: give attention_mask= "
+                "or prompt_lengths=.",
+                stacklevel=4,
+            )
 
 
 def check_sequence_ids(
@@ -135,10 +207,10 @@ def check_sequence_ids(
     Raises:
         ValueError: one sentence that says what is wrong.
     """
-    if samples_per_prompt < 1:
-        raise ValueError(f"samples_per_prompt must be at least 1, not {samples_per_prompt}.")
     batch = prompts * samples_per_prompt
-    ids = np.arange(batch) if sequence_ids is None else np.asarray(sequence_ids)
+    ids = np.arange(batch) if sequence_ids is None else np.asarray(plain(sequence_ids))
     if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"sequence_ids must be {batch} integers, one a sequence, not of shape {ids.shape}.")
+        raise ValueError(
+            f"sequence_ids must be {batch} integers, one a sequence, not {ids.dtype} of shape {ids.shape}."
+        )
     return (ids.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)

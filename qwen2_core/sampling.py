@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, Int32, Key, UInt32
+
+from qwen2_core.inputs import as_float, as_int, plain, whole_number
 
 _EOS_MULTIPLE = 8  # EOS ids are padded to a multiple of it, so that sets of different sizes share a program
 _ROWS_AT_ONCE = 8
@@ -34,12 +37,17 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number, not {self.temperature}.")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise ValueError(f"top_k must be 0 (all tokens) or a positive integer, not {self.top_k}.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
+        temperature, top_k, top_p = as_float(self.temperature), as_int(self.top_k), as_float(self.top_p)
+        if temperature is None or not 0.0 <= temperature < float("inf"):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or a positive number, not {self.temperature!r}."
+            )
+        if top_k is None or top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or a positive integer, not {self.top_k!r}.")
+        if top_p is None or not 0.0 < top_p <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p!r}.")
+        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+            object.__setattr__(self, name, value)
 
 
 @jax.tree_util.register_dataclass
@@ -57,23 +65,27 @@ class SamplingParams:
     eos_token_ids: Int32[Array | np.ndarray, " eos_capacity"]  # padded with -1, which no token is
 
 
-def sampling_params(
-    sampling: Sampling, seed: int, eos_token_ids: Sequence[int] | np.ndarray, vocab_size: int
-) -> SamplingParams:
+def sampling_params(sampling: Any, seed: Any, eos_token_ids: Any, vocab_size: int) -> SamplingParams:
     """Checks a call's sampling arguments and converts them to the device's types.
 
     Temperature and top_p are kept within float32's normal numbers: a device may read smaller ones as 0.
 
+    Args:
+        sampling: a ``Sampling``.
+        seed: an integer.
+        eos_token_ids: integers of any kind; a single one, and None for none, will do.
+        vocab_size: the model's.
+
     Raises:
-        ValueError: a seed outside 0 to 2**32 - 1, or an EOS id outside the vocabulary.
+        ValueError: no ``Sampling``, a seed outside 0 to 2**32 - 1, or an EOS id that is no token of the
+            vocabulary.
     """
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be between 0 and 2**32 - 1, not {seed}.")
-    for token in eos_token_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"EOS token id {token} is outside the vocabulary of {vocab_size}.")
-    eos = np.full(eos_capacity(len(eos_token_ids)), -1, np.int32)
-    eos[: len(eos_token_ids)] = list(eos_token_ids)
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), not {sampling!r}.")
+    seed = whole_number("seed", seed, 0, 2**32 - 1)
+    ids = _eos_ids(eos_token_ids, vocab_size)
+    eos = np.full(eos_capacity(len(ids)), -1, np.int32)
+    eos[: len(ids)] = ids
     tiny, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     temperature = 0.0 if sampling.temperature < tiny else min(sampling.temperature, largest)
     return SamplingParams(
@@ -83,6 +95,25 @@ def sampling_params(
         np.array(seed, np.uint32),
         eos,
     )
+
+
+def _eos_ids(given: Any, vocab_size: int) -> list[int]:
+    if given is None:
+        return []
+    given = plain(given)
+    if as_int(given) is not None:
+        given = [given]
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"eos_token_ids must be token ids, not {given!r}; tokenizer.eos_token_id is one.")
+    ids = []
+    for token in given:
+        number = as_int(token)
+        if number is None:
+            raise ValueError(f"EOS token id {token!r} is no integer; does the tokenizer have an EOS token?")
+        if not 0 <= number < vocab_size:
+            raise ValueError(f"EOS token id {number} is outside the vocabulary of {vocab_size}.")
+        ids.append(number)
+    return ids
 
 
 def eos_capacity(count: int) -> int:
@@ -101,7 +132,9 @@ def sequence_keys(
     seed: UInt32[Array | np.ndarray, ""], sequence_ids: UInt32[Array | np.ndarray, " batch"]
 ) -> Key[Array, " batch"]:
     """Derives each sequence's key from the run's seed and its own id, whatever else is in its batch."""
-    base = jax.random.key(seed)
+    # As jax.random.key(seed), but for the process's settings: its generator, its seed offset, its 64 bits.
+    words = jnp.stack([jnp.zeros((), jnp.uint32), jnp.asarray(seed)])
+    base = jax.random.wrap_key_data(words, impl="threefry2x32")
     return jax.vmap(lambda sequence_id: jax.random.fold_in(base, sequence_id))(sequence_ids)
 
 
@@ -147,7 +180,7 @@ def _first(values: Array, peak: Array) -> Array:
 
 def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: SamplingParams) -> Array:
     """Draws one token of one row ``[vocab]`` by the Gumbel trick, over what top-k and top-p keep."""
-    noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32)
+    noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32, mode="low")
     # Relative to the largest: a tiny temperature takes all others to -inf, and none to +inf.
     scaled = (logits - peak) / sampling.temperature
     scores = jnp.where(logits >= _threshold(logits, peak, sampling), scaled + noise, -jnp.inf)

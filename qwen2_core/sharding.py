@@ -33,6 +33,7 @@ from jax import Array
 from jax.experimental import layout as xla_layout
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from qwen2_core.compilation import check_settings
 from qwen2_core.config import QwenConfig
 
 DATA, MODEL = "data", "model"
@@ -74,7 +75,7 @@ class Layout:
 
     mesh: Mesh | None = None
     split: frozenset[str] = frozenset()  # of "heads", "mlp", "vocab"
-    chip: SingleDeviceSharding | None = None  # the one device, if it is a TPU
+    chip: SingleDeviceSharding | None = None  # the one device, if it is a TPU or not the first
 
     @property
     def data_parallel(self) -> int:
@@ -112,7 +113,11 @@ class Layout:
             in_axes: ``Axes`` or a pytree of them for each argument; WHOLE for weights.
             out_axes: the same for each result.
             donate_argnums: as of ``jax.jit``.
+
+        Raises:
+            ValueError: as ``compilation.check_settings``.
         """
+        check_settings(mesh=self.mesh is not None)
         places = _map_axes(self._place, out_axes)
         if self.mesh is None:
             return jax.jit(function, donate_argnums=donate_argnums, out_shardings=places)
@@ -203,8 +208,10 @@ def layout_of(config: QwenConfig, params: Any) -> Layout:
     sharding = next((getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)), None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (DATA, MODEL):
         return _layout(config, sharding.mesh)  # pyright: ignore[reportArgumentType]
-    if isinstance(sharding, SingleDeviceSharding) and _is_tpu(sharding):
-        return Layout(chip=sharding)
+    if isinstance(sharding, SingleDeviceSharding):
+        here = sharding.device_set == {jax.local_devices()[0]}
+        if _is_tpu(sharding) or not here:
+            return Layout(chip=sharding)
     return Layout()
 
 

@@ -6,9 +6,8 @@
         finished.id, finished.token_ids, finished.rows        # in the order in which sequences end
 
 Tokens, log-probabilities and rows are those of ``generate_single_task_jitted`` for each sequence alone
-(``sequence_ids=[request.sampling_id]``). For a given number of slots and room in each (``slots``,
-``max_tokens``) they are the same to the last bit in whichever slot, beside whichever others and in whichever
-order they are made.
+(``sequence_ids=[request.sampling_id]``). For given ``slots`` and ``max_tokens`` they are the same to the last
+bit in whichever slot, beside whichever others and in whichever order they are made.
 
 While one window of steps computes, the rows of the window before are copied to the host, and the caller may
 work on finished sequences.
@@ -28,13 +27,16 @@ import numpy as np
 from jax import Array
 
 from activation_store.format import FinishedSequence
+from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan, to_host
+from qwen2_core.inputs import cache_dtype_of, token_rows, whole_number, yes_or_no
+from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import SequenceRequest, check_prompts, pad_to
 from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
 from qwen2_engine.decode_window import STEP_ALIGNMENT, PrefilledPrompt, SlotShape, SlotState, Window
 from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory, Stage, device_memory_budget
 from qwen2_engine.programs import SlotPrograms, compile_slots
-from qwen2_jax import QwenModel
+from qwen2_jax import QwenModel, check_model
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ class ContinuousEngine:
         slots: int = 8,
         max_tokens: int | None = None,
         window: int = STEP_ALIGNMENT,
-        eos_token_ids: Sequence[int] | np.ndarray = (),
+        eos_token_ids: Any = (),
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         seed: int = 0,
         cache_dtype: Any = None,
@@ -74,8 +76,8 @@ class ContinuousEngine:
             slots: sequences at once, on each group of devices of a mesh; fewer where memory is short.
             max_tokens: generated tokens that a slot has room for; by default the longest of each plan's
                 requests.
-            window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window on
-                average. Another window may change results' last bits, as it changes the cache's size.
+            window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window.
+                Another window may change results' last bits, as it changes the cache's size.
             eos_token_ids: ids that end a sequence.
             sampling: how tokens are chosen; greedy by default.
             seed: 0 to 2**32 - 1. Random keys derive from (seed, the request's sampling_id, step).
@@ -84,19 +86,22 @@ class ContinuousEngine:
             memory_budget: bytes on each device; by default ``memory_plan.device_memory_budget``.
 
         Raises:
-            ValueError: a setting that cannot be.
+            ValueError: a setting that cannot be, or parameters of another model.
         """
+        check_model(model)
+        check_surroundings(params)
+        check_params(model.config, params)
         self.model, self.params = model, params
         self.layout = layout_of(model.config, params)
         self._sampling = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
-        self._max_tokens = max_tokens
+        self._max_tokens = None if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
         self._shape = SlotShape(
-            slots,
+            whole_number("slots", slots, 1),
             prompt_width=1,
-            max_tokens=max_tokens or 1,
-            window=window,
-            cache_dtype=None if cache_dtype is None else np.dtype(cache_dtype),
-            capture_prompt=capture_prompt and bool(model.capture_layers),
+            max_tokens=self._max_tokens or 1,
+            window=whole_number("window", window, 1),
+            cache_dtype=cache_dtype_of(cache_dtype),
+            capture_prompt=yes_or_no("capture_prompt", capture_prompt) and bool(model.capture_layers),
             eos_capacity=len(self._sampling.eos_token_ids),
         )
         self._budget = device_memory_budget(self.layout.devices) if memory_budget is None else memory_budget
@@ -143,8 +148,8 @@ class ContinuousEngine:
         """
         groups: dict[bytes, list[SequenceRequest]] = {}
         for request in requests:
-            prompt = np.asarray(request.prompt_token_ids)
-            checked = check_prompts(self.model.config, prompt[None], None, request.max_tokens).input_ids[0]
+            request = self._checked(request)
+            checked = request.prompt_token_ids
             if self._max_tokens is not None and request.max_tokens > self._max_tokens:
                 raise ValueError(
                     f"max_tokens {request.max_tokens} exceeds the engine's max_tokens of {self._max_tokens}."
@@ -153,10 +158,25 @@ class ContinuousEngine:
                 raise ValueError(
                     "A request asks for its prompt's rows: make the engine with capture_prompt=True."
                 )
-            request = dataclasses.replace(request, prompt_token_ids=checked)
             groups.setdefault(checked.tobytes(), []).append(request)
         ordered = sorted(groups.values(), key=lambda group: group[0].width)
         return [request for group in ordered for request in group]
+
+    def _checked(self, request: Any) -> SequenceRequest:
+        if not isinstance(request, SequenceRequest):
+            raise ValueError(f"requests must be SequenceRequest, not {type(request).__name__}.")
+        max_tokens = whole_number("max_tokens", request.max_tokens, 1)
+        rows = token_rows("prompt_token_ids", request.prompt_token_ids)
+        if len(rows) != 1:
+            raise ValueError(f"A SequenceRequest has one prompt, not {len(rows)}.")
+        prompts = check_prompts(self.model.config, rows, [len(rows[0])], max_tokens)
+        return dataclasses.replace(
+            request,
+            prompt_token_ids=prompts.input_ids[0],
+            max_tokens=max_tokens,
+            sampling_id=whole_number("sampling_id", request.sampling_id, -(2**63)),
+            capture_prompt=yes_or_no("capture_prompt", request.capture_prompt),
+        )
 
     def plan(self, requests: Sequence[SequenceRequest]) -> list[Stage]:
         """Returns the stages that requests are generated in, short prompts first (``memory_plan``)."""
@@ -164,6 +184,7 @@ class ContinuousEngine:
         shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
         return self._planner.stages({request.width for request in requests}, shape, self._budget)
 
+    @program_settings()
     def start(self, stage: Stage) -> RunningSlots:
         """Compiles a stage's programs and makes its slots, all free.
 
@@ -280,6 +301,7 @@ class RunningSlots:
                 return
             activations, shares = window.activations, self._settle(window, on_window)
 
+    @program_settings()
     def _refill(self) -> None:
         """Gives free slots the next requests, in rounds of at most one for each group of devices."""
         groups = self.programs.layout.data_parallel
@@ -331,11 +353,13 @@ class RunningSlots:
             self._prompts_read += len(set(token_ids))
         return self._read
 
+    @program_settings()
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
         self._slots, window = self.programs.window(self._params, self._slots, self._sampling)
         return window
 
+    @program_settings()
     def _settle(self, window: Window, on_window: Callable[[Occupancy], None]) -> list[_Share]:
         """Waits for a window, takes its small results, and frees the slots whose sequence has ended."""
         token_ids, logprobs = np.asarray(window.token_ids), np.asarray(window.logprobs)
@@ -354,12 +378,14 @@ class RunningSlots:
         return shares
 
     def _copy_out(self, activations: Array | None, shares: list[_Share]) -> Iterator[FinishedSequence]:
-        rows = None if activations is None else np.asarray(activations)
+        rows = None if activations is None else to_host(activations)
         for share in shares:
             if rows is not None:
                 share.sequence.add_rows(rows[:, : share.tokens, share.slot])
             if share.ended:
-                yield share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
+                finished = share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
+                raise_on_nan(finished.logprobs)
+                yield finished
 
 
 def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qwen2_core.compilation import AbstractParams, compiler_options
+from qwen2_core.compilation import AbstractParams, compiler_options, traced_apart
 from qwen2_core.sampling import SamplingParams, abstract_sampling_params
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
 from qwen2_engine.decode_window import (
@@ -108,6 +108,7 @@ def compile_slots(
 
 
 @functools.lru_cache(maxsize=64)
+@traced_apart
 def compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
     """Compiles the program that makes slots, all free."""
     axes = axes_of(_slots(model, shape))
@@ -115,6 +116,7 @@ def compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
 
 
 @functools.lru_cache(maxsize=64)
+@traced_apart
 def compile_prefill(
     model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, width: int
 ) -> jax.stages.Compiled:
@@ -129,6 +131,7 @@ def compile_prefill(
 
 
 @functools.lru_cache(maxsize=64)
+@traced_apart
 def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
     """Compiles the program that gives a free slot of each group a new sequence."""
     slots, prompt = _slots(model, shape), _prompt(model, shape)
@@ -144,6 +147,7 @@ def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
 
 
 @functools.lru_cache(maxsize=64)
+@traced_apart
 def compile_window(
     model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams
 ) -> jax.stages.Compiled:

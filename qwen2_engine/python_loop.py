@@ -6,7 +6,6 @@ arguments and returns the same ``Generation``, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from generate_jitted import Generation
+from qwen2_core.compilation import check_surroundings, defined_settings
+from qwen2_core.inputs import whole_number, yes_or_no
+from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import check_prompts, check_sequence_ids
 from qwen2_core.sampling import Sampling, sample_tokens, sampling_params, sequence_keys
-from qwen2_jax import ModelOutput, QwenModel
+from qwen2_jax import ModelOutput, QwenModel, check_model
 
 _sample = jax.jit(sample_tokens)
 
 
+@defined_settings()
 def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitted
     model: QwenModel,
     params: Any,
@@ -28,8 +31,9 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     max_tokens: int,
     *,
     prompt_lengths: Any = None,
+    attention_mask: Any = None,
     samples_per_prompt: int = 1,
-    eos_token_ids: Sequence[int] | np.ndarray = (),
+    eos_token_ids: Any = (),
     sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     seed: int = 0,
     sequence_ids: Any = None,
@@ -43,10 +47,16 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     Raises:
         ValueError: as ``generate_single_task_jitted``.
     """
+    check_model(model)
+    check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
+    extract_prompt = yes_or_no("extract_prompt", extract_prompt)
+    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
     config = model.config
-    prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens)
+    prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens, attention_mask)
     own_ids = check_sequence_ids(len(prompts.lengths), samples_per_prompt, sequence_ids)
     traced = sampling_params(sampling, seed, eos_token_ids, config.vocab_size)
+    check_params(config, params)
     growing = model.clone(config=config.replace(use_fixed_cache=False))
     ids = np.repeat(prompts.input_ids, samples_per_prompt, axis=0)
     lengths = np.repeat(prompts.lengths, samples_per_prompt)

@@ -436,7 +436,7 @@ IDS = np.ones((2, 5), np.int32)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_ids": np.ones(5, np.int32)}, r"integers \[prompts, tokens\], not int32 of shape \(5,\)"),
+        ({"input_ids": np.ones((2, 1, 5), np.int32)}, r"integers \[prompts, tokens\], not int32 of shape"),
         ({"input_ids": np.ones((2, 5))}, r"input_ids must be integers \[prompts, tokens\], not float64"),
         ({"input_ids": np.ones((0, 5), np.int32)}, "holds no prompts"),
         ({"input_ids": np.ones((2, 0), np.int32)}, "Prompt 0 is empty"),
@@ -450,7 +450,10 @@ IDS = np.ones((2, 5), np.int32)
         ({"input_ids": np.full((2, 5), 160)}, r"Token id 160 \(prompt 0, position 0\) is outside .* 160"),
         ({"input_ids": np.array([[1, 2], [3, -1]])}, r"Token id -1 \(prompt 1, position 1\) is outside"),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
-        ({"sequence_ids": [1]}, r"sequence_ids must be 2 integers, one a sequence, not of shape \(1,\)"),
+        (
+            {"sequence_ids": [1]},
+            r"sequence_ids must be 2 integers, one a sequence, not int64 of shape \(1,\)",
+        ),
         ({"sequence_ids": [1.0, 2.0]}, "sequence_ids must be 2 integers"),
         ({"eos_token_ids": (160,)}, "EOS token id 160 is outside the vocabulary of 160"),
         ({"eos_token_ids": (-1,)}, "EOS token id -1 is outside"),

@@ -1,0 +1,242 @@
+"""Reads what callers hand in: numbers, token ids and masks, of Python, numpy, jax, torch or a tokenizer.
+
+What is clear is taken. Everything else is refused in one sentence, before anything is compiled: inside
+``jit`` nothing can complain, and what JAX says of a wrong type takes a reader of JAX to understand.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Integer
+
+_CACHE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def plain(value: Any) -> Any:
+    """Returns an array of torch, jax or numpy as numpy's; anything else as it is."""
+    if hasattr(value, "detach"):  # torch, without importing it
+        value = value.detach().cpu()
+    if hasattr(value, "__array__"):
+        return jax.device_get(value) if isinstance(value, jax.Array) else np.asarray(value)
+    return value
+
+
+def as_int(value: Any) -> int | None:
+    """Returns a whole number of any kind (2, 2.0, np.int64(2), an array of one) as an int; else None."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    value = plain(value)
+    if isinstance(value, np.ndarray):
+        if value.ndim or not (
+            np.issubdtype(value.dtype, np.integer) or np.issubdtype(value.dtype, np.floating)
+        ):
+            return None
+        value = value.item()
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def as_float(value: Any) -> float | None:
+    """Returns a number of any kind as a float; None for everything else, also for NaN."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    value = plain(value)
+    if isinstance(value, np.ndarray):
+        if value.ndim or value.dtype == bool or not np.can_cast(value.dtype, np.float64):
+            return None
+        value = value.item()
+    if not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return None if math.isnan(number) else number
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """Returns an argument as an int.
+
+    Raises:
+        ValueError: it is no whole number, or outside ``least`` to ``most``.
+    """
+    number = as_int(value)
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, not {_short(value)}.")
+    if most is not None and not least <= number <= most:
+        limit = "2**32 - 1" if most == 2**32 - 1 else most
+        raise ValueError(f"{name} must be between {least} and {limit}, not {number}.")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}.")
+    return number
+
+
+def yes_or_no(name: str, value: Any) -> bool:
+    """Returns a flag as a bool.
+
+    Raises:
+        ValueError: it is neither True nor False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, not {_short(value)}.")
+    return bool(value)
+
+
+def cache_dtype_of(value: Any) -> np.dtype | None:
+    """Returns the dtype of a KV cache; None stays None.
+
+    Raises:
+        ValueError: it is none that a cache can have.
+    """
+    if value is None:
+        return None
+    try:
+        dtype = np.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in _CACHE_DTYPES:
+        raise ValueError(f"cache_dtype must be one of {', '.join(_CACHE_DTYPES)}, not {_short(value)}.")
+    return dtype
+
+
+def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
+    """Returns the layers that are asked for, in the given order; a set's from the lowest on.
+
+    Args:
+        given: an integer, or several of any kind.
+        depth: how many layers the model has.
+
+    Raises:
+        ValueError: none, one twice, one that the model does not have, or no integers.
+    """
+    given = plain(given)
+    if as_int(given) is not None:
+        given = [given]
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(f"extract_layers must be layer numbers such as (10, 11), not {_short(given)}.")
+    numbers = []
+    for layer in sorted(given) if isinstance(given, Set) else given:
+        number = as_int(layer)
+        if number is None:
+            raise ValueError(f"extract_layers must be layer numbers, and {_short(layer)} is none.")
+        numbers.append(number)
+    outside = [layer for layer in numbers if not 0 <= layer < depth]
+    if outside:
+        raise ValueError(
+            f"extract_layers {outside} are out of range: the model has {depth} layers, 0 to {depth - 1}."
+        )
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise ValueError(f"extract_layers must name at least one layer and none twice, not {numbers}.")
+    return tuple(numbers)
+
+
+def token_rows(name: str, given: Any) -> list[Integer[np.ndarray, " tokens"]]:
+    """Returns prompts as one array of integers each.
+
+    Args:
+        name: of the argument, for errors.
+        given: [P, P_len] or a list of P prompts, each of any kind of array or list, or what a tokenizer
+            returns for it; or a single prompt's ids.
+
+    Raises:
+        ValueError: text, anything but integers, or lists nested too deep.
+    """
+    given = _ids_of(plain(given))
+    _refuse_text(name, given)
+    if (
+        isinstance(given, Set)
+        or not isinstance(given, Iterable)
+        or (isinstance(given, np.ndarray) and given.ndim == 0)
+    ):
+        raise ValueError(f"{name} must be integers [prompts, tokens], not {_short(given)}.")
+    given = given if isinstance(given, np.ndarray) else list(given)
+    if len(given) and _is_scalar(given[0]):
+        given = [given]  # one prompt
+    return [_integers(name, plain(row)) for row in given]
+
+
+def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Bool[np.ndarray, " tokens"]]:
+    """Returns an attention mask as one array for each prompt, True where a token is to be read.
+
+    Raises:
+        ValueError: another shape than the prompts', or other values than 0 and 1.
+    """
+    mask = plain(mask)
+    values = [np.asarray(plain(row)) for row in mask] if isinstance(mask, Iterable) else []
+    if len(rows) == 1 and values and values[0].ndim == 0:
+        values = [np.asarray(values)]
+    shapes = [row.shape for row in values]
+    if shapes != [row.shape for row in rows]:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids, {_shape([row.shape for row in rows])}, not "
+            f"{_shape(shapes)}."
+        )
+    for row in values:
+        if row.dtype != bool and not (np.issubdtype(row.dtype, np.number) and np.isin(row, (0, 1)).all()):
+            raise ValueError("attention_mask must be 1 at tokens and 0 at padding, and holds other values.")
+    return [row.astype(bool) for row in values]
+
+
+def _ids_of(value: Any) -> Any:
+    """Returns the ids of what a tokenizer returned (``BatchEncoding``); anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    if "input_ids" not in value:
+        raise ValueError(f"A mapping of prompts must have input_ids, and has {', '.join(map(str, value))}.")
+    return plain(value["input_ids"])
+
+
+def _refuse_text(name: str, value: Any) -> None:
+    if isinstance(value, str | bytes):
+        raise ValueError(
+            f"{name} takes token ids, not text such as {_short(value)}: tokenizer(text).input_ids gives them."
+        )
+
+
+def _integers(name: str, row: Any) -> np.ndarray:
+    """Returns one prompt's ids; of a tokenizer's [1, tokens] for one text its only row."""
+    ids = _ids_of(row)
+    _refuse_text(name, ids)
+    if isinstance(ids, Set) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name} must be integers [prompts, tokens], not {_short(ids)} among lists.")
+    try:
+        array = np.asarray([plain(one) for one in ids] if isinstance(ids, list) else ids)
+    except (ValueError, OverflowError):  # lists of several lengths, or a huge number
+        array = np.asarray(None)
+    if array.ndim == 2 and len(array) == 1 and isinstance(row, Mapping):
+        array = array[0]
+    if array.shape == (0,):
+        return np.zeros(0, np.int32)
+    if array.dtype.kind in "US":
+        _refuse_text(name, array.flat[0].item())
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be integers [prompts, tokens], not {array.dtype} of shape {array.shape} a prompt."
+        )
+    return array
+
+
+def _is_scalar(value: Any) -> bool:
+    value = plain(value)
+    return isinstance(value, int | float) or (isinstance(value, np.ndarray | np.generic) and not value.ndim)
+
+
+def _shape(shapes: Sequence[tuple[int, ...]]) -> str:
+    if len(set(shapes)) == 1:
+        return str((len(shapes), *shapes[0]))
+    return f"rows of {', '.join('x'.join(map(str, shape)) for shape in shapes[:8])}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
