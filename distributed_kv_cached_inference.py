@@ -11,10 +11,13 @@ resumable, 1 some tasks failed (they are listed; the others are done), 2 bad usa
 from __future__ import annotations
 
 from arc_runner.console import say, started_as_script, warnings_on_stderr
-from arc_runner.signals import StopRequest, end_on_signals
+from arc_runner.signals import StopRequest, end_on_signals, let_end
 
-if __name__ == "__main__" or started_as_script():
-    end_on_signals()  # here, as the other imports take seconds
+if __name__ == "__main__" or started_as_script():  # here, as the other imports take seconds
+    end_on_signals()
+    from arc_runner.start import begin
+
+    begin()
 
 import contextlib
 import sys
@@ -31,15 +34,19 @@ from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
 from arc_runner.job import prepare, say_start
 from arc_runner.options import RunOptions
+from arc_runner.start import importing
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line, by default that of this process, and returns its exit code."""
+    importing.end()
     with warnings_on_stderr():
         try:
-            return run(parse_options(argv))
+            code = run(parse_options(argv))
         except EXPECTED as error:
-            return tell_failure(error)
+            code = tell_failure(error)
+    let_end()
+    return code
 
 
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:

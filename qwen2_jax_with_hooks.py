@@ -12,9 +12,9 @@ from typing import Any
 from jax.typing import ArrayLike
 
 from qwen2_core.config import QwenConfig
+from qwen2_core.layers import FIXED_EXTRACT_LAYERS
 from qwen2_jax import QwenModel
 
-FIXED_EXTRACT_LAYERS = tuple(range(10, 24))
 DEFAULT_SAE_LAYERS = FIXED_EXTRACT_LAYERS
 
 
