@@ -15,6 +15,7 @@ from arc_runner.loaded_model import LoadedModel, finished_sequences
 from arc_runner.progress import Clock, Progress
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
+from arc_runner.waiting import Waiting
 from arc_runner.workload import Call
 
 
@@ -46,7 +47,7 @@ def make_calls(
                         break
             if not work.wait(units):
                 break
-        with generating:
+        with generating, Waiting("writing the last shards"):
             writer.close()
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,7 +158,8 @@ def test_home_is_expanded_in_every_path(name: str, monkeypatch: pytest.MonkeyPat
     assert len(PATHS) >= 5
     for words in ([f"--{name}=~/x"], [f"--{name}", "~/x"]):
         assert getattr(parse_options(words), name) == "/home/me/x"
-    assert getattr(RunOptions(**{name: "~/x"}), name) == "/home/me/x"
+    fields: dict[str, Any] = {name: "~/x"}
+    assert getattr(RunOptions(**fields), name) == "/home/me/x"
     assert getattr(parse_options([f"--{name}=./~/x"]), name) == "./~/x"
     assert getattr(parse_options([f"--{name}=$HOME/x"]), name) == "$HOME/x"
 
