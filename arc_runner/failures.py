@@ -28,7 +28,9 @@ def tell_failure(error: BaseException) -> int:
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, StoreWriteError | ClusterError):
+    if isinstance(error, ClusterError):
+        return str(error), EXIT_RESUMABLE
+    if isinstance(error, StoreWriteError):
         return f"{error}; {_CONTINUES}", EXIT_RESUMABLE
     if isinstance(error, _DEVICE_FAILED):
         reason = str(error).partition("\n")[0]

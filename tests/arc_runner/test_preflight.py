@@ -37,7 +37,8 @@ def test_a_data_set_that_is_misspelt_brings_the_one_that_is_there(tmp_path: Path
         outcome = run_main(tmp_path, dataset_path=tmp_path / name)
         assert_refused(outcome, f"did you mean {tmp_path}/data/training.json?")
         assert f"cannot read {tmp_path / name}: No such file or directory" in outcome.err
-    assert_refused(run_main(tmp_path, merge=True, activations_dir=tmp_path / "dat"), f"mean {tmp_path}/data?")
+    merged = {"dataset_path": tmp_path / "data" / "training.json", "merge": True}
+    assert_refused(run_main(tmp_path, activations_dir=tmp_path / "dat", **merged), f"mean {tmp_path}/data?")
 
 
 def a_pipe(path: Path) -> None:

@@ -65,7 +65,7 @@ def test_other_settings_are_refused_with_the_flags_that_would_continue_it(
 
 def test_what_a_store_without_activations_or_prompts_needs_is_named(tmp_path: Path):
     make_store(tmp_path, hook_names=(), capture_prompt=False)
-    with pytest.raises(UsageError, match="it with --no_extract_activations without --extract_prompt$"):
+    with pytest.raises(UsageError, match=r"it with --no_extract_activations without --extract_prompt$"):
         check_store(str(tmp_path), settings())
 
 
