@@ -121,6 +121,21 @@ def _reachable(address: str) -> str:
         return address
 
 
+def _check_listening(address: str) -> None:
+    """Raises OSError where this machine cannot listen at ``address``: the runtime may crash there."""
+    host, _, port = address.rpartition(":")
+    error: OSError = OSError("the name means no address")
+    for family, kind, _, _, place in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(place)
+            return
+        except OSError as refused:
+            error = refused
+    raise error
+
+
 def _is_loopback(address: Any) -> bool:
     return ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
 
@@ -204,6 +219,8 @@ def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> Proc
         try:
             given = arguments()
             place = f" at {given['coordinator_address']}"
+            if given["process_id"] == 0:
+                _check_listening(given["coordinator_bind_address"])
             # The service would handle SIGTERM from now on.
             jax.config.update("jax_enable_preemption_service", False)
             seconds = int(2 * JOIN_SECONDS) + 1
@@ -233,11 +250,12 @@ def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> Proc
         thread.join(JOIN_SECONDS)
     if thread.is_alive():
         raise ClusterError(
-            f"{who}{place}: the others did not all come within {JOIN_SECONDS:.0f} s; start all {count} at once"
+            f"{who}{place}: the others did not all come within {JOIN_SECONDS:.0f} s; "
+            f"start all {count} at once"
         )
     if errors:
         reason = " ".join(str(errors[0]).split())
-        raise ClusterError(f"{who}: cannot join the others ({reason}); start all {count} again") from errors[
-            0
-        ]
+        raise ClusterError(
+            f"{who}{place}: cannot join the others ({reason}); start all {count} again"
+        ) from errors[0]
     return found[0]

@@ -13,7 +13,7 @@ from runner_cases import ERROR, arguments, assert_refused, four, run_main, start
 
 from arc_runner.cluster import membership
 from arc_runner.cluster.membership import ProcessInfo, find_process
-from arc_runner.errors import UsageError
+from arc_runner.errors import ClusterError, UsageError
 from arc_runner.options import RunOptions
 
 SLURM = {
@@ -237,3 +237,28 @@ def test_a_process_whose_others_do_not_come_says_so_and_ends(tmp_path: Path, por
         75,
         f"{ERROR}process 1 of 2 at {address}: the others did not all come within 3 s; start all 2 at once\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.7", "Cannot assign requested address"),
+        ("no-such-host.invalid", "not known|resolution|address"),
+    ],
+)
+def test_process_0_says_at_once_that_it_cannot_listen_where_it_is_told(host: str, reason: str):
+    options = RunOptions(coordinator_address=f"{host}:4711", num_processes=2, process_id=0)
+    with pytest.raises(
+        ClusterError, match=f"process 0 of 2 at {host}:4711: cannot join the others .*{reason}"
+    ):
+        find_process(options)
+
+
+def test_process_0_says_at_once_that_its_port_is_taken():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        options = RunOptions(coordinator_address=address, num_processes=2, process_id=0)
+        with pytest.raises(ClusterError, match="Address already in use"):
+            find_process(options)
