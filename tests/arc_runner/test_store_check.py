@@ -111,7 +111,7 @@ def test_prompts_that_have_changed_are_counted_and_their_tasks_named(
         "2 of 10 sequences are in the store with other prompts, of the tasks a: the data set has changed "
         "since, or the tokenizer's chat template; they are made anew, and the old ones stay\n"
     )
-    every = {task: other for task in "abcde"}
+    every = dict.fromkeys("abcde", other)
     assert "10 of 10 sequences are" in (line := said(tmp_path, requests_of(made, **every), capsys))
     assert "of the tasks a, b, c and 2 more:" in line
 
