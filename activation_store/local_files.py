@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import mmap
 import os
+import re
 import secrets
+import socket
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from activation_store.store_files import INDEX, INDEX_FOLDER, FileStatus, Stored
 
 _LOCK = "writer.lock"
 _TEMP = ".tmp"
+_HOLDER = re.compile(r"process \d+ on [\w.-]+, since [\d :-]+")
 
 
 def write_atomic(
@@ -104,17 +108,19 @@ class LocalFiles:
 
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
+        holder = _read_holder(folder / _LOCK)  # first: some versions of filelock empty the file they ask for
         try:
             _make_folder(folder)
             lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
             lock.acquire()
         except filelock.Timeout as error:
             raise StoreError(
-                f"{folder} is in use: another run writes to this directory as host {host}; "
+                f"{folder} is in use: another run writes to this directory as host {host}{holder}; "
                 "wait for it to end or choose another directory"
             ) from error
         except OSError as error:
             raise StoreError(f"cannot write to {folder}: {error.strerror or error}") from error
+        _note_holder(folder / _LOCK)
         for stale in folder.glob(f"*{_TEMP}"):  # only the holder of the lock may think them stale
             stale.unlink()
 
@@ -199,6 +205,23 @@ class LocalFile:
         # Without it a cold map is read fault by fault, at a tenth of the disk's speed.
         if hasattr(os, "posix_fadvise"):  # macOS has none
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+
+def _note_holder(lock: Path) -> None:
+    """Writes into a lock that this process holds who holds it, for whom it keeps out."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk says so where it matters
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+
+
+def _read_holder(lock: Path) -> str:
+    """Returns who has noted itself in a lock, as ``" (process ...)"``, or ""."""
+    try:
+        with lock.open(encoding="utf-8", errors="replace") as file:
+            noted = file.read(200)
+    except OSError:
+        return ""
+    return f" ({noted})" if _HOLDER.fullmatch(noted) else ""
 
 
 def _status(status: os.stat_result) -> FileStatus:

@@ -22,6 +22,8 @@ _NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200
 
 def did_you_mean(path: str | os.PathLike[str]) -> str:
     """Returns "; did you mean OTHER?" for a path that is not there and looks like another, else ""."""
+    if "://" in os.fspath(path) or Path(path).exists():
+        return ""
     similar = _similar_path(Path(path))
     return "" if similar is None else f"; did you mean {similar}?"
 
