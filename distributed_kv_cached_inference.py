@@ -11,10 +11,13 @@ resumable, 1 some tasks failed (they are listed; the others are done), 2 bad usa
 from __future__ import annotations
 
 from arc_runner.console import say, started_as_script, warnings_on_stderr
-from arc_runner.signals import StopRequest, end_on_signals
+from arc_runner.signals import StopRequest, end_on_signals, let_end
 
-if __name__ == "__main__" or started_as_script():
-    end_on_signals()  # here, as the other imports take seconds
+if __name__ == "__main__" or started_as_script():  # here, as the other imports take seconds
+    end_on_signals()
+    from arc_runner.start import begin
+
+    begin()
 
 import contextlib
 import sys
@@ -31,15 +34,21 @@ from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
 from arc_runner.job import prepare, say_start
 from arc_runner.options import RunOptions
+from arc_runner.start import importing
+from arc_runner.store_check import say_changed_prompts
+from arc_runner.waiting import Waiting
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line, by default that of this process, and returns its exit code."""
+    importing.end()
     with warnings_on_stderr():
         try:
-            return run(parse_options(argv))
+            code = run(parse_options(argv))
         except EXPECTED as error:
-            return tell_failure(error)
+            code = tell_failure(error)
+    let_end()
+    return code
 
 
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:
@@ -56,13 +65,16 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     process = ProcessInfo() if options.merge else find_process(options)
     job, report = prepare(options)
     if options.merge:
-        return answer_from_store(job, report)
+        with Waiting("reading the answers back"):
+            return answer_from_store(job, report)
     part, patiently, claims = job.part_of(process), None, None
     if process.count > 1:  # alone, a directory that fails is told at once; a shared one may come back
         patiently = RetryPolicy(options.activations_dir, str(process), lambda: stop.requested)
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(job.open_writer(process, patiently))
-        say_start(job, report, writer.committed)
+        with Waiting(f"opening the store {options.activations_dir}"):
+            writer = stack.enter_context(job.open_writer(process, patiently))
+            say_start(job, report, writer.committed)
+            say_changed_prompts(job.requests, writer.committed)
         if patiently is not None:
             files = SharedFiles(options.activations_dir, patiently)
             claims = stack.enter_context(Claims(files, process.index))
@@ -70,12 +82,14 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
             say(f"{process}")
         work = Shared(writer, claims, process, stop) if claims and process.claims else Alone(writer)
         generate_missing(part, work, writer, report, stop)
-        writer.close()
+        with Waiting("writing the last shards"):
+            writer.close()
         report.bytes_stored = writer.bytes_written
-        if claims is None:
-            return answer(job, report, writer.committed)
-        claims.files.patiently(writer.refresh)
-        return answer_together(job, part, report, writer, claims, process)
+        with Waiting("reading the answers back"):
+            if claims is None:
+                return answer(job, report, writer.committed)
+            claims.files.patiently(writer.refresh)
+            return answer_together(job, part, report, writer, claims, process)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 
 from qwen2_core.config import QwenConfig
 from qwen2_core.inputs import layer_numbers
+from qwen2_core.layers import FIXED_EXTRACT_LAYERS
 from qwen2_jax import QwenModel
 
-FIXED_EXTRACT_LAYERS = tuple(range(10, 24))
 DEFAULT_SAE_LAYERS = FIXED_EXTRACT_LAYERS
 
 

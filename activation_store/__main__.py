@@ -9,9 +9,10 @@ Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -23,17 +24,21 @@ from activation_store.reader import ActivationStore, RowFilter
 from activation_store.repair import repair_store
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
+from qwen2_core.messages import masked, printable
 
 Item = TypeVar("Item")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot print is no error
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
     except ValueError as error:  # StoreError, and those of the data set and the checkpoint
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shown(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -43,40 +48,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _shown(text: str) -> str:
+    """Returns what is printed of a text that may quote a store or a URL."""
+    return masked(printable(text))
+
+
+def _path(text: str) -> str:
+    """Returns a path or URL of the command line, with a leading ``~`` expanded."""
+    if not text or "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"{text!a} is no path")
+    return os.path.expanduser(text)  # noqa: PTH111 - a URL would not outlive a Path
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """Returns what reads a whole number from ``least`` to ``most``."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!a} is no whole number from {least} to {most}")
+        return number
+
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m activation_store", description="Look after a store.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
     verify.set_defaults(run=_verify)
-    verify.add_argument("directory")
-    verify.add_argument("--dataset", help="ARC data set whose puzzles the store should cover")
-    verify.add_argument("--replay", type=int, metavar="N", default=0, help="recompute N random sequences")
-    verify.add_argument("--model_path", help="checkpoint for --replay: a directory or hub id")
-    verify.add_argument("--seed", type=int, default=0, help="which sequences --replay draws")
+    verify.add_argument("directory", type=_path)
+    verify.add_argument("--dataset", type=_path, help="ARC data set whose puzzles the store should cover")
+    verify.add_argument(
+        "--replay", type=_whole(0, 10**9), metavar="N", default=0, help="recompute N random sequences"
+    )
+    verify.add_argument("--model_path", type=_path, help="checkpoint for --replay: a directory or hub id")
+    verify.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="which sequences --replay draws")
     verify.add_argument(
         "--repair", action="store_true", help="first drop damaged sequences, so that a run makes them again"
     )
 
     stats = commands.add_parser("stats", help="rows, mean norm and variance of each layer")
     stats.set_defaults(run=_stats)
-    stats.add_argument("directory")
+    stats.add_argument("directory", type=_path)
 
     export = commands.add_parser("export", help="write one layer as a SAELens cached-activations dataset")
     export.set_defaults(run=_export)
-    export.add_argument("directory")
-    export.add_argument("--layer", type=int, required=True)
-    export.add_argument("--context_size", type=int, required=True, help="rows in a window")
-    export.add_argument("--output", required=True, help="new directory")
-    export.add_argument("--first_position", type=int, default=0, help="leave out earlier positions")
+    export.add_argument("directory", type=_path)
+    export.add_argument("--layer", type=_whole(0, 9_999), required=True)
+    export.add_argument("--context_size", type=_whole(1, 2**20), required=True, help="rows in a window")
+    export.add_argument("--output", type=_path, required=True, help="new directory")
+    export.add_argument(
+        "--first_position", type=_whole(0, 2**31 - 1), default=0, help="leave out earlier positions"
+    )
     export.add_argument("--generated_only", action="store_true", help="leave out prompt rows")
 
     legacy = commands.add_parser("import-legacy", help="make a store of layer_<l>_batch_<n>.pkl files")
     legacy.set_defaults(run=_import_legacy)
-    legacy.add_argument("source", help="directory of the pickles")
-    legacy.add_argument("--output", required=True, help="new store")
+    legacy.add_argument("source", type=_path, help="directory of the pickles")
+    legacy.add_argument("--output", type=_path, required=True, help="new store")
     legacy.add_argument(
-        "--hidden_size", type=int, required=True, help="the model's; other widths are refused"
+        "--hidden_size", type=_whole(1, 2**20), required=True, help="the model's; other widths are refused"
     )
     return parser
 
@@ -86,15 +122,15 @@ def _verify(options: argparse.Namespace) -> int:
         raise StoreError("--replay needs --model_path")
     if options.repair:
         for finding in repair_store(options.directory, _bar):
-            print(f"repaired: {finding}")
+            print(f"repaired: {_shown(finding)}")
     store = ActivationStore(options.directory)
     findings = 0
     for finding in _findings(store, options):
-        tqdm.write(finding)  # beside the progress bars of a terminal
+        tqdm.write(_shown(finding))  # beside the progress bars of a terminal
         sys.stdout.flush()
         findings += 1
     for note in store_notes(store):
-        print(f"note: {note}")
+        print(f"note: {_shown(note)}")
     print(f"{len(store)} sequences, {findings} findings")
     return 1 if findings else 0
 
@@ -137,7 +173,7 @@ def _export(options: argparse.Namespace) -> int:
     rows = RowFilter(prompt=not options.generated_only, first_position=options.first_position)
     store = ActivationStore(options.directory)
     windows = export_saelens(store, options.layer, options.output, options.context_size, rows)
-    print(f"{windows} windows of {options.context_size} rows in {options.output}")
+    print(f"{windows} windows of {options.context_size} rows in {_shown(options.output)}")
     return 0
 
 
@@ -145,8 +181,8 @@ def _import_legacy(options: argparse.Namespace) -> int:
     count = import_legacy(options.source, options.output, options.hidden_size)
     failed = list(ActivationStore(options.output).sequences(failed=True))
     for record in failed:
-        print(f"{record.label} is not imported: {record.failure}")
-    print(f"{count} sequences in {options.output}")
+        print(f"{_shown(record.label)} is not imported: {_shown(str(record.failure))}")
+    print(f"{count} sequences in {_shown(options.output)}")
     return 1 if failed else 0
 
 

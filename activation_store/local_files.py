@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import mmap
 import os
+import re
 import secrets
+import socket
 import stat
 import time
 from collections.abc import Callable, Iterable
@@ -39,6 +41,7 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+_HOLDER = re.compile(r"process \d+ on [\w.-]+, since [\d :-]+")
 
 
 def write_atomic(
@@ -162,13 +165,12 @@ class LocalFiles:
         self._require_folder(folder.name)
         try:
             _make_folder(folder)
-            with contextlib.suppress(FileNotFoundError):  # filelock would take anything
-                os.close(self._open(f"{folder.name}/{LOCK}", os.O_RDONLY))
+            holder = self._holder(host)  # first: some versions of filelock empty the file they ask for
             lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
             lock.acquire()  # not quite at once: `in_use` may be looking
         except filelock.Timeout as error:
             raise StoreError(
-                f"{folder} is in use: another run writes to this directory as host {host}; "
+                f"{folder} is in use: another run writes to this directory as host {host}{holder}; "
                 "wait for it to end or choose another directory"
             ) from error
         except OSError as error:
@@ -179,6 +181,7 @@ class LocalFiles:
                 lock.release()
 
         try:
+            _note_holder(folder / LOCK)
             for stale in folder.glob(f"*{_TEMP}"):  # only the holder of the lock may think them stale
                 if not stale.is_dir() or stale.is_symlink():
                     stale.unlink()
@@ -186,6 +189,14 @@ class LocalFiles:
             release()
             raise cannot(f"write to {folder}", error) from error
         return release
+
+    def _holder(self, host: int) -> str:
+        """Returns who has noted itself in a host's lock, as ``" (process ...)"``, or ""."""
+        try:
+            noted = self.read(f"{host_name(host)}/{LOCK}", 0, 200).decode(errors="replace")
+        except OSError:
+            return ""
+        return f" ({noted})" if _HOLDER.fullmatch(noted) else ""
 
     def in_use(self, host: int) -> bool:
         try:
@@ -323,6 +334,13 @@ def _oddity(mode: int) -> str:
 
 def _refusal(path: str | Path, oddity: str) -> str:
     return f"{path} is {oddity}, which a store never has there: move it away"
+
+
+def _note_holder(lock: Path) -> None:
+    """Writes into a lock that this process holds who holds it, for whom it keeps out."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with contextlib.suppress(OSError):  # a full disk says so where it matters
+        lock.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
 
 
 def _status(status: os.stat_result) -> FileStatus:

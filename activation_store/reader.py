@@ -31,6 +31,7 @@ from activation_store.remote_files import open_files
 from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
 from activation_store.store_files import FileStatus
+from qwen2_core.messages import did_you_mean
 
 Item = TypeVar("Item")
 OUTCOMES = "outcomes.json"
@@ -89,12 +90,15 @@ class ActivationStore:
         try:
             manifest = self.files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
         except FileNotFoundError as error:
-            raise StoreError(f"{self.directory} is not an activation store: it has no {MANIFEST}") from error
+            hint = did_you_mean(self.directory)
+            raise StoreError(
+                f"{self.files.location} is not an activation store: it has no {MANIFEST}{hint}"
+            ) from error
         except OSError as error:
-            raise StoreError(f"cannot read {self.directory}: {error.strerror or error}") from error
-        self.settings, self.provenance = decode_manifest(manifest, f"{self.directory}/{MANIFEST}")
+            raise StoreError(f"cannot read {self.files.location}: {error.strerror or error}") from error
+        self.settings, self.provenance = decode_manifest(manifest, f"{self.files.location}/{MANIFEST}")
         if problem := manifest_problem(manifest):  # what is stored can still be read, and verified
-            _logger.warning("%s/%s cannot be relied on: %s", self.directory, MANIFEST, problem)
+            _logger.warning("%s/%s cannot be relied on: %s", self.files.location, MANIFEST, problem)
         self.layers = tuple(hook_layer(name) for name in self.settings.hook_names)
         self.index = SequenceIndex(self.files)
         self._shards: OrderedDict[str, Shard] = OrderedDict()
@@ -150,7 +154,7 @@ class ActivationStore:
         """Returns a layer's index among the stored ones; raises StoreError when it is not stored."""
         if layer not in self.layers:
             stored = ", ".join(map(str, self.layers)) or "none"
-            raise StoreError(f"layer {layer} is not in {self.directory}; its layers: {stored}")
+            raise StoreError(f"layer {layer} is not in {self.files.location}; its layers: {stored}")
         return self.layers.index(layer)
 
     def rows(self, record: SequenceRecord, layer: int) -> Float[np.ndarray, "n_rows hidden"]:
@@ -294,7 +298,7 @@ class ActivationStore:
             if path in self._shards:
                 self._shards.move_to_end(path)
                 return self._shards[path]
-        where = f"{self.directory}/{path}"
+        where = f"{self.files.location}/{path}"
         try:
             file = self.files.open_file(path)
         except OSError as error:

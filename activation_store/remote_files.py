@@ -22,22 +22,30 @@ from activation_store.store_files import (
     index_part,
     writing,
 )
+from qwen2_core.messages import masked
 
 
 def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
     """Returns the files of a store at a path, a `file://` URL or any other fsspec URL such as
-    `gs://bucket/run`.
+    `gs://bucket/run`. A leading `~` is the home directory. Messages show no passwords of the URL.
 
     Raises:
-        StoreError: no file system is known for the URL, or its library is missing.
+        StoreError: it is no path, no file system is known for the URL, or its library is missing.
     """
-    location = os.fspath(directory)
-    if "://" not in location:
-        return LocalFiles(Path(location), location)
+    url = os.fspath(directory)
+    location = masked(url)
     try:
-        filesystem, path = fsspec.core.url_to_fs(location)
+        is_path = b"\0" not in os.fsencode(url)
+    except UnicodeEncodeError:
+        is_path = False
+    if not is_path:
+        raise StoreError(f"{location!a} is no path: it has a NUL byte or half of a character in it")
+    if "://" not in url:
+        return LocalFiles(Path(os.path.expanduser(url)), location)  # noqa: PTH111 - raises for no user
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
-        raise StoreError(f"{location} cannot be opened: {error}") from error
+        raise StoreError(f"{location} cannot be opened: {masked(str(error))}") from error
     if isinstance(filesystem, LocalFileSystem):  # file:// or local://
         return LocalFiles(Path(path), location)
     return RemoteFiles(filesystem, path.rstrip("/"), location)

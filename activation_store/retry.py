@@ -18,6 +18,7 @@ from typing import TypeVar
 import tenacity
 
 from activation_store.format import StoreError, StoreWriteError
+from qwen2_core.messages import masked
 
 AWAY_SECONDS = 120.0
 _PAUSE_SECONDS = 0.5
@@ -70,7 +71,7 @@ class RetryPolicy:
     def __init__(
         self, location: str, who: str = "this process", should_stop: Callable[[], bool] = lambda: False
     ) -> None:
-        self._location, self._who, self._should_stop = location, who, should_stop
+        self._location, self._who, self._should_stop = masked(location), who, should_stop
         self._given_up = threading.Event()
         self._lock = threading.Lock()
         self._warned = -_QUIET_SECONDS

@@ -87,7 +87,7 @@ class FileStatus(NamedTuple):
 class StoreFiles(Protocol):
     """The operations on one store. Names are relative to the store and use `/`."""
 
-    location: str  # as the user wrote it, for messages
+    location: str  # as the user wrote it, for messages; passwords masked
     excludes_others: bool  # whether `open_host` makes this the only writer of the host folder
 
     def hosts(self) -> list[int]:

@@ -18,7 +18,7 @@ The prompt asks about the puzzle turned clockwise; the answer is turned back bef
 """
 
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
-from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt
+from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt, encode_prompts
 from arc_puzzles.grids import (
     ArcFormatError,
     Grid,
@@ -57,6 +57,7 @@ __all__ = [
     "choose_augmentations",
     "create_grid_encoder",
     "encode_prompt",
+    "encode_prompts",
     "load_tasks",
     "parse_answer",
     "score",

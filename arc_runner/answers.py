@@ -26,6 +26,7 @@ from arc_puzzles import (
     parse_answer,
     score,
 )
+from arc_runner.console import say_error
 from arc_runner.options import RunOptions
 from arc_runner.report import Report, report_path
 
@@ -93,5 +94,10 @@ def _read_answers(
         output = outputs[record.task_id][record.test_index]
         if output is not None:
             outcomes[record.key] = grid == output
-    write_outcomes(options.activations_dir, outcomes)
+    try:
+        write_outcomes(options.activations_dir, outcomes)
+    except StoreWriteError as error:
+        if not options.merge:
+            raise
+        say_error(f"which sequences solve their puzzle is not noted in the store: {error}")
     return build_submission(tasks, attempts)

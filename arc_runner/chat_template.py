@@ -43,19 +43,22 @@ class BoundedTokenizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_tokenizer"], name)
 
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Tokenizes, as the tokenizer does."""
+        return self._tokenizer(*arguments, **named)
+
     def apply_chat_template(
-        self, messages: Messages, *, add_generation_prompt: bool, tokenize: bool, return_dict: bool
-    ) -> list[int]:
-        """Returns the token ids of a chat, as Transformers' method with these arguments does.
+        self, chats: Sequence[Messages], *, add_generation_prompt: bool, tokenize: bool
+    ) -> list[str]:
+        """Returns the texts of chats, as Transformers' method with these arguments does.
 
         Raises:
             CheckpointError: the template fails, or takes or writes too much.
-            ValueError: it is to return something else than a list of token ids.
+            ValueError: it is to return something else than texts.
         """
-        if not tokenize or return_dict:
-            raise ValueError("the chat template is for lists of token ids alone")
-        text = self.render(messages, add_generation_prompt)
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if tokenize:
+            raise ValueError("the chat template gives texts; tokenize them by calling the tokenizer")
+        return [self.render(messages, add_generation_prompt) for messages in chats]
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, clock: str | None = None) -> str:
         """Returns the text of a chat; ``clock`` is the time that the template is told, else now.

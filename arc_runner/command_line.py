@@ -14,6 +14,7 @@ from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
 
 _PACKAGE = "qwen2-jax-activations"
+_MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
 _GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
 _RETIRED = {
@@ -62,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises ``UsageError`` where argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message if len(message) <= _MESSAGE_LENGTH else f"{message[:_MESSAGE_LENGTH]}...")
 
     def flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]

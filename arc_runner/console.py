@@ -1,19 +1,26 @@
 """What a person sees of a run: lines on stdout, errors and warnings on stderr, and the command's name.
 
-Imports only the standard library: the face needs the command's name before the imports that take seconds.
+What is printed never ends a run: characters that the stream cannot take are escaped, and what nobody reads
+any more is dropped. Imports little: the face needs the command's name before the imports that take seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import select
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+from qwen2_core.messages import masked, printable
 
 SCRIPT = "qwen2-arc-run"
 MODULE = "distributed_kv_cached_inference.py"
 _LOGGED = ("activation_store", "arc_puzzles", "arc_runner", "qwen2_core", "qwen2_engine")
+_PATIENCE_SECONDS = 5.0  # for who reads our output through a pipe that does not block
 
 
 def started_as_script() -> bool:
@@ -26,14 +33,32 @@ def command_name() -> str:
     return SCRIPT if started_as_script() else MODULE
 
 
-def say(line: str) -> None:
-    """Prints a line on stdout at once, also where it goes to a file or a pipe."""
-    print(line, flush=True)
+def open_closed_streams() -> None:
+    """Opens those of stdin, stdout and stderr that were closed when the process was started, on nothing.
+
+    Else a file of the store would get the number of one of them, and the text that a library prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+
+
+def say(text: str) -> None:
+    """Prints lines on stdout at once, also where it goes to a file or a pipe."""
+    _write(sys.stdout, masked(printable(text, keep="\n\t")))
 
 
 def say_error(sentence: str) -> None:
-    """Prints a sentence on stderr."""
-    print(sentence, file=sys.stderr)
+    """Prints a sentence on stderr, in one line."""
+    _write(sys.stderr, masked(printable(sentence)))
+
+
+def refuse(sentence: str) -> None:
+    """Prints why the command ends on stderr, under its name."""
+    say_error(f"{command_name()}: error: {sentence}")
 
 
 @contextlib.contextmanager
@@ -42,9 +67,7 @@ def warnings_on_stderr() -> Iterator[None]:
 
     Other libraries' warnings are theirs to show.
     """
-    handler = logging.StreamHandler()
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(_OneLine())
+    handler = _Lines(logging.WARNING)
     handler.addFilter(lambda record: record.name.partition(".")[0] in _LOGGED)
     logging.getLogger().addHandler(handler)
     try:
@@ -53,8 +76,37 @@ def warnings_on_stderr() -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-class _OneLine(logging.Formatter):
-    """Formats a record as its message alone, in one line, without the traceback."""
+class _Lines(logging.Handler):
+    """Prints a record's message alone, in one line, without the traceback."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return " ".join(record.getMessage().split())
+    def emit(self, record: logging.LogRecord) -> None:
+        say_error(" ".join(record.getMessage().split()))
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Prints ``text`` as far as the stream takes it; raises nothing."""
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    line = text.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(line, file=stream, flush=True)
+    except BlockingIOError:  # a pipe that does not block is full
+        with contextlib.suppress(OSError, ValueError):
+            if select.select([], [stream], [], _PATIENCE_SECONDS)[1]:
+                stream.flush()
+                return
+        _drop(stream)
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """Lets what is printed from now on go nowhere: the reader is gone, as in ``... | head``, or a disk full.
+
+    Also what the stream holds back, which would be an error again when Python ends.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -15,6 +15,7 @@ from arc_runner.loaded_model import LoadedModel
 from arc_runner.progress import Clock, Progress
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
+from arc_runner.waiting import Waiting
 from qwen2_core.requests import SequenceRequest
 from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots
 
@@ -52,7 +53,9 @@ def make_continuously(
                 first = next(taken, None)
                 if first is None:
                     continue
-                with compiling:
+                shape = stage.shape
+                what = f"{shape.slots} slots for prompts of up to {shape.prompt_width} tokens"
+                with compiling, Waiting(f"compiling the programs of {what}"):
                     slots = engine.start(stage)
                 say(describe(slots))
                 report.programs += 1
@@ -69,7 +72,7 @@ def make_continuously(
             with stop.deferred():
                 if not work.wait(units):
                     break
-        with stop.deferred(), generating:
+        with stop.deferred(), generating, Waiting("writing the last shards"):
             writer.close()
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 

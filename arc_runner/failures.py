@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import jax
 
 from activation_store import StoreError, StoreWriteError
 from arc_puzzles import ArcFormatError
-from arc_runner.console import command_name, say_error
+from arc_runner.console import refuse, say_error
 from arc_runner.errors import EXIT_RESUMABLE, EXIT_USAGE, ClusterError, UsageError
 from arc_runner.signals import STOPPED
 from qwen2_jax import CheckpointError
@@ -25,16 +22,15 @@ def tell_failure(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         say_error(STOPPED)
         return EXIT_RESUMABLE
-    if isinstance(error, BrokenPipeError):  # whoever read our output is gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_RESUMABLE
     sentence, code = _explain(error)
-    say_error(f"{command_name()}: error: {sentence}")
+    refuse(sentence)
     return code
 
 
 def _explain(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, StoreWriteError | ClusterError):
+    if isinstance(error, ClusterError):
+        return str(error), EXIT_RESUMABLE
+    if isinstance(error, StoreWriteError):
         return f"{error}; {_CONTINUES}", EXIT_RESUMABLE
     if isinstance(error, _DEVICE_FAILED):
         reason = str(error).partition("\n")[0]

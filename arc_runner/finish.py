@@ -87,7 +87,7 @@ def answer_from_store(job: Job, report: Report) -> int:
     store = ActivationStore(directory)
     check_settings(store.settings, job.settings, directory)
     report.sequences_resumed = len(job.records(store.index))
-    merge_figures(report, gather_figures(SharedFiles(directory)))
+    merge_figures(report, gather_figures(SharedFiles(directory, read_only=True)))
     return answer(job, report, store.index)
 
 

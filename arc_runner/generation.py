@@ -11,6 +11,7 @@ from arc_runner.progress import Clock
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.task_loop import make_calls
+from arc_runner.waiting import Waiting
 from arc_runner.workload import plan_calls
 
 
@@ -25,7 +26,7 @@ def generate_missing(
     if not job.left(writer.committed):
         return
     loading = Clock()
-    with loading:
+    with loading, Waiting(f"loading the weights of {job.options.model_path}"):
         model = LoadedModel.load(job)
     report.load_seconds = loading.seconds
     if job.options.generation == "continuous":

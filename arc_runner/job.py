@@ -22,12 +22,15 @@ from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
 from arc_runner.options import RunOptions
-from arc_runner.preflight import check_places, choose_devices, load_config, say_defaults
+from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report, failure_entries
+from arc_runner.store_check import check_store
 from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
+from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
 from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.messages import masked
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout
 from qwen2_core.weights import check_checkpoint
@@ -87,23 +90,34 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     The weights' bytes are read once, for their fingerprint.
 
     Raises:
-        UsageError, ArcFormatError, CheckpointError: what was asked for cannot be done.
+        UsageError, ArcFormatError, CheckpointError, StoreError: what was asked for cannot be done.
     """
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
     say_defaults(options)
-    loaded = load_tasks(options.dataset_path, options.n_tasks)
+    check_inputs(options)
+    with Waiting(f"reading the tasks of {options.dataset_path}"):
+        loaded = load_tasks(options.dataset_path, options.n_tasks)
     check_places(options)
     if options.compilation_cache_dir is not None:
         use_compilation_cache(options.compilation_cache_dir)
-    config = load_config(options)
-    check_checkpoint(options.model_path, config)
-    layout, devices = choose_devices(options, config)
-    with contextlib.closing(load_tokenizer(options.model_path, config.vocab_size)) as tokenizer:
+    with Waiting(f"looking at the model {options.model_path}"):
+        config = load_config(options)
+        check_checkpoint(options.model_path, config)
+    with Waiting("looking for devices"):
+        layout, devices = choose_devices(options, config)
+    with Waiting(f"loading the tokenizer of {options.model_path}"):
+        tokenizer = load_tokenizer(options.model_path, config.vocab_size)
+    with contextlib.closing(tokenizer):
         eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
         sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         if unapplied := unapplied_settings(options.model_path, sampling):
             say(f"{unapplied}: sampling is what the flags say")
         settings = _store_settings(options, config, eos)
+        check_store(options.activations_dir, settings)
+        with Waiting(f"reading the weights of {options.model_path} for their fingerprint"):
+            fingerprint = checkpoint_fingerprint(options.model_path)
+        settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
+        check_store(options.activations_dir, settings)
         requests, failures = build_requests(
             loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
         )
@@ -124,10 +138,13 @@ def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord])
 
 
 def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...]) -> StoreSettings:
-    """Returns everything that decides what a sequence is; a store holds sequences of one setting only."""
+    """Returns everything that decides what a sequence is, but for the fingerprint, which takes time.
+
+    A store holds sequences of one setting only.
+    """
     layers = options.layers_to_extract if options.extract_activations else ()
     return StoreSettings(
-        model_fingerprint=checkpoint_fingerprint(options.model_path),
+        model_fingerprint="",
         hook_names=tuple(hook_name(layer) for layer in layers),
         hidden_size=config.hidden_size,
         dtype=config.dtype.name,
@@ -149,8 +166,8 @@ def _provenance(options: RunOptions) -> dict[str, Any]:
     """Returns what the store notes about how its rows were made; it decides nothing."""
     hub = is_hub_id(options.model_path)
     return {
-        "model_id": options.model_path,
         **({"model_commit": checkpoint_folder(options.model_path).name} if hub else {}),
+        "model_id": masked(options.model_path),
         "generation": options.generation,
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
     }

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from activation_store import FinishedSequence
 from arc_runner.console import say
 from arc_runner.job import Job
+from arc_runner.waiting import Waiting
 from arc_runner.workload import Call
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from qwen2_core.compilation import defined_settings
@@ -51,12 +51,13 @@ class LoadedModel:
         """Compiles every shape of ``calls``, side by side, and returns how many there were."""
         shapes = list(dict.fromkeys(self._shape(call) for call in calls))
         say(f"compiling {len(shapes)} shapes")
+        done = 0
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(shapes), desc="compiling", unit="shape", disable=None, leave=False) as bar,
+            Waiting(lambda: f"compiling: {done} of {len(shapes)} shapes done"),
         ):
             for _ in pool.map(lambda shape: compile_generate(self.model, self.params, shape), shapes):
-                bar.update()
+                done += 1
         return len(shapes)
 
     def generate(self, call: Call) -> Generation:

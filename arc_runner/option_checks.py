@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 from arc_puzzles import PROMPT_VERSIONS, ArcFormatError, choose_augmentations, create_grid_encoder
 from arc_runner.errors import UsageError
-from arc_runner.options import RunOptions
-from qwen2_core.sampling import Sampling
+from arc_runner.options import RunOptions, flag_of
+
+_LEAST_TEMPERATURE = 1e-4  # below it the largest logit alone counts, as at 0, but for rounding
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
 
 
 def check_options(options: RunOptions) -> None:
@@ -21,13 +24,17 @@ def check_options(options: RunOptions) -> None:
     _check_amounts(options)
     _check_processes(options)
     _check_generation(options)
-    _check_sampling_and_prompts(options)
+    _check_prompts(options)
 
 
 def _check_paths(options: RunOptions) -> None:
-    for name in ("model_path", "dataset_path", "activations_dir", "output_filepath"):
-        if not getattr(options, name):
-            raise UsageError(f"--{name} is empty; leave the flag out or give it a value")
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.metadata["flag"].is_path and value is not None:
+            _check_path(field.name, value)
+    for name in ("model_path", "dataset_path"):
+        if "://" in getattr(options, name):
+            raise UsageError(f"--{name} {getattr(options, name)} is a URL; give a path of this machine")
     output = options.output_filepath
     if "://" in output or output.endswith("/") or Path(output).name in ("", ".."):
         raise UsageError(f"--output_filepath {output} is not the path of a local file")
@@ -38,14 +45,31 @@ def _check_paths(options: RunOptions) -> None:
         raise UsageError(f"--compilation_cache_dir {cache} is not a local directory")
 
 
+def _check_path(name: str, path: str) -> None:
+    if not path:
+        raise UsageError(f"--{name} is empty; leave the flag out or give it a value")
+    if "\0" in path:
+        raise UsageError(f"--{name} {path} has a NUL byte in it, which no path has")
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--{name} {path} is not UTF-8 text; rename it, or set PYTHONUTF8=1 if the locale is another"
+        ) from error
+    if path.startswith("~"):  # what can be expanded is so by now
+        raise UsageError(f"--{name} {path}: there is no user {path[1:].partition('/')[0]!r} with a home")
+
+
 def _check_amounts(options: RunOptions) -> None:
-    for name in ("batch_size", "max_output_tokens", "predictions_per_task", "augmentations"):
-        if getattr(options, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, not {getattr(options, name)}")
-    if options.n_tasks is not None and options.n_tasks < 1:
-        raise UsageError(f"--n_tasks must be at least 1, not {options.n_tasks}")
-    if not 0 <= options.random_seed < 2**32:
-        raise UsageError(f"--random_seed must be between 0 and 2**32 - 1, not {options.random_seed}")
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            _check_limits(field.name, number)
+    if 0 < options.temperature < _LEAST_TEMPERATURE:
+        raise UsageError(
+            f"--temperature must be 0, which is greedy, or at least {_LEAST_TEMPERATURE}, not "
+            f"{options.temperature}"
+        )
     if options.predictions_per_task % options.augmentations:
         raise UsageError(
             f"--predictions_per_task {options.predictions_per_task} is not a multiple of --augmentations "
@@ -56,8 +80,16 @@ def _check_amounts(options: RunOptions) -> None:
             f"at temperature 0 the {options.samples_per_prompt} samples of one prompt would be the same; "
             "give a --temperature above 0 or as many --augmentations as --predictions_per_task"
         )
-    if options.memory_budget is not None and not options.memory_budget > 0:
-        raise UsageError(f"--memory_budget must be above 0, not {options.memory_budget}")
+
+
+def _check_limits(name: str, number: float | None) -> None:
+    """Refuses a number outside its flag's limits, and one that is none (NaN)."""
+    limits = flag_of(name).limits
+    if limits is None or number is None or limits.least <= number <= limits.most:
+        return
+    if number < limits.least:
+        raise UsageError(f"--{name} must be at least {limits.least}, not {number}")
+    raise UsageError(f"--{name} must be from {limits.least} to {limits.most}, not {number}")
 
 
 def _check_generation(options: RunOptions) -> None:
@@ -66,8 +98,6 @@ def _check_generation(options: RunOptions) -> None:
             "--kv_cache_dtype is for the compiled ways of --generation; the old loop has no such choice"
         )
     data, model = options.mesh_shape or (1, 1)
-    if min(data, model) < 1:
-        raise UsageError(f"--mesh_shape {data} {model}: both must be at least 1")
     if data > 1 and options.generation != "continuous":
         raise UsageError(
             f"--mesh_shape {data} {model}: only --generation continuous shares its sequences among groups of "
@@ -79,10 +109,9 @@ def _check_generation(options: RunOptions) -> None:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
 
 
-def _check_sampling_and_prompts(options: RunOptions) -> None:
+def _check_prompts(options: RunOptions) -> None:
     """Checks what only the modules that use these options can check: by calling them."""
     try:
-        Sampling(options.temperature, options.top_k, options.top_p)
         create_grid_encoder(options.grid_encoder)
         choose_augmentations(options.augmentations, options.random_seed)
     except (ValueError, ArcFormatError) as error:
@@ -105,9 +134,17 @@ def _check_processes(options: RunOptions) -> None:
     if options.merge and (options.coordinator_address or options.num_shards) is not None:
         raise UsageError("--merge works alone; leave out what says which of several processes this is")
     address = options.coordinator_address
-    if address is not None and not re.fullmatch(r".+:\d+", address):
-        raise UsageError(f"--coordinator_address {address} is not of the form HOST:PORT")
+    if address is not None and not _is_address(address):
+        raise UsageError(
+            f"--coordinator_address {address} is not of the form HOST:PORT, with a port from 1 to 65535 and "
+            "an IPv6 address in brackets"
+        )
     for index, count in (("process_id", "num_processes"), ("shard_index", "num_shards")):
         number, total = getattr(options, index), getattr(options, count)
         if total is not None and not 0 <= number < total:
             raise UsageError(f"--{index} {number} is none of --{count} {total}, which are counted from 0")
+
+
+def _is_address(text: str) -> bool:
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 1 <= int(match[2]) <= 65535

@@ -1,14 +1,20 @@
-"""The options of a run: one definition of each flag, its default and its help."""
+"""The options of a run: one definition of each flag, its default, its limits and its help.
+
+Does not import JAX, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arc_puzzles import PROMPT_VERSIONS
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
-from qwen2_core.sampling import Sampling
-from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
+from qwen2_core.layers import FIXED_EXTRACT_LAYERS
+
+if TYPE_CHECKING:
+    from qwen2_core.sampling import Sampling
 
 PATHS = "what to read and write"
 PROMPTS = "prompts"
@@ -18,47 +24,83 @@ CAPTURE = "capture"
 _DTYPES = ("float32", "bfloat16")
 
 
+class Limits(NamedTuple):
+    """The least and the most that a number may be."""
+
+    least: float
+    most: float
+
+
+_COUNT = Limits(1, 10**9)  # of tasks: as many as there are
+_PROCESS_COUNT = Limits(1, 100_000)  # host folders have five digits
+_PROCESS_INDEX = Limits(0, 99_999)
+
+
 @dataclasses.dataclass(frozen=True)
 class Flag:
     """Describes the flag ``--name`` of the field that carries it.
 
     ``default_text`` is the default as --help shows it: None to show the field's own, "" where ``help`` says
-    it already. ``arguments`` are those of ``argparse.ArgumentParser.add_argument``.
+    it already. Each of a flag's numbers is within ``limits``. ``is_path`` is true where it names a file or
+    directory; a leading ``~`` is then the home directory. ``arguments`` are those of
+    ``argparse.ArgumentParser.add_argument``.
     """
 
     group: str
     help: str
     default_text: str | None
+    limits: Limits | None
+    is_path: bool
     arguments: dict[str, Any]
 
 
-def _flag(group: str, default: Any, help: str, default_text: str | None = None, **arguments: Any) -> Any:
+def _flag(
+    group: str,
+    default: Any,
+    help: str,
+    default_text: str | None = None,
+    limits: Limits | None = None,
+    **arguments: Any,
+) -> Any:
     """Returns a dataclass field with its flag in the metadata."""
-    flag = Flag(group, help, default_text, arguments)
+    flag = Flag(group, help, default_text, limits, False, arguments)
     return dataclasses.field(default=default, metadata={"flag": flag})
+
+
+def _path(group: str, default: str | None, help: str, default_text: str | None = None) -> Any:
+    """Returns a dataclass field whose flag names a file or directory."""
+    flag = Flag(group, help, default_text, None, True, {})
+    return dataclasses.field(default=default, metadata={"flag": flag})
+
+
+def flag_of(name: str) -> Flag:
+    """Returns the flag of the field ``name``."""
+    return RunOptions.__dataclass_fields__[name].metadata["flag"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """Holds what one run of the main job is asked for; each field is the flag of the same name."""
 
-    model_path: str = _flag(
+    model_path: str = _path(
         PATHS,
         str(EXAMPLE_MODEL),
         "directory in Hugging Face layout or hub id; a tiny example if left out",
         default_text="",
     )
-    dataset_path: str = _flag(
+    dataset_path: str = _path(
         PATHS,
         str(EXAMPLE_TASKS),
         "ARC tasks: JSON file, JSONL file or directory of task files; six examples if left out",
         default_text="",
     )
-    activations_dir: str = _flag(
+    activations_dir: str = _path(
         PATHS, "activations", "where the activation store is, or is to be: a directory or URL"
     )
-    output_filepath: str = _flag(PATHS, "submission.json", "the submission; the report goes beside it")
-    n_tasks: int | None = _flag(PATHS, None, "use the first N tasks only", type=int, metavar="N")
+    output_filepath: str = _path(PATHS, "submission.json", "the submission; the report goes beside it")
+    n_tasks: int | None = _flag(
+        PATHS, None, "use the first N tasks only", None, _COUNT, type=int, metavar="N"
+    )
 
     grid_encoder: str = _flag(
         PROMPTS,
@@ -71,13 +113,16 @@ class RunOptions:
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
         default_text="",
     )
-    predictions_per_task: int = _flag(PROMPTS, 8, "predictions for each test input", type=int, metavar="N")
+    predictions_per_task: int = _flag(
+        PROMPTS, 8, "predictions for each test input", None, Limits(1, 100_000), type=int, metavar="N"
+    )
     augmentations: int = _flag(
         PROMPTS,
         8,
         "flipped, rotated and recoloured variants among the predictions, the first unchanged; "
         "by default all predictions at temperature 0, else 1",
         default_text="",
+        limits=Limits(1, 100_000),
         type=int,
         metavar="N",
     )
@@ -86,15 +131,26 @@ class RunOptions:
         GENERATION,
         8,
         "sequences generated at once, on each group of devices; any size continues a run",
+        limits=Limits(1, 2**16),
         type=int,
     )
-    max_output_tokens: int = _flag(GENERATION, 1100, "tokens per answer at most", type=int)
-    temperature: float = _flag(GENERATION, 0.0, "0 is greedy", type=float)
-    top_k: int = _flag(GENERATION, 0, "sample among the K likeliest tokens; 0: all", type=int)
-    top_p: float = _flag(
-        GENERATION, 1.0, "sample among the likeliest tokens of this total probability", type=float
+    max_output_tokens: int = _flag(
+        GENERATION, 1100, "tokens per answer at most", None, Limits(1, 2**20), type=int
     )
-    random_seed: int = _flag(GENERATION, 0, "of sampling and recolouring", type=int)
+    temperature: float = _flag(GENERATION, 0.0, "0 is greedy", None, Limits(0, 10_000), type=float)
+    top_k: int = _flag(
+        GENERATION, 0, "sample among the K likeliest tokens; 0: all", None, Limits(0, 2**31 - 1), type=int
+    )
+    top_p: float = _flag(
+        GENERATION,
+        1.0,
+        "sample among the likeliest tokens of this total probability",
+        limits=Limits(1e-6, 1),
+        type=float,
+    )
+    random_seed: int = _flag(
+        GENERATION, 0, "of sampling and recolouring", None, Limits(0, 2**32 - 1), type=int
+    )
     dtype: str | None = _flag(
         GENERATION,
         None,
@@ -110,6 +166,7 @@ class RunOptions:
         None,
         "DATA groups of MODEL devices each: every group generates --batch_size sequences at once, and splits "
         "the weights among its devices (default: each accelerator of this process by itself)",
+        limits=Limits(1, 2**16),
         type=int,
         nargs=2,
         metavar=("DATA", "MODEL"),
@@ -127,10 +184,11 @@ class RunOptions:
         None,
         "GB that --generation continuous may take on the device; where --batch_size sequences at once would "
         "take more, there are fewer (default: nearly all of an accelerator's, half of the machine's on CPU)",
+        limits=Limits(0.001, 1e6),
         type=float,
         metavar="GB",
     )
-    compilation_cache_dir: str | None = _flag(
+    compilation_cache_dir: str | None = _path(
         GENERATION,
         None,
         "keep compiled programs in this directory of yours, for runs of the same shapes",
@@ -139,12 +197,23 @@ class RunOptions:
     coordinator_address: str | None = _flag(
         PROCESSES, None, "where process 0 waits for the others", metavar="HOST:PORT"
     )
-    num_processes: int | None = _flag(PROCESSES, None, "how many there are", type=int, metavar="N")
-    process_id: int | None = _flag(PROCESSES, None, "which one this is, from 0", type=int, metavar="I")
-    num_shards: int | None = _flag(
-        PROCESSES, None, "split the tasks in N fixed shares, without a cluster", type=int, metavar="N"
+    num_processes: int | None = _flag(
+        PROCESSES, None, "how many there are", None, _PROCESS_COUNT, type=int, metavar="N"
     )
-    shard_index: int | None = _flag(PROCESSES, None, "the share to make, from 0", type=int, metavar="I")
+    process_id: int | None = _flag(
+        PROCESSES, None, "which one this is, from 0", None, _PROCESS_INDEX, type=int, metavar="I"
+    )
+    num_shards: int | None = _flag(
+        PROCESSES,
+        None,
+        "split the tasks in N fixed shares, without a cluster",
+        limits=_PROCESS_COUNT,
+        type=int,
+        metavar="N",
+    )
+    shard_index: int | None = _flag(
+        PROCESSES, None, "the share to make, from 0", None, _PROCESS_INDEX, type=int, metavar="I"
+    )
     merge: bool = _flag(
         PROCESSES,
         False,
@@ -157,6 +226,7 @@ class RunOptions:
         FIXED_EXTRACT_LAYERS,
         "decoder blocks whose outputs are stored, counted from 0",
         default_text=f"{FIXED_EXTRACT_LAYERS[0]} to {FIXED_EXTRACT_LAYERS[-1]}",
+        limits=Limits(0, 9_999),
         type=int,
         nargs="+",
         metavar="LAYER",
@@ -166,6 +236,15 @@ class RunOptions:
         CAPTURE, False, "store the rows of the prompts' tokens too", action="store_true"
     )
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata["flag"].is_path and value is not None:
+                value = os.path.expanduser(value)  # noqa: PTH111 - a URL would not outlive a Path
+            elif isinstance(value, float):
+                value += 0.0  # no -0.0, which is written otherwise than 0.0
+            object.__setattr__(self, field.name, value)
+
     @property
     def samples_per_prompt(self) -> int:
         """Returns how often each prompt is sampled: predictions are augmentations times samples."""
@@ -174,4 +253,6 @@ class RunOptions:
     @property
     def sampling(self) -> Sampling:
         """Returns how tokens are drawn."""
+        from qwen2_core.sampling import Sampling  # imports JAX
+
         return Sampling(self.temperature, self.top_k, self.top_p)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -16,10 +18,14 @@ from arc_runner.report import report_path
 from qwen2_core.checkpoint_files import is_hub_id
 from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
+from qwen2_core.messages import did_you_mean
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.weights import read_config
 from qwen2_jax import QwenConfig
 from qwen2_jax_with_hooks import create_model_with_hooks
+
+_LARGEST_FILE = 2**30  # bytes; all public ARC tasks together have less than a tenth of it
+_MOST_FILES = 200_000
 
 
 def say_defaults(options: RunOptions) -> None:
@@ -38,6 +44,35 @@ def say_defaults(options: RunOptions) -> None:
             else "asking the Hugging Face hub"
         )
         say(f"there is no directory {options.model_path}: {where}")
+
+
+def check_inputs(options: RunOptions) -> None:
+    """Checks that what is to be read is there, and is what can be read to its end.
+
+    Raises:
+        UsageError: nothing is there; says which name is like it. Or it is a device or pipe, or too much.
+    """
+    path = Path(options.dataset_path)
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            with os.scandir(path) as entries:
+                many = sum(1 for _ in itertools.islice(entries, _MOST_FILES + 1)) > _MOST_FILES
+            if many:
+                raise UsageError(f"--dataset_path: {path} has more than {_MOST_FILES} files; is it of tasks?")
+        elif not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"--dataset_path: {path} is a device or pipe; give a file or directory of tasks")
+        elif status.st_size > _LARGEST_FILE:
+            raise UsageError(
+                f"--dataset_path: {path} has {status.st_size} bytes, more than {_LARGEST_FILE}; give fewer "
+                "tasks, or a directory with a file for each"
+            )
+    except OSError as error:
+        hint = did_you_mean(path)
+        raise UsageError(f"--dataset_path: cannot read {path}: {error.strerror}{hint}") from error
+    store = options.activations_dir
+    if options.merge and "://" not in store and not Path(store).exists():
+        raise UsageError(f"--activations_dir: there is no {store}, and so no answers{did_you_mean(store)}")
 
 
 def check_places(options: RunOptions) -> None:

@@ -13,6 +13,7 @@ from arc_runner.loaded_model import LoadedModel, finished_sequences
 from arc_runner.progress import Clock, Progress
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
+from arc_runner.waiting import Waiting
 from arc_runner.workload import Call
 from qwen2_core.compilation import to_host
 
@@ -45,7 +46,7 @@ def make_calls(
                         break
             if not work.wait(units):
                 break
-        with generating:
+        with generating, Waiting("writing the last shards"):
             writer.close()
     report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
 

@@ -16,10 +16,13 @@ from arc_puzzles import (
     build_messages,
     choose_augmentations,
     create_grid_encoder,
-    encode_prompt,
+    encode_prompts,
 )
 from arc_runner.options import RunOptions
+from arc_runner.waiting import Waiting
 from qwen2_core.requests import SequenceRequest
+
+_PROMPTS_AT_ONCE = 256  # a prompt being tokenized takes some 100 bytes a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +49,32 @@ def build_requests(
     """
     encoder = create_grid_encoder(options.grid_encoder)
     variants = choose_augmentations(options.augmentations, options.random_seed)
+    asked = [
+        (task, variant, test_index)
+        for task in tasks
+        for variant in variants
+        for test_index in range(len(task.test))
+    ]
+    prompts: list[np.ndarray] = []
+    with Waiting(lambda: f"tokenizing: {len(prompts)} of {len(asked)} prompts"):
+        for part in _ranges(len(asked), _PROMPTS_AT_ONCE):
+            prompts += encode_prompts(
+                tokenizer,
+                [
+                    build_messages(task.augmented(variant), test_index, encoder, options.prompt_version)
+                    for task, variant, test_index in asked[part.start : part.stop]
+                ],
+            )
+    ids_of: dict[str, list[SequenceId]] = {task.task_id: [] for task in tasks}
+    for (task, variant, test_index), prompt in zip(asked, prompts, strict=True):
+        for sample in range(options.samples_per_prompt):
+            ids_of[task.task_id].append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
     requests: list[SequenceRequest] = []
     failures: list[TaskFailure] = []
-    for task in tasks:
-        ids = []
-        for variant in variants:
-            augmented = task.augmented(variant)
-            for test_index in range(len(task.test)):
-                messages = build_messages(augmented, test_index, encoder, options.prompt_version)
-                prompt = encode_prompt(tokenizer, messages)
-                for sample in range(options.samples_per_prompt):
-                    ids.append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
+    for task_id, ids in ids_of.items():
         problem = _problem(ids, options.max_output_tokens, context)
         if problem:
-            failures.append(TaskFailure(task.task_id, problem))
+            failures.append(TaskFailure(task_id, problem))
         else:
             requests += [_request(sequence_id, options, settings) for sequence_id in ids]
     return requests, failures

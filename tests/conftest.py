@@ -20,7 +20,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests are a run of their own, also where they are run in a job of a cluster.
-for _name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_"))]:
+for _name in [
+    name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "KUBERNETES_", "JOB_"))
+]:
     del os.environ[_name]
 
 if importlib.util.find_spec("qwen2_jax") is None:

@@ -8,9 +8,12 @@ all processes when one dies, and lets none go before the slowest.
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
+import socket
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,8 +23,13 @@ from jax.extend.backend import clear_backends
 
 from arc_runner.errors import ClusterError, UsageError
 from arc_runner.options import RunOptions
+from arc_runner.waiting import Waiting
 
 JOIN_SECONDS = 300.0  # machines of one cluster start minutes apart
+_OUTSIDE = ("192.0.2.1", 9)  # an address of no machine (RFC 5737); nothing is sent there
+_FIRST_OWN_STEP = (
+    4294967290  # of SLURM; from here on they are of the shell itself: interactive, batch, extern
+)
 _BY_HAND = "give --coordinator_address, --num_processes and --process_id, or --num_shards and --shard_index"
 
 
@@ -46,23 +54,98 @@ def find_process(options: RunOptions) -> ProcessInfo:
     """
     if options.num_shards is not None and options.shard_index is not None:
         return ProcessInfo(options.shard_index, options.num_shards)
-    if options.coordinator_address is not None:
-        # The address is bound as it was given: by itself jax listens on every network of the machine.
-        who = f"process {options.process_id} of {options.num_processes} at {options.coordinator_address}"
+    address, count, index = options.coordinator_address, options.num_processes, options.process_id
+    if address is not None and count is not None and index is not None:
         return _join(
-            who,
-            coordinator_address=options.coordinator_address,
-            coordinator_bind_address=options.coordinator_address,
-            num_processes=options.num_processes,
-            process_id=options.process_id,
-            cluster_detection_method="deactivate",
+            f"process {index} of {count}", count, lambda: _arguments(address, count, index) | _UNDETECTED
         )
-    announced = _announced()
-    return ProcessInfo() if announced is None else _join(announced)
+    with Waiting("asking the environment which of several processes this is"):
+        found = _announced()
+    if found is None:
+        return ProcessInfo()
+    return _join(str(found), found.count, lambda: _arguments(found.address(), found.count, found.index))
 
 
-def _announced() -> str | None:
-    """Returns what the environment calls this process if it is one of several, else None."""
+_UNDETECTED = {"cluster_detection_method": "deactivate"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Announced:
+    """Tells what the environment calls this process."""
+
+    name: str  # of the kind of cluster
+    index: int
+    count: int
+    kind: type[ClusterEnv]
+
+    def __str__(self) -> str:
+        return f"process {self.index} of {self.count} ({self.name})"
+
+    def address(self) -> str:
+        """Returns where the processes meet; may wait for the name of the first machine to be known."""
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        return _reachable(
+            self.kind.get_coordinator_address(timeout_secs=int(JOIN_SECONDS), override_coordinator_port=port)
+        )
+
+
+def _arguments(address: str, count: int, index: int) -> dict[str, Any]:
+    """Returns the arguments of ``jax.distributed.initialize``.
+
+    The address is bound as it is: by itself jax listens on every network of the machine.
+    """
+    return {
+        "coordinator_address": address,
+        "coordinator_bind_address": os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", address),
+        "num_processes": count,
+        "process_id": index,
+    }
+
+
+def _reachable(address: str) -> str:
+    """Returns ``address`` in a form under which the other machines reach it as well.
+
+    Some systems let a machine's own name mean 127.0.1.1, which no other machine reaches. Such a name is
+    replaced by the machine's address on the network; this process is on that machine then.
+    """
+    host, _, port = address.rpartition(":")
+    name = host.strip("[]")
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)}
+        if name == "localhost" or name in found or not all(map(_is_loopback, found)):
+            return address
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outwards:
+            outwards.connect(_OUTSIDE)
+            return f"{outwards.getsockname()[0]}:{port}"
+    except OSError:  # not known yet, or no network
+        return address
+
+
+def _check_listening(address: str) -> None:
+    """Raises OSError where this machine cannot listen at ``address``: the runtime may crash there."""
+    host, _, port = address.rpartition(":")
+    error: OSError = OSError("the name means no address")
+    for family, kind, _, _, place in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
+        try:
+            with socket.socket(family, kind) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.bind(place)
+            return
+        except OSError as refused:
+            error = refused
+    raise error
+
+
+def _is_loopback(address: Any) -> bool:
+    return ipaddress.ip_address(str(address).partition("%")[0]).is_loopback
+
+
+def _announced() -> _Announced | None:
+    """Returns what the environment calls this process if it is one of several, else None.
+
+    Raises:
+        UsageError: it says that there are several, and not which one this is.
+    """
     in_job = "JOB_COMPLETION_INDEX" in os.environ  # any other pod of Kubernetes is a machine of its own
     for kind in ClusterEnv._cluster_types:
         name = kind.__name__.removesuffix("Cluster")
@@ -72,8 +155,7 @@ def _announced() -> str | None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the error below says that a package is missing
                 if kind.is_env_present():
-                    count = kind.get_process_count()
-                    return f"process {kind.get_process_id()} of {count} ({name})" if count > 1 else None
+                    return _process(name, kind)
         except Exception as error:  # many kinds: requests to metadata servers, missing or odd variables
             reason = " ".join(str(error).split())
             raise UsageError(
@@ -84,12 +166,42 @@ def _announced() -> str | None:
             "this pod is one of an indexed Job, but jax finds the others only with the package kubernetes "
             f"(pip install 'jax[k8s]'): install it, or {_BY_HAND}"
         )
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        raise UsageError(f"jax does not find the other processes of this Open MPI by itself: {_BY_HAND}")
+    for launcher, variables in _NOT_DETECTED.items():
+        for variable, least in variables.items():
+            text = os.environ.get(variable, "0")
+            if not text.isdecimal() or int(text) >= least:
+                raise UsageError(
+                    f"{variable}={text} says that this is one of several processes, but jax does not find "
+                    f"the other processes of this {launcher} by itself: {_BY_HAND}"
+                )
     return None
 
 
-def _join(who: str, **arguments: Any) -> ProcessInfo:
+# What says that there are several processes, where jax has not detected the launcher: from which number on.
+_NOT_DETECTED = {
+    "SLURM": {"SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": 1},
+    "Open MPI": {"OMPI_COMM_WORLD_SIZE": 2},
+    "MPI": {"PMI_SIZE": 2},
+}
+
+
+def _process(name: str, kind: type[ClusterEnv]) -> _Announced | None:
+    """Returns which process this is in a cluster of one kind; None where it is the only one."""
+    count = kind.get_process_count()
+    if name == "Slurm":
+        # That count is of the whole allocation where the command was not started by srun.
+        count = int(os.environ.get("SLURM_STEP_NUM_TASKS", count))
+        if int(os.environ.get("SLURM_STEP_ID", 0)) >= _FIRST_OWN_STEP:
+            count = 1
+    if count <= 1:
+        return None
+    index = kind.get_process_id()
+    if not 0 <= index < count:
+        raise ValueError(f"it is said to be process {index} of {count}, which are counted from 0")
+    return _Announced(name, index, count, kind)
+
+
+def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> ProcessInfo:
     """Joins the cluster, finds the devices, and leaves the cluster again.
 
     Done on another thread: Python handles signals on the main thread, which must not wait in the runtime.
@@ -100,14 +212,20 @@ def _join(who: str, **arguments: Any) -> ProcessInfo:
     """
     errors: list[Exception] = []
     found: list[ProcessInfo] = []
+    place = ""
 
     def join() -> None:
+        nonlocal place
         try:
+            given = arguments()
+            place = f" at {given['coordinator_address']}"
+            if given["process_id"] == 0:
+                _check_listening(given["coordinator_bind_address"])
             # The service would handle SIGTERM from now on.
             jax.config.update("jax_enable_preemption_service", False)
             seconds = int(2 * JOIN_SECONDS) + 1
             jax.distributed.initialize(
-                **arguments,
+                **given,
                 initialization_timeout=seconds,
                 heartbeat_timeout_seconds=seconds,
                 shutdown_timeout_seconds=seconds,
@@ -128,10 +246,16 @@ def _join(who: str, **arguments: Any) -> ProcessInfo:
 
     thread = threading.Thread(target=join, name="join-cluster", daemon=True)
     thread.start()
-    thread.join(JOIN_SECONDS)
+    with Waiting(lambda: f"{who}: waiting for the other {count - 1}{place}"):
+        thread.join(JOIN_SECONDS)
     if thread.is_alive():
-        raise ClusterError(f"{who}: the others did not all come within {JOIN_SECONDS:.0f} s")
+        raise ClusterError(
+            f"{who}{place}: the others did not all come within {JOIN_SECONDS:.0f} s; "
+            f"start all {count} at once"
+        )
     if errors:
         reason = " ".join(str(errors[0]).split())
-        raise ClusterError(f"{who}: cannot join the others ({reason})") from errors[0]
+        raise ClusterError(
+            f"{who}{place}: cannot join the others ({reason}); start all {count} again"
+        ) from errors[0]
     return found[0]

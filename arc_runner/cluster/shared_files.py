@@ -20,16 +20,22 @@ _FOLDER = "run"
 class SharedFiles:
     """Accesses files by name in a folder of the store in ``directory``, a path or URL.
 
+    The folder is made, unless they are only to be read: the store may be read-only then.
+
     Raises:
         StoreWriteError: every method, if the store stays away or cannot be used (see ``patiently``).
     """
 
-    def __init__(self, directory: str, patiently: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, directory: str, patiently: RetryPolicy | None = None, *, read_only: bool = False
+    ) -> None:
         self._filesystem, root = fsspec.core.url_to_fs(directory)
         self._is_local = isinstance(self._filesystem, LocalFileSystem)
         self._folder = f"{root.rstrip('/')}/{_FOLDER}"
+        self._read_only = read_only
         self.patiently = patiently or RetryPolicy(directory)
-        self.patiently(self._make_folder)
+        if not read_only:
+            self.patiently(self._make_folder)
 
     def _make_folder(self) -> None:
         if self._is_local:  # not the store's own directory: it may be away, and must not be made then
@@ -97,6 +103,8 @@ class SharedFiles:
 
         def names() -> list[str]:
             self._filesystem.invalidate_cache(self._folder)
+            if self._read_only and not self._filesystem.exists(self._folder):
+                return []
             return sorted(path.rsplit("/", 1)[-1] for path in self._filesystem.ls(self._folder, detail=False))
 
         return self.patiently(names)

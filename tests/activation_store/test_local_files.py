@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from activation_store import local_files
-from activation_store.local_files import write_atomic
+from activation_store import StoreError, local_files
+from activation_store.local_files import LocalFiles, write_atomic
 
 
 def names(folder: Path) -> list[str]:
@@ -117,3 +117,26 @@ def test_two_that_write_the_same_file_at_once_both_write_it_whole(tmp_path: Path
     write_atomic(path, chunks())
     assert path.read_bytes() == b"first"
     assert names(tmp_path) == ["file"]
+
+
+# --- The folder of one writer -------------------------------------------------------------------------------
+
+
+def test_who_is_kept_out_is_told_by_whom(tmp_path: Path):
+    release = LocalFiles(tmp_path, str(tmp_path)).open_host(0)
+    since = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    who = rf"as host 0 \(process {os.getpid()} on [\w.-]+, since {since}\); wait for it"
+    for _ in range(2):
+        with pytest.raises(StoreError, match=who):
+            LocalFiles(tmp_path, str(tmp_path)).open_host(0)
+    release()
+    LocalFiles(tmp_path, str(tmp_path)).open_host(0)()
+
+
+@pytest.mark.parametrize("noted", ["", "process 1 on \x1b[2J", "\xff" * 5000, "process x on y, since 1"])
+def test_what_a_lock_says_is_quoted_only_if_it_is_ours(noted: str, tmp_path: Path):
+    release = LocalFiles(tmp_path, str(tmp_path)).open_host(0)
+    (tmp_path / "host-00000" / "writer.lock").write_text(noted)
+    with pytest.raises(StoreError, match=r"as host 0; wait for it"):
+        LocalFiles(tmp_path, str(tmp_path)).open_host(0)
+    release()

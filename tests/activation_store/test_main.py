@@ -13,7 +13,7 @@ from activation_fakes import SETTINGS, batch
 
 import activation_store
 from activation_store import ActivationWriter
-from activation_store.__main__ import main
+from activation_store.__main__ import _parser, main
 
 
 @pytest.fixture
@@ -169,3 +169,62 @@ def test_a_layer_is_exported(directory: Path, tmp_path: Path, capsys: pytest.Cap
     ]
     assert main([*arguments, "--generated_only"]) == 0
     assert "windows of 5 rows in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "export {d} --layer 11 --output x --context_size 999999999",
+        "export {d} --layer -1 --output x --context_size 5",
+        "export {d} --layer 11 --output x --context_size 5 --first_position 1e3",
+        "import-legacy {d} --output x --hidden_size 0",
+        "verify {d} --replay -1",
+        "verify {d} --replay 99999999999999999999999",
+        "verify {d} --seed nan",
+    ],
+)
+def test_a_number_that_cannot_be_is_bad_usage(
+    arguments: str, directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as raised:
+        main(arguments.format(d=directory).split())
+    assert raised.value.code == 2
+    assert "is no whole number from" in capsys.readouterr().err
+
+
+PATH_ARGUMENTS = [
+    ["verify", "PATH"],
+    ["verify", "x", "--dataset", "PATH"],
+    ["verify", "x", "--model_path", "PATH"],
+    ["stats", "PATH"],
+    ["export", "PATH", "--layer=1", "--context_size=1", "--output=x"],
+    ["export", "x", "--layer=1", "--context_size=1", "--output=PATH"],
+    ["import-legacy", "PATH", "--output=x", "--hidden_size=1"],
+    ["import-legacy", "x", "--output=PATH", "--hidden_size=1"],
+]
+
+
+@pytest.mark.parametrize("words", PATH_ARGUMENTS, ids=" ".join)
+def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = _parser().parse_args([word.replace("PATH", "~/acts") for word in words])
+    assert "/home/me/acts" in vars(options).values()
+    for bad in ("a\0b", "\udcc3", ""):
+        with pytest.raises(SystemExit) as raised:
+            main([word.replace("PATH", bad) for word in words])
+        assert raised.value.code == 2
+    assert "is no path" in capsys.readouterr().err
+
+
+def test_what_a_store_quotes_cannot_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["stats", str(tmp_path / "\x1b[2J")]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/\\x1b[2J is not an activation store: it has no manifest.json\n"
+    )
+
+
+def test_a_misspelt_store_brings_the_one_that_is_there(directory: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["stats", f"{directory}x"]) == 1
+    assert f"it has no manifest.json; did you mean {directory}?" in capsys.readouterr().err

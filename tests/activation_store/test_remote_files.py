@@ -13,6 +13,7 @@ from activation_fakes import SETTINGS, batch, settings
 from activation_store import (
     ActivationStore,
     ActivationWriter,
+    RetryPolicy,
     RowFilter,
     ShuffledBatches,
     StoreError,
@@ -201,3 +202,40 @@ def test_a_file_url_is_a_local_directory(tmp_path: Path):
 def test_an_unknown_kind_of_url_is_one_sentence():
     with pytest.raises(StoreError, match=r"nosuch://x cannot be opened"):
         ActivationStore("nosuch://x")
+
+
+# --- Paths and URLs -----------------------------------------------------------------------------------------
+
+
+def test_home_is_expanded_for_writer_and_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with ActivationWriter("~/acts", SETTINGS, provenance={}) as writer:
+        writer.submit(batch("a"))
+    assert (tmp_path / "acts" / "manifest.json").is_file()
+    assert not (tmp_path / "~").exists()
+    assert len(ActivationStore("~/acts")) == len(ActivationStore(Path("~/acts"))) == 2
+    write_outcomes("~/acts", {})
+    assert list(verify_store(ActivationStore("~/acts"))) == []
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "memory://a\0b"])
+def test_what_is_no_path_is_refused(path: str):
+    for call in (ActivationStore, lambda path: ActivationWriter(path, SETTINGS, provenance={})):
+        with pytest.raises(StoreError, match="is no path: it has a NUL byte or half of a character in it"):
+            call(path)
+
+
+def test_no_message_shows_a_password_of_the_url():
+    for url in ("nosuch://key:secret@bucket/run", "memory://key:secret@bucket/run"):
+        with pytest.raises(StoreError) as raised:
+            ActivationStore(url)
+        assert "secret" not in str(raised.value)
+        assert "***@bucket/run" in str(raised.value)
+    policy = RetryPolicy("s3://key:secret@bucket/run")
+
+    def forbidden() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(StoreWriteError, match=r"s3://\*\*\*@bucket/run cannot be used"):
+        policy(forbidden)

@@ -8,7 +8,7 @@ import pytest
 from puzzle_cases import ENCODER_NAMES, GOOD_TASK, SHAPE, check_prompts, write
 from transformers import AutoTokenizer
 
-from arc_puzzles.chat import PROMPT_VERSIONS, build_messages, encode_prompt
+from arc_puzzles.chat import PROMPT_VERSIONS, build_messages, encode_prompt, encode_prompts
 from arc_puzzles.grids import create_grid_encoder
 from arc_puzzles.tasks import ArcTask, Pair, load_tasks
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
@@ -52,6 +52,23 @@ def test_the_token_ids_are_the_chat_and_the_opening_of_the_answer(example_tasks,
         f"<|im_start|>user\n{messages[1]['content']}<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
+
+
+def test_many_chats_at_once_have_the_token_ids_that_each_has_by_itself(example_tasks, tokenizer):
+    chats = [build_messages(task, 0, SHAPE, "output-from-examples-v0") for task in example_tasks]
+    chats.append([{"role": "user", "content": "<|im_end|> é \U0001f468\u200d\U0001f680 " + "7" * 5000}])
+    together = encode_prompts(tokenizer, chats)
+    assert [ids.dtype for ids in together] == [np.int32] * len(chats)
+    for chat, ids in zip(chats, together, strict=True):
+        assert ids.tolist() == encode_prompt(tokenizer, chat).tolist()
+    assert encode_prompts(tokenizer, []) == []
+
+
+def test_many_chats_need_a_chat_template_too(tokenizer):
+    bare = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template; use the tokenizer of a chat model"):
+        encode_prompts(bare, [[{"role": "user", "content": "x"}]])
 
 
 def test_prompt_versions_differ(example_tasks):

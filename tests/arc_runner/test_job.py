@@ -226,13 +226,13 @@ def test_a_store_made_with_other_settings_is_refused_and_left_as_it_is(
     for flag, value, difference in [
         ("max_output_tokens", 9, "max_output_tokens is 8 there and 9 here"),
         ("random_seed", 1, "seed is 0 there and 1 here"),
-        ("layers_to_extract", [0], "hook_names is"),
+        ("layers_to_extract", [0], "layers_to_extract is 0 1 there and 0 here"),
         ("prompt_version", "output-from-examples-v1", "output-from-examples-v1"),
         ("dtype", "bfloat16", 'dtype is "float32" there and "bfloat16" here'),
     ]:
         outcome = run_main(tmp_path, **{flag: value})
         assert_refused(outcome, difference)
-        assert "choose another directory or the same settings" in outcome.err
+        assert f"choose another --activations_dir, or continue it with --{flag} " in outcome.err
     assert (digests(tmp_path), (tmp_path / "submission.json").read_bytes()) == before
 
 

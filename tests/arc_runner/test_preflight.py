@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -19,7 +21,67 @@ from runner_cases import (
     write_tasks,
 )
 
+from arc_runner import preflight
+
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
+
+
+# --- What to read -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_data_set_that_is_misspelt_brings_the_one_that_is_there(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    write_tasks(tmp_path / "data" / "training.json", task=puzzle(1, 2))
+    for name in ("data/trainin.json", "date/training.json", "Data/Training.jsonl"):
+        outcome = run_main(tmp_path, dataset_path=tmp_path / name)
+        assert_refused(outcome, f"did you mean {tmp_path}/data/training.json?")
+        assert f"cannot read {tmp_path / name}: No such file or directory" in outcome.err
+    merged = {"dataset_path": tmp_path / "data" / "training.json", "merge": True}
+    assert_refused(run_main(tmp_path, activations_dir=tmp_path / "dat", **merged), f"mean {tmp_path}/data?")
+
+
+def a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def a_link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def a_huge_file(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse
+
+
+def a_full_folder(path: Path) -> None:
+    path.mkdir()
+    for number in range(4):
+        (path / f"{number}.txt").touch()
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (a_pipe, "is a device or pipe"),
+        (a_link_to_zeros, "is a device or pipe"),
+        (a_link_to_itself, "Too many levels of symbolic links"),
+        (a_huge_file, "has 1099511627776 bytes, more than 1073741824"),
+        (a_full_folder, "has more than 3 files; is it of tasks?"),
+    ],
+)
+def test_what_cannot_be_read_to_its_end_is_no_data_set(
+    make: Callable[[Path], None], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(preflight, "_MOST_FILES", 3)
+    make(tmp_path / "tasks.json")
+    assert_refused(run_main(tmp_path), f"--dataset_path: {'cannot read ' if 'levels' in sentence else ''}")
+    assert sentence in run_main(tmp_path).err
 
 
 # --- Places to write ----------------------------------------------------------------------------------------
@@ -129,7 +191,7 @@ def test_a_place_without_the_needed_permission_is_refused():
     ("layers", "sentence"),
     [
         ([1, LAYERS], "--layers_to_extract: extract_layers [2] are out of range: the model has 2 layers"),
-        ([-1], "--layers_to_extract: extract_layers [-1] are out of range"),
+        ([-1], "--layers_to_extract must be at least 0, not -1"),
         ([1, 1], "must name at least one layer and none twice, not [1, 1]"),
     ],
 )

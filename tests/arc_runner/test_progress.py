@@ -54,3 +54,16 @@ def test_on_a_terminal_there_is_a_bar_with_the_speed_and_no_lines(
     assert "4/4" in terminal.getvalue()
     assert "1.5 tokens/s" in terminal.getvalue()
     assert capsys.readouterr().out == ""
+
+
+def test_while_nothing_gets_done_there_are_lines_too(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("arc_runner.progress._QUIET_SECONDS", 0.01)
+    progress = Progress(total=2)
+    clock[0] += 40
+    deadline = time.perf_counter() + 20
+    while not (out := capsys.readouterr().out) and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    progress.close()
+    assert out.startswith("0 of 2 sequences, 0.0 tokens/s\n")

@@ -105,6 +105,141 @@ def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={6})
 
 
+WARNINGS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
+@pytest.mark.parametrize("number", WARNINGS)
+def test_what_schedulers_and_terminals_send_lets_the_running_call_end(
+    uninterrupted: Uninterrupted, number: signal.Signals, tmp_path: Path
+):
+    with third_call(tmp_path, uninterrupted.flags, "time.sleep(1)") as process:
+        process.send_signal(number)
+        time.sleep(0.3)
+        process.send_signal(number)  # a terminal that closes sends it twice
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == RESUMABLE
+    assert err == f"{number.name}: stopping as soon as the running work is done\n"
+    assert "stopped early; the same command continues" in out
+    assert len(digests(tmp_path)) == 6
+    assert list(verify_store(store_of(tmp_path))) == []
+
+
+# As nohup starts it; the signal comes while it generates, and while it answers.
+NOHUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:2], "-c", sys.argv[1], *sys.argv[2:]])
+"""
+HANGUPS = """
+import os, runpy, signal
+from activation_store import reader
+from arc_runner import answers, loaded_model
+def hung_up(owner, name):
+    original = getattr(owner, name)
+    def call(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(*args, **kwargs)
+    setattr(owner, name, call)
+hung_up(loaded_model.LoadedModel, "load")
+hung_up(answers, "write_json")
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
+"""
+
+
+def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
+    process = start_python(NOHUP, HANGUPS, *arguments(four(tmp_path)))
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (DONE, "")
+    assert "sequences         8 (0 were there already, 0 failed)" in out
+
+
+# A signal that comes to stay: while the answers are read, as the module is left, and as Python takes its
+# modules apart, where it has given the signals back to the system.
+IN_THE_END = """
+import os, runpy, signal, sys, time
+number, when = signal.Signals[sys.argv[1]], sys.argv[2]
+del sys.argv[1:3]
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=number, sleep=time.sleep):
+        kill(pid, number)
+        sleep(0.2)
+if when == "answering":
+    from arc_runner import answers
+    write_json = answers.write_json
+    answers.write_json = lambda *args: (write_json(*args), os.kill(os.getpid(), number))
+elif when == "exit":
+    import atexit
+    atexit.register(os.kill, os.getpid(), number)
+else:
+    sys.last = Last()
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(("when", "code"), [("answering", RESUMABLE), ("exit", DONE), ("teardown", DONE)])
+def test_a_signal_in_the_last_moment_is_never_what_the_run_died_of(
+    number: str, when: str, code: int, uninterrupted: Uninterrupted
+):
+    process = start_python(IN_THE_END, number, when, *arguments(uninterrupted.folder, **uninterrupted.flags))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == code
+    assert err == (STOPPED if code else "")
+    assert run_main(uninterrupted.folder, **uninterrupted.flags).code == DONE
+
+
+def test_a_signal_in_the_first_moments_is_a_sentence_once_python_runs_the_command(tmp_path: Path):
+    codes = set()
+    for delay in (0.15, 0.3, 0.6, 1.2):
+        process = subprocess.Popen(
+            [*PYTHON, "-m", "distributed_kv_cached_inference", *arguments(four(tmp_path))],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until_it_handles(process, signal.SIGTERM)
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+        assert err == STOPPED
+        codes.add(process.returncode)
+    assert codes == {RESUMABLE}
+
+
+def wait_until_it_handles(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Waits until the process has a handler of its own, as the system says."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        pytest.skip("this system does not say which signals a process handles")
+    while True:
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("SigCgt")]
+        if int(line.split()[1], 16) >> (number - 1) & 1:
+            return
+        time.sleep(0.005)
+
+
+def test_sigterm_ends_the_wait_for_other_processes(tmp_path: Path, port: int):
+    flags = {"coordinator_address": f"127.0.0.1:{port}", "num_processes": 4, "process_id": 0}
+    process = start_python(WAITS_SAY_SO_AT_ONCE, *arguments(four(tmp_path), **flags))
+    assert process.stdout is not None
+    assert f"process 0 of 4: waiting for the other 3 at 127.0.0.1:{port}, 0 s so far\n" in iter(
+        process.stdout.readline, ""
+    )
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (RESUMABLE, STOPPED)
+
+
+WAITS_SAY_SO_AT_ONCE = """
+import runpy
+from arc_runner import waiting
+waiting._SAID_AFTER = (0.2, 0.4)
+runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
 def test_a_second_ctrl_c_ends_a_call_that_runs_on(uninterrupted: Uninterrupted, tmp_path: Path):
     with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:

@@ -345,6 +345,6 @@ def test_merge_of_an_unfinished_run_says_that_it_is_not_done(tmp_path: Path):
 def test_merge_of_a_store_with_other_settings_is_refused(alone: Path, tmp_path: Path):
     flags = {"dataset_path": alone / "tasks.json", "activations_dir": alone / "activations"}
     assert_refused(
-        run_main(tmp_path, merge=True, random_seed=1, **flags), "made with other settings (seed is 0"
+        run_main(tmp_path, merge=True, random_seed=1, **flags), "made with other settings (--random_seed is 0"
     )
     assert_refused(run_main(four(tmp_path), merge=True), "activations")
