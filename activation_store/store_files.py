@@ -16,7 +16,7 @@ from activation_store.format import StoreWriteError
 
 INDEX = "index.jsonl"
 INDEX_FOLDER = "index"
-COMMIT_SECONDS = 5.0  # how long a commit waits for another host's to end
+COMMIT_SECONDS = 2.0  # how long a commit waits for another host's to end
 
 
 class FileView(Protocol):

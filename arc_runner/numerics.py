@@ -1,4 +1,4 @@
-"""What decides the last bits of a run's sequences, beside its store's settings; and saying that it differs."""
+"""What decides the last bits of a run's sequences beside its store's settings, and saying that it differs."""
 
 from __future__ import annotations
 

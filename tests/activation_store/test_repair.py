@@ -511,3 +511,65 @@ def test_a_shard_that_cannot_be_read_is_one_finding_among_others(
         assert list(verify_store(ActivationStore(store))) == found
         assert repair_store(store) == found
     assert_made_again(store, whole, 6)
+
+
+# --- Headers of shards --------------------------------------------------------------------------------------
+
+
+def only_in_the_metadata(header: dict[str, Any]) -> None:
+    header["__metadata__"][HOOK] = header.pop(HOOK)
+
+
+def statistics_in_the_metadata(header: dict[str, Any]) -> None:
+    for name in [name for name in header if name.startswith("statistics.prompt")]:
+        header["__metadata__"][name] = header.pop(name)
+
+
+def all_in_the_metadata(header: dict[str, Any]) -> None:
+    metadata = dict(header)
+    header.clear()
+    header["__metadata__"] = metadata
+
+
+def two_layers_at_one_place(header: dict[str, Any]) -> None:
+    header[HOOK]["data_offsets"] = header[hook_name(10)]["data_offsets"]
+
+
+def two_columns_at_one_place(header: dict[str, Any]) -> None:
+    header["positions"]["data_offsets"] = header["token_ids"]["data_offsets"]
+
+
+def layers_exchanged(header: dict[str, Any]) -> None:
+    header[HOOK], header[hook_name(10)] = header[hook_name(10)], header[HOOK]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        only_in_the_metadata,
+        statistics_in_the_metadata,
+        all_in_the_metadata,
+        two_layers_at_one_place,
+        two_columns_at_one_place,
+        layers_exchanged,
+    ],
+)
+def test_a_header_that_names_other_places_is_found_though_its_checksum_fits(
+    store: Path, whole: Path, change: Callable[[dict[str, Any]], None]
+):
+    path = store / HOST / "shard-000000.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    data = len(text).to_bytes(8, "little") + text + data[end:]
+    path.write_bytes(data)
+    lines = read_index(store)
+    for line in lines[:4]:
+        line |= {"shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
+    write_index(store, lines)
+    found = list(verify_store(ActivationStore(store)))
+    assert found
+    assert repair_store(store) == found
+    assert_made_again(store, whole, 4)

@@ -2,8 +2,8 @@
 
     python late_writer.py DIRECTORY HOST [STEP]
 
-With a step of `LocalFiles` ("commit", "begin_commit", "append_index") it prints "here" and waits for a line on
-stdin before the first time that it takes it. "temporary" is within a commit, when the shard is a `.tmp` still.
+With a step of `LocalFiles` ("commit", "begin_commit", "append_index") it prints "here" and waits for a line
+on stdin before it takes it for the first time. "temporary" is within a commit, when the shard is a `.tmp`.
 """
 
 import sys
@@ -14,7 +14,7 @@ from activation_fakes import batch, settings
 from activation_store import ActivationWriter, local_files, sequence_key
 
 SETTINGS = settings(hidden_size=32)
-TASKS = [f"task{number}" for number in range(12)]
+TASKS = [f"task{number}" for number in range(6)]
 
 
 def pause_at(owner: Any, name: str) -> None:
