@@ -33,6 +33,7 @@ from arc_runner.failures import EXPECTED, tell_failure
 from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
 from arc_runner.job import prepare, say_start
+from arc_runner.numerics import say_numerics
 from arc_runner.options import RunOptions
 from arc_runner.start import importing
 from arc_runner.store_check import say_changed_prompts
@@ -75,6 +76,8 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
             writer = stack.enter_context(job.open_writer(process, patiently))
             say_start(job, report, writer.committed)
             say_changed_prompts(job.requests, writer.committed)
+        if part.left(writer.committed):
+            say_numerics(job.numerics, writer.earlier_numerics)
         if patiently is not None:
             files = SharedFiles(options.activations_dir, patiently)
             claims = stack.enter_context(Claims(files, process.index))
@@ -84,7 +87,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         generate_missing(part, work, writer, report, stop)
         with Waiting("writing the last shards"):
             writer.close()
-        report.bytes_stored = writer.bytes_written
+        report.bytes_stored, report.tokens_generated = writer.bytes_written, writer.tokens_written
         with Waiting("reading the answers back"):
             if claims is None:
                 return answer(job, report, writer.committed)

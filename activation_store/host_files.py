@@ -2,7 +2,7 @@
 
 The last bits of a sequence follow from more than the store's settings: from the device, the kernels, the size
 of the batch. A host's *numerics* are a mapping of these, and its index lines name by an id those that they
-were made with. The host writes `host-00003.json` before its first index line, anew as its numerics change:
+were made with. The host writes `host-00003.json` before its first index line, and anew as these change:
 
     {"host": 3, "numerics": {"5f0c81aa": {"platform": "cpu", ...}}, "checksum": "..."}
 

@@ -61,23 +61,16 @@ def recover_host(files: StoreFiles, host: int) -> tuple[int, list[str]]:
     return number, dropped
 
 
-def drop_late_lines(files: StoreFiles, host: int, late: Collection[LinePlace]) -> list[str]:
-    """Drops index lines of a host that the caller has taken; returns one phrase for each."""
-    dropped = []
-    for name in sorted({line.name for line in late}):
-        offsets = {line.offset for line in late if line.name == name}
+def drop_places(files: StoreFiles, host: int, places: Collection[LinePlace]) -> None:
+    """Drops index lines of a host that the caller has taken, as `drop_lines` does."""
+    for name in sorted({place.name for place in places}):
+        offsets = {place.offset for place in places if place.name == name}
         numbers, offset = set(), 0
         for number, line in enumerate(index_lines(files, name, files.indexes(host)[name].size), start=1):
             if offset in offsets:
                 numbers.add(number)
             offset += len(line)
         drop_lines(files, name, host, numbers)
-        dropped += [
-            f"{name}: a line of sequence {line.key[:8]}, which is stored already"
-            for line in late
-            if line.name == name
-        ]
-    return dropped
 
 
 def drop_lines(files: StoreFiles, name: str, host: int, numbers: Collection[int]) -> None:

@@ -1,17 +1,22 @@
 """Dropping everything that `verify_store` finds, so that a run makes it again."""
 
 import contextlib
+import functools
 import os
 from collections import defaultdict
+from collections.abc import Collection
 
 from activation_store.format import (
     MANIFEST,
     SCHEMA_VERSION,
+    SequenceId,
     StoreError,
     encode_manifest,
+    host_name,
     host_number,
     manifest_problem,
     manifest_version,
+    sequence_key,
 )
 from activation_store.host_files import (
     Numerics,
@@ -22,9 +27,9 @@ from activation_store.host_files import (
 )
 from activation_store.index import SequenceIndex
 from activation_store.reader import ActivationStore
-from activation_store.recovery import drop_lines
+from activation_store.recovery import drop_lines, drop_places, shard_sha256
 from activation_store.remote_files import open_files
-from activation_store.shard_checks import WRONG_KEY, Finding
+from activation_store.shard_checks import Finding
 from activation_store.store_files import StoreFiles
 from activation_store.verify import Progress, find_damage, silently
 
@@ -40,29 +45,77 @@ def repair_store(directory: str | os.PathLike[str], progress: Progress = silentl
         What was found, one phrase each.
 
     Raises:
-        StoreError: a run writes to the store, or it cannot be used, or no sequence fits its settings.
+        StoreError: a run writes to the store, or it cannot be used, or no sequence fits its settings, so that
+            it is these that must have changed.
     """
     files = open_files(directory)
     with contextlib.ExitStack() as stack:
         for host in files.hosts():
             stack.callback(files.open_host(host))
         store = ActivationStore(directory)
-        found = list(find_damage(store, progress))
-        _require_settings(store, found)
+        _require_settings(store)
+        found = list(find_damage(store, progress, lambda host: False))  # we have taken all
         _seal_manifest(store)
         _drop(files, found)
         _describe_hosts(files, {finding.host for finding in found if finding.host is not None})
     return [finding.text for finding in found]
 
 
-def _require_settings(store: ActivationStore, found: list[Finding]) -> None:
-    """Raises StoreError where it is the manifest that is wrong, and not the sequences."""
-    wrong = sum(finding.text.endswith(WRONG_KEY) for finding in found)
-    if wrong and wrong >= sum(1 for _ in store.sequences()):
+def drop_sequences(directory: str | os.PathLike[str], keys: Collection[str]) -> int:
+    """Drops sequences that nobody wants any more, so that no reader finds them; returns how many there were.
+
+    Their rows stay in their shards until no index line names any row of these.
+
+    Raises:
+        StoreError: a run writes to the store, or it cannot be used.
+    """
+    files = open_files(directory)
+    dropped = 0
+    with contextlib.ExitStack() as stack:
+        for host in files.hosts():
+            stack.callback(files.open_host(host))
+        _seal_manifest(ActivationStore(directory))
+        index = SequenceIndex(files)
+        for host in files.hosts():
+            places = index.lines_of(host, keys)
+            drop_places(files, host, places)
+            dropped += len({place.key for place in places})
+    return dropped
+
+
+def _require_settings(store: ActivationStore) -> None:
+    """Raises StoreError where it is the manifest's settings that are wrong, and not the sequences."""
+    compared = 0
+    is_whole = functools.cache(functools.partial(_is_whole, store.files))
+    for key in store.index:
+        try:
+            one = store[key]
+            if not is_whole(one.host, one.shard, one.shard_bytes, one.shard_sha256):
+                continue
+            prompt = store.prompt_token_ids(one)
+        except StoreError:  # damaged
+            continue
+        name = SequenceId(one.task_id, one.test_index, one.sample_index, one.augmentation, prompt)
+        if sequence_key(store.settings, name) == key:
+            return
+        compared += 1
+    if compared > 1 or (compared and manifest_problem(store.files.read(MANIFEST))):
         raise StoreError(
             f"no sequence in {store.directory} fits the settings in its {MANIFEST}: restore that file; "
             "nothing was dropped"
         )
+
+
+def _is_whole(files: StoreFiles, host: int, shard: str, size: int, sha256: str) -> bool:
+    there = files.shards(host).get(shard)
+    try:
+        return (
+            there is not None
+            and there.size == size
+            and shard_sha256(files, f"{host_name(host)}/{shard}", size) == sha256
+        )
+    except OSError:
+        return False
 
 
 def _seal_manifest(store: ActivationStore) -> None:

@@ -3,7 +3,7 @@
 What is wrong is yielded as findings, one sentence each; a sound store has none.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from activation_store.format import (
@@ -46,11 +46,16 @@ def verify_store(store: ActivationStore, progress: Progress = silently) -> Itera
     read. Another process may write to a local store meanwhile: what it is just committing is no finding.
     `progress` is called once a host with that host's shards.
     """
-    return (finding.text for finding in find_damage(store, progress))
+    return (finding.text for finding in find_damage(store, progress, store.files.in_use))
 
 
-def find_damage(store: ActivationStore, progress: Progress = silently) -> Iterator[Finding]:
-    """Yields the findings of `verify_store`, each with what has to go so that the store is right again."""
+def find_damage(
+    store: ActivationStore, progress: Progress, in_use: Callable[[int], bool]
+) -> Iterator[Finding]:
+    """Yields the findings of `verify_store`, each with what has to go so that the store is right again.
+
+    `in_use` tells whether another process writes as a host, so that the last of it may be on its way.
+    """
     if problem := manifest_problem(store.files.read(MANIFEST)):
         yield Finding(f"{MANIFEST}: {problem}")
     described, problems = read_host_files(store.files)
@@ -60,7 +65,7 @@ def find_damage(store: ActivationStore, progress: Progress = silently) -> Iterat
     seen: dict[str, bool] = {}
     hosts = store.files.hosts()
     for host in hosts:
-        yield from _check_host(store, host, known, seen, progress)
+        yield from _check_host(store, host, known, seen, progress, in_use(host))
     for host in sorted({*described, *problems}):
         if not store.files.indexes(host) and not store.files.shards(host):
             name = host_file_name(host)
@@ -91,7 +96,12 @@ def store_notes(store: ActivationStore) -> Iterator[str]:
 
 
 def _check_host(
-    store: ActivationStore, host: int, known: Collection[str], seen: dict[str, bool], progress: Progress
+    store: ActivationStore,
+    host: int,
+    known: Collection[str],
+    seen: dict[str, bool],
+    progress: Progress,
+    is_written_to: bool,
 ) -> Iterator[Finding]:
     """Yields the findings of one host.
 
@@ -101,9 +111,9 @@ def _check_host(
         known: the ids of all numerics that a host's file describes.
         seen: whether the line was right of each key met so far; those of this host are added.
         progress: called with the host's shards.
+        is_written_to: whether the last of it may be on its way.
     """
     listed = store.files.shards(host)  # before the index: what is committed from now on is not looked for
-    is_written_to = store.files.in_use(host)
     lines: list[IndexLine] = []
     bad: set[tuple[str, int]] = set()
     for finding in _read_lines(store, host, lines, is_written_to):

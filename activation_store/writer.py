@@ -44,7 +44,7 @@ from activation_store.host_files import (
 )
 from activation_store.index import SequenceIndex
 from activation_store.packing import PackedBatch, pack_batch
-from activation_store.recovery import drop_late_lines, recover_host
+from activation_store.recovery import drop_places, recover_host
 from activation_store.remote_files import open_files
 from activation_store.retry import RetryPolicy, at_once
 from activation_store.store_files import COMMIT_SECONDS, StoredFile, StoreFiles, cannot, writing
@@ -107,7 +107,10 @@ class ActivationWriter:
             self._next_number, self.dropped = recover_host(self._files, host_index)
             self.committed = SequenceIndex(self._files)
             if late := [line for line in self.committed.repeated if line.host == host_index]:
-                self.dropped += drop_late_lines(self._files, host_index, late)
+                drop_places(self._files, host_index, late)
+                self.dropped += [
+                    f"{one.name}: sequence {one.key[:8]}, which is stored already" for one in late
+                ]
                 self.committed.refresh()
             self.earlier_numerics = list(known_numerics(read_host_files(self._files)[0]).values())
         except OSError as error:
@@ -237,7 +240,7 @@ class ActivationWriter:
     def _drop_late(self, keys: set[str]) -> None:
         """Drops index lines of ours that came after another host's: nothing must be stored twice."""
         own = self.committed.lines_of(self._host, keys)
-        self._patiently(lambda: drop_late_lines(self._files, self._host, own))
+        self._patiently(lambda: drop_places(self._files, self._host, own))
         self._patiently(self._reread)
 
     def _begin(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from activation_fakes import batch, settings
 
 from activation_store import ActivationStore, ActivationWriter, FinishedSequence, sequence_key
 from arc_runner.errors import UsageError
-from arc_runner.store_check import check_store, say_changed_prompts, say_clock
+from arc_runner.store_check import check_store, say_changed_prompts
 from qwen2_core.requests import SequenceRequest
 
 
@@ -122,10 +121,3 @@ def test_what_is_only_not_made_yet_or_of_other_tasks_is_no_change(
     make_store(tmp_path, *batch("a", "b"))
     for asked in (batch("a", "b"), batch("a", "b", "new"), batch("new"), batch("a"), batch("a", "new"), []):
         assert said(tmp_path, requests_of(asked), capsys) == ""
-
-
-def test_a_template_with_the_clock_in_it_is_told(capsys: pytest.CaptureFixture[str]):
-    say_clock(types.SimpleNamespace(chat_template="{{ messages }} "))
-    assert capsys.readouterr().err == ""
-    say_clock(types.SimpleNamespace(chat_template="{{ strftime_now('%d %b %Y') }}"))
-    assert "chat template writes the date or time into every prompt" in capsys.readouterr().err
