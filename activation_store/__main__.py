@@ -101,7 +101,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[str]:
     yield from verify_store(store, _bar)
     if options.dataset:
-        from arc_puzzles.tasks import load_tasks  # the store itself knows nothing of ARC
+        from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
 
         tasks = load_tasks(options.dataset).tasks
         expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]

@@ -19,6 +19,7 @@ The prompt asks about the puzzle turned clockwise; the answer is turned back bef
 
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
 from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt
+from arc_puzzles.data_sets import LoadedTasks, load_tasks
 from arc_puzzles.grids import (
     ArcFormatError,
     Grid,
@@ -32,7 +33,7 @@ from arc_puzzles.grids import (
     validate_grid,
 )
 from arc_puzzles.scoring import Score, Submission, build_submission, parse_answer, score
-from arc_puzzles.tasks import ArcTask, LoadedTasks, Pair, TaskFailure, load_tasks
+from arc_puzzles.tasks import ArcTask, Pair, TaskFailure
 
 __all__ = [
     "PROMPT_VERSIONS",
