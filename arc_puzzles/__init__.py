@@ -9,12 +9,13 @@
     >>> prompt = encode_prompt(tokenizer, messages)  # int32 [n], laid out by the tokenizer's chat template
 
     >>> answer = parse_answer(text, encoder)  # None where the model's text holds no grid of this format
-    >>> attempt = None if answer is None else turned.inverse().apply(answer)
-    >>> submission = build_submission([task], {(task.task_id, 0): [attempt]})
-    >>> score([task], submission).tests_solved
+    >>> grid = None if answer is None else turned.inverse().apply(answer)
+    >>> attempts = {(task.task_id, 0): [candidate.grid for candidate in vote([Prediction(grid, -3.2)])]}
+    >>> submission = build_submission(loaded.outline, attempts)  # two attempts at every test
+    >>> score({task.task_id: task.outputs}, attempts).tests_solved
     1
 
-The prompt asks about the puzzle turned clockwise; the answer is turned back before it is scored.
+The prompt asks about the puzzle turned clockwise; the answer is turned back before it is counted.
 """
 
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
@@ -34,12 +35,14 @@ from arc_puzzles.grids import (
 )
 from arc_puzzles.scoring import Score, Submission, build_submission, parse_answer, score
 from arc_puzzles.tasks import ArcTask, Pair, TaskFailure
+from arc_puzzles.voting import Candidate, Prediction, vote
 
 __all__ = [
     "PROMPT_VERSIONS",
     "ArcFormatError",
     "ArcTask",
     "Augmentation",
+    "Candidate",
     "Grid",
     "GridCodeBlockEncoder",
     "GridEncoder",
@@ -48,6 +51,7 @@ __all__ = [
     "LoadedTasks",
     "MinimalGridEncoder",
     "Pair",
+    "Prediction",
     "PromptVersion",
     "RowNumberEncoder",
     "Score",
@@ -62,4 +66,5 @@ __all__ = [
     "parse_answer",
     "score",
     "validate_grid",
+    "vote",
 ]

@@ -100,9 +100,9 @@ def test_solutions_that_are_not_those_of_the_tasks_are_refused(
 ):
     path = write(tmp_path / "x_challenges.json", CHALLENGES)
     file = write(tmp_path / "x_solutions.json", solutions)
-    for flags in ({}, {"solutions": file}):
+    for given in (None, file):
         with pytest.raises(ArcFormatError, match=re.escape(problem)) as refused:
-            load_tasks(path, **flags)
+            load_tasks(path, solutions=given)
         assert str(file) in str(refused.value)
 
 
