@@ -21,10 +21,10 @@ _OTHER_FORMS = (
 )
 
 
-def shown(text: str) -> str:
-    """Returns `text` as it can be printed: what is no printable ASCII is escaped, a long middle is cut."""
+def shown(text: str, most: int = _SHOWN) -> str:
+    """Returns `text` as it can be printed: what is no printable ASCII is escaped, the middle cut if long."""
     safe = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
-    return safe if len(safe) <= _SHOWN else f"{safe[: _SHOWN // 2]}...{safe[-_SHOWN // 4 :]}"
+    return safe if len(safe) <= most else f"{safe[: most // 2]}...{safe[-most // 4 :]}"
 
 
 def read_text(path: Path) -> str:

@@ -25,8 +25,8 @@ def check_options(options: RunOptions) -> None:
 
 
 def _check_paths(options: RunOptions) -> None:
-    for name in ("model_path", "dataset_path", "activations_dir", "output_filepath"):
-        if not getattr(options, name):
+    for name in ("model_path", "dataset_path", "solutions_path", "activations_dir", "output_filepath"):
+        if getattr(options, name) == "":
             raise UsageError(f"--{name} is empty; leave the flag out or give it a value")
     output = options.output_filepath
     if "://" in output or output.endswith("/") or Path(output).name in ("", ".."):

@@ -39,7 +39,7 @@ class Call:
 def build_requests(
     tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, settings: StoreSettings, context: int
 ) -> tuple[list[SequenceRequest], list[TaskFailure]]:
-    """Builds what is to be generated for every task, in the order of the submission's attempts.
+    """Builds what is to be generated for every task, in the order of its predictions.
 
     A task with a prompt that is too long is a failure as a whole. ``context`` is the model's largest number
     of tokens, prompt and answer together. ``settings`` are the store's: they decide each sequence's key.
@@ -59,7 +59,7 @@ def build_requests(
                     ids.append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
         problem = _problem(ids, options.max_output_tokens, context)
         if problem:
-            failures.append(TaskFailure(task.task_id, problem))
+            failures.append(TaskFailure(task.task_id, problem, len(task.test)))
         else:
             requests += [_request(sequence_id, options, settings) for sequence_id in ids]
     return requests, failures
