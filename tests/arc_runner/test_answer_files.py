@@ -50,7 +50,7 @@ def test_the_files_lie_beside_each_other(tmp_path: Path):
     assert names == ["run.v1.json", "run.v1.predictions.json", "run.v1.report.json"]
     names = [path.name for path in AnswerFiles(tmp_path / "run.v1.json").numbered(3)]
     assert names == ["run.v1.3.json", "run.v1.3.predictions.json", "run.v1.3.report.json"]
-    assert [path.name for path in AnswerFiles(tmp_path / "x").numbered(1)][0] == "x.1"
+    assert AnswerFiles(tmp_path / "x").numbered(1).submission.name == "x.1"
 
 
 def test_what_a_run_wrote_is_known_again(files: AnswerFiles):
@@ -156,9 +156,10 @@ def test_a_crash_between_the_files_is_mended_by_the_next_run(
         left[0] -= 1
         path.write_bytes(data)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(answer_files, "write_bytes", write)
-        written(files, TWO, tokens=9)
+        with pytest.raises(Killed):
+            written(files, TWO, tokens=9)
     earlier = read_earlier(files, SOURCE)
     assert earlier.strangers == ()
     assert earlier.book == (TWO if survive == 2 else before or Book())
