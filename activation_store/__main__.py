@@ -1,6 +1,6 @@
 """The command line that looks after a store.
 
-    python -m activation_store verify DIR [--dataset D] [--replay N --model_path M] [--repair]
+    python -m activation_store verify DIR [--dataset D] [--replay N --model_path M] [--report R] [--repair]
     python -m activation_store stats DIR
     python -m activation_store export DIR --layer 12 --context_size 128 --output OUT
     python -m activation_store import-legacy PICKLES --output DIR --hidden_size 896
@@ -20,6 +20,7 @@ from activation_store.format import StoreError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
 from activation_store.recovery import repair_store
+from activation_store.report_check import verify_report
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_coverage, verify_store
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--replay", type=int, metavar="N", default=0, help="recompute N random sequences")
     verify.add_argument("--model_path", help="checkpoint for --replay: a directory or hub id")
     verify.add_argument("--seed", type=int, default=0, help="which sequences --replay draws")
+    verify.add_argument("--report", help="a run's report, to be checked with the answers beside it")
     verify.add_argument(
         "--repair", action="store_true", help="first drop damaged sequences, so that a run makes them again"
     )
@@ -110,6 +112,8 @@ def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[s
         from activation_store.replay import replay_store  # needs jax and the model; nothing else here does
 
         yield from replay_store(store, options.model_path, options.replay, options.seed, _bar)
+    if options.report:
+        yield from verify_report(options.report, store.settings)
 
 
 def _bar(items: Collection[Item], name: str, unit: str) -> Iterable[Item]:

@@ -1,7 +1,7 @@
 """JSON that carries its own checksum, so that a bit which changed later is noticed.
 
-`seal` and `unseal` are for an object that is a file of its own; `seal_line` and `unseal_line` for one that is a
-line among many.
+`seal` and `unseal` are for an object that is a file of its own; `seal_line` and `unseal_line` for one that is
+a line among many.
 """
 
 import hashlib

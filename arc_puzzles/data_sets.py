@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def load_tasks(
     tasks: list[ArcTask] = []
     failures: list[TaskFailure] = []
     outline: list[tuple[str, int]] = []
-    for task_id, content in itertools.islice(entries, limit):
+    for task_id, content in itertools.islice(entries, None if limit is None else min(limit, sys.maxsize)):
         n_tests = count_tests(content)
         outline.append((task_id, n_tests))
         found.lists_of_pairs += is_pairs(content)

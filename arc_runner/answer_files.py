@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from activation_store import StoreSettings, StoreWriteError
-from activation_store.checked_json import canonical_json, seal, unseal
+from activation_store.checked_json import seal, unseal
 from activation_store.local_files import write_atomic
+from activation_store.report_check import settings_sha256
 from arc_runner.options import RunOptions
 from arc_runner.predictions import Book
 
@@ -74,8 +75,7 @@ def source_of(options: RunOptions, settings: StoreSettings) -> dict[str, str]:
     store = options.activations_dir
     if "://" not in store:
         store = os.path.relpath(Path(store).resolve(), Path(options.output_filepath).parent.resolve())
-    digest = hashlib.sha256(canonical_json(settings.to_json()).encode()).hexdigest()
-    return {"activations_dir": store, "settings_sha256": digest}
+    return {"activations_dir": store, "settings_sha256": settings_sha256(settings)}
 
 
 def read_earlier(files: AnswerFiles, source: Mapping[str, str]) -> Earlier:

@@ -51,12 +51,12 @@ def write_answers(
         )
     book = made.extended(earlier.book)
     _say_kept(book, made)
-    report.count(book, new=len(records) - report.sequences_resumed)
+    report.count(book, new=max(0, len(records) - report.sequences_resumed))
     report.keep_figures(earlier.figures)
     try:
         wait(lambda: write_outcomes(job.options.activations_dir, book.outcomes()))
     except StoreError as error:  # it can be made again, the answers come first
-        _logger.warning("which sequences are right is not noted in the store: %s", error)
+        _logger.warning("which sequences solve their puzzle is not noted in the store: %s", error)
     write_all(files, source, book, report.to_json(), earlier)
 
 

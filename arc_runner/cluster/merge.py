@@ -90,13 +90,22 @@ def answer_once(claims: Claims, me: str, written: float, answer: Callable[[], No
     while not claims.acquire(_ANSWERS):
         time.sleep(POLL_SECONDS)
     answered = claims.files.read(_ANSWERED)
-    seen, by = (0.0, me) if answered is None else json.loads(answered[0])
+    seen, by = (0.0, me) if answered is None else _parse_answered(answered[0], me)
     if seen <= written:  # the earlier answer may have missed these figures
         seen, by = claims.files.write(_ANSWERING, me.encode()), me
         answer()
         claims.files.write(_ANSWERED, json.dumps([seen, by]).encode())
     claims.release(_ANSWERS)
     return by
+
+
+def _parse_answered(data: bytes, me: str) -> tuple[float, str]:
+    """Returns when the last answer saw the figures, and whose it was; of a damaged note, that nobody has."""
+    try:
+        seen, by = json.loads(data)
+        return float(seen), str(by)
+    except (ValueError, RecursionError, TypeError):
+        return 0.0, me
 
 
 def _figures_name(index: int) -> str:

@@ -322,6 +322,7 @@ def test_the_outline_names_every_task_with_its_number_of_tests(tmp_path: Path):
     assert loaded.outline == (("a", 2), ("../up", 2), ("bad", 3), ("worse", 1), ("b", 2))
     assert [(f.task_id, f.n_tests) for f in loaded.failures] == [("../up", 2), ("bad", 3), ("worse", 1)]
     assert load_tasks(path, limit=2).outline == (("a", 2), ("../up", 2))
+    assert load_tasks(path, limit=10**23) == loaded
 
 
 @pytest.mark.parametrize(

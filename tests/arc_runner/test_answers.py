@@ -222,7 +222,10 @@ def test_outcomes_that_cannot_be_noted_do_not_keep_the_answers_back(
     monkeypatch.setattr(answers, "write_outcomes", refuse)
     write(job_of(tmp_path, tokenizer, **TASKS), three(tokenizer))
     assert list(read(tmp_path)) == list(TASKS)
-    assert "which sequences are right is not noted in the store: cannot write outcomes.json" in caplog.text
+    assert (
+        "which sequences solve their puzzle is not noted in the store: cannot write outcomes.json"
+        in caplog.text
+    )
 
 
 def test_an_answer_file_that_cannot_be_written_is_an_error_with_its_reason(tokenizer: Any, tmp_path: Path):
