@@ -22,7 +22,8 @@ from activation_store.format import (
     sequence_key,
 )
 from activation_store.legacy_import import import_legacy
-from activation_store.reader import ActivationStore, RowColumns, RowFilter, write_outcomes
+from activation_store.outcomes import write_outcomes
+from activation_store.reader import ActivationStore, RowColumns, RowFilter
 from activation_store.repair import drop_sequences, repair_store
 from activation_store.retry import RetryPolicy, at_once
 from activation_store.saelens_export import export_saelens

@@ -1,6 +1,6 @@
 """The command line that looks after a store.
 
-    python -m activation_store verify DIR [--dataset D] [--replay N] [--model_path M] [--repair]
+    python -m activation_store verify DIR [--dataset D] [--replay N] [--model_path M] [--report R] [--repair]
     python -m activation_store stats DIR
     python -m activation_store export DIR --layer 12 --context_size 128 --output OUT
     python -m activation_store import-legacy PICKLES --output DIR --hidden_size 896
@@ -24,6 +24,7 @@ from activation_store.format import SequenceRecord, StoreError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
 from activation_store.repair import drop_sequences, repair_store
+from activation_store.report_check import verify_report
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
 from qwen2_core.messages import masked, printable
@@ -96,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="which sequences --replay draws")
     verify.add_argument(
+        "--report", type=_path, help="a run's report, to be checked with the answers beside it"
+    )
+    verify.add_argument(
         "--repair",
         action="store_true",
         help="first drop what is damaged, and with --dataset what was made of prompts that have changed",
@@ -152,7 +156,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[str]:
     yield from verify_store(store, _bar)
     if options.dataset:
-        from arc_puzzles.tasks import load_tasks  # the store itself knows nothing of ARC
+        from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
 
         tasks = load_tasks(options.dataset).tasks
         expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
@@ -166,6 +170,8 @@ def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[s
         from activation_store.replay import replay_store  # needs jax and the model; nothing else here does
 
         yield from replay_store(store, options.model_path, options.replay, options.seed, _bar)
+    if options.report:
+        yield from verify_report(options.report, store.settings)
 
 
 def _stale(store: ActivationStore, options: argparse.Namespace) -> list[SequenceRecord] | None:

@@ -2,12 +2,11 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +26,7 @@ from activation_store.format import (
     manifest_problem,
 )
 from activation_store.index import SequenceIndex
+from activation_store.outcomes import read_outcomes
 from activation_store.remote_files import open_files
 from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
@@ -34,7 +34,6 @@ from activation_store.store_files import FileStatus
 from qwen2_core.messages import did_you_mean
 
 Item = TypeVar("Item")
-OUTCOMES = "outcomes.json"
 SHARDS_AHEAD = 8  # on their way from disk while one is read
 _OPEN_SHARDS = 128  # a file descriptor or two each
 _logger = logging.getLogger(__name__)
@@ -282,11 +281,12 @@ class ActivationStore:
         return merged
 
     def outcomes(self) -> dict[str, bool]:
-        """Returns whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told."""
-        try:
-            return json.loads(self.files.read(OUTCOMES))
-        except FileNotFoundError:
-            return {}
+        """Returns whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told.
+
+        Raises:
+            StoreError: the file of the outcomes is damaged.
+        """
+        return read_outcomes(self.files)
 
     def _require_rows(self, record: SequenceRecord) -> None:
         if record.failed:
@@ -379,13 +379,3 @@ def _columns(known: tuple[np.ndarray, ...], at: slice, prompt_length: int) -> Ro
 
 def _end(record: SequenceRecord) -> int:
     return record.row_start + record.n_rows
-
-
-def write_outcomes(directory: str | os.PathLike[str], outcomes: Mapping[str, bool]) -> None:
-    """Records which sequences, by key, solved their puzzle; earlier outcomes of other keys are kept.
-
-    Call it from one process. `ActivationStore.sequences(solved=...)` filters by it.
-    """
-    files = open_files(directory)
-    merged = ActivationStore(directory).outcomes() | dict(outcomes)
-    files.replace(OUTCOMES, json.dumps(merged, indent=0, sort_keys=True).encode())

@@ -9,16 +9,18 @@
     >>> prompt = encode_prompt(tokenizer, messages)  # int32 [n], laid out by the tokenizer's chat template
 
     >>> answer = parse_answer(text, encoder)  # None where the model's text holds no grid of this format
-    >>> attempt = None if answer is None else turned.inverse().apply(answer)
-    >>> submission = build_submission([task], {(task.task_id, 0): [attempt]})
-    >>> score([task], submission).tests_solved
+    >>> grid = None if answer is None else turned.inverse().apply(answer)
+    >>> attempts = {(task.task_id, 0): [candidate.grid for candidate in vote([Prediction(grid, -3.2)])]}
+    >>> submission = build_submission(loaded.outline, attempts)  # two attempts at every test
+    >>> score({task.task_id: task.outputs}, attempts).tests_solved
     1
 
-The prompt asks about the puzzle turned clockwise; the answer is turned back before it is scored.
+The prompt asks about the puzzle turned clockwise; the answer is turned back before it is counted.
 """
 
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
 from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt, encode_prompts
+from arc_puzzles.data_sets import LoadedTasks, load_tasks
 from arc_puzzles.grids import (
     ArcFormatError,
     Grid,
@@ -32,13 +34,15 @@ from arc_puzzles.grids import (
     validate_grid,
 )
 from arc_puzzles.scoring import Score, Submission, build_submission, parse_answer, score
-from arc_puzzles.tasks import ArcTask, LoadedTasks, Pair, TaskFailure, load_tasks
+from arc_puzzles.tasks import ArcTask, Pair, TaskFailure
+from arc_puzzles.voting import Candidate, Prediction, vote
 
 __all__ = [
     "PROMPT_VERSIONS",
     "ArcFormatError",
     "ArcTask",
     "Augmentation",
+    "Candidate",
     "Grid",
     "GridCodeBlockEncoder",
     "GridEncoder",
@@ -47,6 +51,7 @@ __all__ = [
     "LoadedTasks",
     "MinimalGridEncoder",
     "Pair",
+    "Prediction",
     "PromptVersion",
     "RowNumberEncoder",
     "Score",
@@ -62,4 +67,5 @@ __all__ = [
     "parse_answer",
     "score",
     "validate_grid",
+    "vote",
 ]

@@ -1,13 +1,14 @@
-"""A model's answers: the grid in a text, the submission of all attempts, and its score."""
+"""A model's answers: the grid in a text, the submission of two attempts, and the score of any."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from arc_puzzles.grids import ArcFormatError, Grid, GridEncoder
-from arc_puzzles.tasks import ArcTask
 
-# {task_id: [{"attempt_1": grid, ...} for each test]}
+# {task_id: [{"attempt_1": grid, "attempt_2": grid} for each test]}
 Submission = dict[str, list[dict[str, list[list[int]]]]]
+ATTEMPTS = 2
+PLACEHOLDER: Grid = ((0, 0), (0, 0))  # a missing attempt, as in Kaggle's sample submission
 
 
 def parse_answer(text: str, encoder: GridEncoder) -> Grid | None:
@@ -43,53 +44,53 @@ class Score:
 
 
 def build_submission(
-    tasks: Sequence[ArcTask], attempts: Mapping[tuple[str, int], Sequence[Grid | None]]
+    outline: Iterable[tuple[str, int]], attempts: Mapping[tuple[str, int], Sequence[Grid]]
 ) -> Submission:
-    """Returns the submission: `{task_id: [{"attempt_1": grid, "attempt_2": grid, ...} for each test]}`.
+    """Returns the submission as Kaggle takes it: `{task_id: [{"attempt_1": grid, "attempt_2": grid}, ...]}`.
 
-    A grid is a list of lists. `attempts` is keyed by (task id, test index). An attempt that is None, as
-    `parse_answer` gives it, becomes `[]`; a test without attempts becomes `{}`. Raises ValueError for
-    attempts at an unknown test.
+    `outline` is (task id, number of tests) of every task of the data set, in its order. `attempts` are the
+    grids of a test, best first, keyed by (task id, test index); those after the second are left out, and each
+    that is missing is `PLACEHOLDER`. A grid is a list of lists. Raises ValueError for attempts at an unknown
+    test.
     """
-    known = {(task.task_id, i) for task in tasks for i in range(len(task.test))}
+    tests = dict(outline)
+    known = {(task_id, i) for task_id, n_tests in tests.items() for i in range(n_tests)}
     if stray := sorted(set(attempts) - known):
         raise ValueError(
             f"there are attempts at test {stray[0][1]} of {stray[0][0]!r}, which is not in the tasks"
         )
     return {
-        task.task_id: [
-            {
-                f"attempt_{number}": [list(row) for row in grid or ()]
-                for number, grid in enumerate(attempts.get((task.task_id, i), ()), start=1)
-            }
-            for i in range(len(task.test))
-        ]
-        for task in tasks
+        task_id: [_two_attempts(attempts.get((task_id, i), ())) for i in range(n_tests)]
+        for task_id, n_tests in tests.items()
     }
 
 
-def score(tasks: Sequence[ArcTask], submission: Submission) -> Score:
-    """Compares a submission with the known outputs of the tasks. A missing answer counts as not solved."""
-    tasks_solved = tasks_known = tests_solved = tests_known = 0
-    for task in tasks:
-        solved = known = 0
-        answers = submission.get(task.task_id, [])
-        for i, pair in enumerate(task.test):
-            if pair.output is None:
-                continue
-            known += 1
-            output = [list(row) for row in pair.output]
-            solved += i < len(answers) and output in answers[i].values()
-        tests_known += known
+def _two_attempts(grids: Sequence[Grid]) -> dict[str, list[list[int]]]:
+    two = (*grids[:ATTEMPTS], PLACEHOLDER, PLACEHOLDER)[:ATTEMPTS]
+    return {f"attempt_{number}": [list(row) for row in grid] for number, grid in enumerate(two, start=1)}
+
+
+def score(
+    outputs: Mapping[str, Sequence[Grid | None]], attempts: Mapping[tuple[str, int], Sequence[Grid]]
+) -> Score:
+    """Compares attempts with the right answers that are known.
+
+    `outputs` are the right answers of each task's tests, None where they are not known. `attempts` is keyed
+    by (task id, test index); a test without attempts is not solved.
+    """
+    tests_solved = tests_known = tasks_solved = tasks_known = 0
+    for task_id, answers in outputs.items():
+        known = [i for i, output in enumerate(answers) if output is not None]
+        solved = sum(answers[i] in attempts.get((task_id, i), ()) for i in known)
+        tests_known += len(known)
         tests_solved += solved
-        tasks_known += known == len(task.test)
-        tasks_solved += solved == len(task.test)
-    tests = sum(len(task.test) for task in tasks)
+        tasks_known += len(known) == len(answers)
+        tasks_solved += solved == len(answers)
     return Score(
         tasks_solved=tasks_solved,
         tasks_known=tasks_known,
-        tasks_unknown=len(tasks) - tasks_known,
+        tasks_unknown=len(outputs) - tasks_known,
         tests_solved=tests_solved,
         tests_known=tests_known,
-        tests_unknown=tests - tests_known,
+        tests_unknown=sum(map(len, outputs.values())) - tests_known,
     )

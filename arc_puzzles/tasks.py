@@ -1,15 +1,17 @@
-"""ARC tasks: reading a data set, and telling the malformed tasks from the others."""
+"""ARC tasks: what one is, and how it is read from parsed JSON."""
 
-import itertools
+import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from arc_puzzles.augmentations import Augmentation
+from arc_puzzles.data_files import shown
 from arc_puzzles.grids import ArcFormatError, Grid, validate_grid
+
+PAIRS_TRAIN = 3  # of a task that is one list of pairs: so many show the rule, as in most public tasks
+TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,17 @@ class ArcTask:
     train: tuple[Pair, ...]
     test: tuple[Pair, ...]
 
+    @property
+    def outputs(self) -> tuple[Grid | None, ...]:
+        """Returns the right answer of each test; None where it is not known."""
+        return tuple(pair.output for pair in self.test)
+
+    @property
+    def digest(self) -> str:
+        """Returns 16 hex digits over what the puzzle shows: not over its name, nor its right answers."""
+        seen = [[[pair.input, pair.output] for pair in self.train], [pair.input for pair in self.test]]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
     def augmented(self, augmentation: Augmentation) -> "ArcTask":
         """Returns the puzzle with every grid augmented; its answers then need `augmentation.inverse()`."""
 
@@ -40,130 +53,63 @@ class ArcTask:
 
 @dataclass(frozen=True)
 class TaskFailure:
-    """Names a task that could not be used, and says why in one sentence."""
+    """Names a task that could not be used, and says why in one sentence.
+
+    `n_tests` is how many tests it has, as far as that can be seen, else 1. The id is as the data set has it:
+    it may be unsafe to print.
+    """
 
     task_id: str
     reason: str
+    n_tests: int = 1
 
 
-@dataclass(frozen=True)
-class LoadedTasks:
-    """Holds the usable tasks of a data set and a failure for each other one, both in the data set's order."""
-
-    tasks: tuple[ArcTask, ...]
-    failures: tuple[TaskFailure, ...]
+def is_meant_as_task(content: object) -> bool:
+    """Tells whether parsed JSON is a task, well-formed or not: it has "train" or "test", or lists pairs."""
+    return is_pairs(content) or (isinstance(content, dict) and ("train" in content or "test" in content))
 
 
-TASK_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+def is_pairs(content: object) -> bool:
+    """Tells whether parsed JSON is a task as one list of pairs, as re-arc has them."""
+    return isinstance(content, list) and bool(content) and all("input" in _keys(one) for one in content)
 
 
-def load_tasks(path: str | Path, limit: int | None = None) -> LoadedTasks:
-    """Reads a data set, or its first `limit` tasks. `path` is one of:
+def count_tests(content: object) -> int:
+    """Returns how many tests a task has that may be malformed; 1 where that cannot be seen."""
+    tests = content.get("test") if isinstance(content, dict) else None
+    return len(tests) if isinstance(tests, list) and tests else 1
 
-    - a directory with one `<task_id>.json` per task, read in the order of their names;
-    - a file named `*.jsonl` with one task per line, an object with "task_id" beside "train" and "test";
-    - any other file: one JSON object `{task_id: {"train": [...], "test": [...]}}`.
 
-    An error within one task makes that task a failure. Raises ArcFormatError where the data set as a whole
-    cannot be trusted: it is missing, unreadable, empty or of none of these forms, it is not strict JSON (NaN
-    and Infinity are not), or a key or a task id occurs twice.
+def parse_task(task_id: str, content: object) -> ArcTask:
+    """Returns the task that parsed JSON describes: `{"train": [pair, ...], "test": [pair, ...]}`.
+
+    Of a list of pairs the first `PAIRS_TRAIN` are the train pairs and the next one is the test; the rest is
+    not used. A test's output that is missing, null or empty is not known. Raises ArcFormatError for anything
+    else.
     """
-    path = Path(path)
-    if path.is_dir():
-        entries = _directory_entries(path)
-    elif path.suffix == ".jsonl":
-        entries = _jsonl_entries(path)
-    else:
-        entries = _dict_entries(path)
-    tasks: list[ArcTask] = []
-    failures: list[TaskFailure] = []
-    for task_id, content in itertools.islice(entries, limit):
-        try:
-            if isinstance(content, ArcFormatError):
-                raise content
-            tasks.append(_task(task_id, content))
-        except ArcFormatError as error:
-            failures.append(TaskFailure(task_id, str(error)))
-    if not tasks and not failures:
-        raise ArcFormatError(f"the data set {path} has no tasks in it")
-    return LoadedTasks(tuple(tasks), tuple(failures))
-
-
-def _directory_entries(path: Path) -> Iterator[tuple[str, object]]:
-    # Each file is one task, named by the file: broken JSON fails that task alone.
-    for file in sorted(path.glob("*.json")):
-        try:
-            yield file.stem, _parse_json(_read_text(file), file.name)
-        except ArcFormatError as error:
-            yield file.stem, error
-
-
-def _jsonl_entries(path: Path) -> Iterator[tuple[str, object]]:
-    line_of: dict[str, int] = {}
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        content = _parse_json(line, f"{path} line {number}")
-        task_id = content.get("task_id") if isinstance(content, dict) else None
-        if not isinstance(task_id, str):
-            raise ArcFormatError(f'{path} line {number} is not an object with a text "task_id"')
-        if task_id in line_of:
-            raise ArcFormatError(
-                f"{path} has the task {task_id!r} twice, on lines {line_of[task_id]} and {number}"
-            )
-        line_of[task_id] = number
-        yield task_id, content
-
-
-def _dict_entries(path: Path) -> Iterator[tuple[str, object]]:
-    content = _parse_json(_read_text(path), str(path))
-    if not isinstance(content, dict):
-        raise ArcFormatError(f"{path} is not a JSON object of the form {{task_id: task}}")
-    if isinstance(content.get("train"), list):
-        raise ArcFormatError(f"{path} is a single task; name its directory, or write {{task_id: task}}")
-    yield from content.items()
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ArcFormatError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ArcFormatError(f"{path} is not JSON: byte {error.start} is not UTF-8") from error
-
-
-def _parse_json(text: str, where: str) -> object:
-    """Parses strict JSON: refuses NaN and Infinity, and a key that occurs twice in an object."""
-
-    def refuse_constant(constant: str) -> NoReturn:
-        raise ArcFormatError(f"{where} is not JSON: it contains {constant}")
-
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        result: dict[str, object] = {}
-        for key, value in pairs:
-            if key in result:
-                raise ArcFormatError(f"{where} has the key {key!r} twice in one object")
-            result[key] = value
-        return result
-
-    try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=unique)
-    except ArcFormatError:
-        raise
-    except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
-        raise ArcFormatError(f"{where} is not JSON: {error}") from error
-
-
-def _task(task_id: str, content: object) -> ArcTask:
     if not TASK_ID.fullmatch(task_id):
+        name = repr(task_id) if len(task_id) <= 200 else f"'{shown(task_id)}'"
         raise ArcFormatError(
-            f"the task id {task_id!r} is not safe as a file name; it is 1 to 128 letters, digits, '.', '_' "
+            f"the task id {name} is not safe as a file name; it is 1 to 128 letters, digits, '.', '_' "
             "and '-', and begins with a letter or digit"
         )
+    if is_pairs(content):
+        content = _split(content)
     if not isinstance(content, dict):
         raise ArcFormatError('the task is not an object with "train" and "test"')
     return ArcTask(task_id, _pairs(content, "train"), _pairs(content, "test"))
+
+
+def parse_output(value: object, where: str) -> Grid | None:
+    """Returns a test's output, None where it is null or empty: not known; raises as `validate_grid`."""
+    return None if value in (None, [], [[]]) else validate_grid(value, where)
+
+
+def _split(pairs: Any) -> dict[str, Any]:
+    if len(pairs) < 2:
+        raise ArcFormatError("the task is a list of one pair; it needs one to show the rule and one to test")
+    n_train = min(PAIRS_TRAIN, len(pairs) - 1)
+    return {"train": pairs[:n_train], "test": pairs[n_train : n_train + 1]}
 
 
 def _pairs(content: dict[str, Any], part: str) -> tuple[Pair, ...]:
@@ -173,10 +119,15 @@ def _pairs(content: dict[str, Any], part: str) -> tuple[Pair, ...]:
     result = []
     for i, pair in enumerate(pairs):
         where = f"{part}[{i}]"
-        required = ("input", "output") if part == "train" else ("input",)
-        for key in required:
-            if not isinstance(pair, dict) or key not in pair:
+        for key in ("input", "output") if part == "train" else ("input",):
+            if key not in _keys(pair):
                 raise ArcFormatError(f'{where} has no "{key}"')
-        output = validate_grid(pair["output"], f"{where}.output") if "output" in pair else None
-        result.append(Pair(validate_grid(pair["input"], f"{where}.input"), output))
+        parse = validate_grid if part == "train" else parse_output
+        result.append(
+            Pair(validate_grid(pair["input"], f"{where}.input"), parse(pair.get("output"), f"{where}.output"))
+        )
     return tuple(result)
+
+
+def _keys(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}

@@ -1,103 +1,105 @@
-"""The answers of a run: read back from the store, scored, and written with the report."""
+"""The answers of a run: read back from the store, voted on, scored, and written with the report."""
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from activation_store import (
     ActivationStore,
     RetryPolicy,
     SequenceRecord,
-    StoreWriteError,
+    StoreError,
     at_once,
     write_outcomes,
 )
-from activation_store.local_files import write_atomic
-from arc_puzzles import (
-    ArcTask,
-    Augmentation,
-    Grid,
-    Submission,
-    build_submission,
-    create_grid_encoder,
-    parse_answer,
-    score,
-)
-from arc_runner.console import say_error
-from arc_runner.options import RunOptions
-from arc_runner.report import Report, report_path
+from arc_puzzles import Augmentation, GridEncoder, create_grid_encoder, parse_answer
+from arc_runner.answer_files import answer_files, read_earlier, set_aside, source_of, write_all
+from arc_runner.console import say
+from arc_runner.job import Job
+from arc_runner.predictions import Book, Predicted, TaskPredictions
+from arc_runner.report import Report
+
+_logger = logging.getLogger(__name__)
 
 
 def write_answers(
-    report: Report,
-    options: RunOptions,
-    tasks: Sequence[ArcTask],
-    records: Sequence[SequenceRecord],
-    tokenizer: Any,
-    patiently: RetryPolicy | None = None,
+    report: Report, job: Job, records: Sequence[SequenceRecord], patiently: RetryPolicy | None = None
 ) -> None:
-    """Reads the answers back from the store, writes submission and report, and fills in the score.
+    """Reads the answers back from the store, writes submission, predictions and report.
 
-    ``records`` are the run's committed sequences in the order of its attempts. ``patiently`` says how a store
-    that is away is waited for; without it the first failure counts.
+    What earlier runs of the same store answered is kept, and counted in the report. ``records`` are the
+    run's committed sequences in the order of its predictions. ``patiently`` says how a store that is away is
+    waited for; without it the first failure counts.
 
     Raises:
         StoreWriteError: an answer file cannot be written.
     """
-    submission = (patiently or at_once)(lambda: _read_answers(report, options, tasks, records, tokenizer))
-    result = score(tasks, submission)
-    report.tests_solved, report.tests_known = result.tests_solved, result.tests_known
-    report.tasks_solved, report.tasks_known = result.tasks_solved, result.tasks_known
-    write_json(options.output_filepath, submission)
-    write_json(report_path(options), report.to_json())
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Writes ``value`` as a JSON file, whole or not at all.
-
-    Raises:
-        ValueError: the value is not JSON (NaN).
-        StoreWriteError: the file cannot be written.
-    """
+    wait = patiently or at_once
+    files, source = answer_files(job.options), source_of(job.options, job.settings)
+    made = wait(lambda: _read_answers(job, records))
+    earlier = read_earlier(files, source)
+    if earlier.strangers:
+        names = ", ".join(path.name for path in earlier.strangers)
+        aside = set_aside(files)
+        say(
+            f"what was in {files.submission} is now in {aside.submission.name} and beside it: this store did "
+            f"not leave {names} like that"
+        )
+    book = made.extended(earlier.book)
+    _say_kept(book, made)
+    report.count(book, new=max(0, len(records) - report.sequences_resumed))
+    report.keep_figures(earlier.figures)
     try:
-        write_atomic(path, [f"{json.dumps(value, allow_nan=False)}\n".encode()])
-    except OSError as error:
-        raise StoreWriteError(f"cannot write {path}: {error.strerror or error}") from error
+        wait(lambda: write_outcomes(job.options.activations_dir, book.outcomes()))
+    except StoreError as error:  # it can be made again, the answers come first
+        _logger.warning("which sequences solve their puzzle is not noted in the store: %s", error)
+    write_all(files, source, book, report.to_json(), earlier)
 
 
-def _read_answers(
-    report: Report,
-    options: RunOptions,
-    tasks: Sequence[ArcTask],
-    records: Sequence[SequenceRecord],
-    tokenizer: Any,
-) -> Submission:
-    """Builds the submission; counts its grids, and notes in the store which sequences solve their puzzle."""
-    encoder = create_grid_encoder(options.grid_encoder)
-    outputs = {task.task_id: [pair.output for pair in task.test] for task in tasks}
-    attempts: dict[tuple[str, int], list[Grid | None]] = {}
-    outcomes: dict[str, bool] = {}
-    store = ActivationStore(options.activations_dir)
-    report.grids_parsed = 0
+def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
+    """Returns the predictions of the job's committed sequences, with every task of the data set."""
+    encoder = create_grid_encoder(job.options.grid_encoder)
+    store = ActivationStore(job.options.activations_dir)
+    predictions: dict[tuple[str, int], list[Predicted]] = {}
     for record in records:
-        grid = None
-        if not record.failed:
-            text = tokenizer.decode(store.generated_tokens(record).tolist(), skip_special_tokens=True)
-            grid = parse_answer(text, encoder)
-        if grid is not None:
-            grid = Augmentation.parse(record.augmentation).inverse().apply(grid)
-            report.grids_parsed += 1
-        attempts.setdefault((record.task_id, record.test_index), []).append(grid)
-        output = outputs[record.task_id][record.test_index]
-        if output is not None:
-            outcomes[record.key] = grid == output
-    try:
-        write_outcomes(options.activations_dir, outcomes)
-    except StoreWriteError as error:
-        if not options.merge:
-            raise
-        say_error(f"which sequences solve their puzzle is not noted in the store: {error}")
-    return build_submission(tasks, attempts)
+        one = _predicted(record, store, job.tokenizer, encoder)
+        predictions.setdefault((record.task_id, record.test_index), []).append(one)
+    usable = {task.task_id: task for task in job.tasks}
+    reasons = {failure.task_id: failure.reason for failure in job.failures}
+    return Book(
+        {
+            task_id: TaskPredictions(
+                usable[task_id].digest if task_id in usable else "",
+                usable[task_id].outputs if task_id in usable else (None,) * n_tests,
+                tuple(tuple(predictions.get((task_id, i), ())) for i in range(n_tests)),
+                reasons.get(task_id),
+            )
+            for task_id, n_tests in job.outline
+        }
+    )
+
+
+def _predicted(
+    record: SequenceRecord, store: ActivationStore, tokenizer: Any, encoder: GridEncoder
+) -> Predicted:
+    if record.failed:
+        failure = record.failure or ""
+        return Predicted(record.key, record.augmentation, record.sample_index, failure=failure)
+    text = tokenizer.decode(store.generated_tokens(record).tolist(), skip_special_tokens=True)
+    grid = parse_answer(text, encoder)
+    if grid is not None:
+        grid = Augmentation.parse(record.augmentation).inverse().apply(grid)
+    logprob = float(store.generated_logprobs(record).sum(dtype=np.float64))
+    return Predicted(record.key, record.augmentation, record.sample_index, grid, logprob)
+
+
+def _say_kept(book: Book, made: Book) -> None:
+    """Says what earlier runs of the store had answered besides."""
+    tasks = len(book.tasks) - len(made.tasks)
+    predictions = sum(1 for _ in book.predictions()) - sum(1 for _ in made.predictions())
+    if tasks or predictions:
+        say(f"kept from earlier runs of this store: {tasks} tasks, {predictions} predictions")

@@ -12,6 +12,7 @@ from activation_store import (
     at_once,
     check_settings,
 )
+from arc_runner.answer_files import answer_files
 from arc_runner.answers import write_answers
 from arc_runner.cluster.claims import Claims
 from arc_runner.cluster.membership import ProcessInfo
@@ -20,7 +21,7 @@ from arc_runner.cluster.shared_files import SharedFiles
 from arc_runner.console import say
 from arc_runner.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_TASKS_FAILED
 from arc_runner.job import Job
-from arc_runner.report import Report, report_path
+from arc_runner.report import Report
 
 
 def answer(
@@ -29,21 +30,20 @@ def answer(
     committed: Mapping[str, SequenceRecord],
     patiently: RetryPolicy | None = None,
 ) -> int:
-    """Writes submission and report of what is committed, prints the report, and returns the exit code."""
-    options = job.options
+    """Writes the answers to what is committed, prints the report, and returns the exit code."""
     records = (patiently or at_once)(lambda: job.records(committed))
-    report.sequences = len(records)
     report.stopped_early = len(records) < len(job.requests)
-    report.add_failed_sequences(records)
     if not report.processes:
         report.measure_memory()
-    write_answers(report, options, job.tasks, records, job.tokenizer, patiently)
+        report.stamp()
+    write_answers(report, job, records, patiently)
+    files = answer_files(job.options)
     say(report.text())
     say(
-        f"activations in {options.activations_dir}, answers in {options.output_filepath}, "
-        f"report in {report_path(options)}"
+        f"activations in {job.options.activations_dir}, answers in {files.submission}, all predictions in "
+        f"{files.predictions}, report in {files.report}"
     )
-    return _exit_code(job, report, records)
+    return _exit_code(job, records)
 
 
 def answer_together(
@@ -54,6 +54,7 @@ def answer_together(
     Returns the exit code, which is about ``part``, this process's part of the job.
     """
     report.measure_memory()
+    report.stamp()
     patiently = claims.files.patiently
     written = leave_figures(claims.files, process.index, report, writer.sequences_written)
     made = f"{process}: {writer.sequences_written} sequences made"
@@ -74,7 +75,7 @@ def answer_together(
         answered_by = answer_once(claims, str(process), written, answer_for_all)
         if answered_by != str(process):
             say(f"{made}; the answers are written by {answered_by}")
-    return _exit_code(part, report, patiently(lambda: part.records(writer.committed)))
+    return _exit_code(part, patiently(lambda: part.records(writer.committed)))
 
 
 def answer_from_store(job: Job, report: Report) -> int:
@@ -91,8 +92,8 @@ def answer_from_store(job: Job, report: Report) -> int:
     return answer(job, report, store.index)
 
 
-def _exit_code(job: Job, report: Report, records: Sequence[SequenceRecord]) -> int:
+def _exit_code(job: Job, records: Sequence[SequenceRecord]) -> int:
     if len(records) < len(job.requests):
         return EXIT_RESUMABLE
-    failed = report.tasks_failed or any(record.failed for record in records)
+    failed = job.failures or any(record.failed for record in records)
     return EXIT_TASKS_FAILED if failed else EXIT_DONE

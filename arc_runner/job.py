@@ -16,7 +16,7 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
-from arc_puzzles import ArcTask, load_tasks
+from arc_puzzles import ArcTask, TaskFailure, load_tasks
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
@@ -24,7 +24,7 @@ from arc_runner.console import say
 from arc_runner.numerics import run_numerics
 from arc_runner.options import RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
-from arc_runner.report import Report, failure_entries
+from arc_runner.report import Report
 from arc_runner.store_check import check_store
 from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
@@ -48,10 +48,12 @@ class Job:
     config: QwenConfig
     layout: Layout
     tasks: Sequence[ArcTask]
+    outline: Sequence[tuple[str, int]]  # id and number of tests of every task of the data set
+    failures: Sequence[TaskFailure]  # those that cannot be run
     tokenizer: Any
     eos: tuple[int, ...]
     settings: StoreSettings
-    requests: Sequence[SequenceRequest]  # in the order of the submission's attempts
+    requests: Sequence[SequenceRequest]  # in the order of the predictions
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -103,7 +105,9 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     say_defaults(options)
     check_inputs(options)
     with Waiting(f"reading the tasks of {options.dataset_path}"):
-        loaded = load_tasks(options.dataset_path, options.n_tasks)
+        loaded = load_tasks(options.dataset_path, options.n_tasks, options.solutions_path)
+    for notice in loaded.notices:
+        say(notice)
     check_places(options)
     if options.compilation_cache_dir is not None:
         use_compilation_cache(options.compilation_cache_dir)
@@ -125,13 +129,16 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
             fingerprint = checkpoint_fingerprint(options.model_path)
         settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
         check_store(options.activations_dir, settings)
-        requests, failures = build_requests(
+        requests, too_long = build_requests(
             loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
         )
     report = Report(options.model_path, devices)
-    report.tasks = len(loaded.tasks) + len(loaded.failures)
-    report.tasks_failed = failure_entries([*loaded.failures, *failures])
-    return Job(options, config, layout, loaded.tasks, tokenizer, eos, settings, requests), report
+    report.tasks = len(loaded.outline)
+    failures = (*loaded.failures, *too_long)
+    job = Job(
+        options, config, layout, loaded.tasks, loaded.outline, failures, tokenizer, eos, settings, requests
+    )
+    return job, report
 
 
 def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord]) -> None:

@@ -91,13 +91,20 @@ class RunOptions:
     dataset_path: str = _path(
         PATHS,
         str(EXAMPLE_TASKS),
-        "ARC tasks: JSON file, JSONL file or directory of task files; six examples if left out",
+        "ARC tasks: a JSON or JSONL file or a directory of task files; six examples if left out",
         default_text="",
+    )
+    solutions_path: str | None = _path(
+        PATHS,
+        None,
+        "right answers as Kaggle has them; *_solutions.json beside *_challenges.json is found by itself",
     )
     activations_dir: str = _path(
         PATHS, "activations", "where the activation store is, or is to be: a directory or URL"
     )
-    output_filepath: str = _path(PATHS, "submission.json", "the submission; the report goes beside it")
+    output_filepath: str = _path(
+        PATHS, "submission.json", "the submission; predictions and report go beside it"
+    )
     n_tasks: int | None = _flag(
         PATHS, None, "use the first N tasks only", None, _COUNT, type=int, metavar="N"
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import jax
 
+from arc_puzzles.solutions import solutions_beside
+from arc_runner.answer_files import answer_files
 from arc_runner.console import say
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions
-from arc_runner.report import report_path
 from qwen2_core.checkpoint_files import is_hub_id
 from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
@@ -83,29 +84,68 @@ def check_places(options: RunOptions) -> None:
     Raises:
         UsageError: a place cannot be written, or belongs to the data set.
     """
-    output, store, dataset = (
-        Path(path) for path in (options.output_filepath, options.activations_dir, options.dataset_path)
+    output, dataset, store = (
+        Path(options.output_filepath),
+        Path(options.dataset_path),
+        _local_store(options),
     )
-    for path in (output, report_path(options)):
-        if path.is_dir():
-            raise UsageError(f"--output_filepath: {path} is a directory; name a file to write")
-        if path.resolve() == dataset.resolve():
-            raise UsageError(f"--output_filepath: {path} is the data set; name another file")
-    if dataset.is_dir() and dataset.resolve() in (output.parent.resolve(), store.resolve()):
-        flag = "activations_dir" if dataset.resolve() == store.resolve() else "output_filepath"
+    for path in answer_files(options):
+        _check_answer_file(path, options)
+    if dataset.is_dir() and store is not None and _is_same(dataset, store):
         raise UsageError(
-            f"--{flag}: in {dataset}, the data set, every .json file is a task; name another directory"
+            f"--activations_dir: in {dataset}, the data set, every .json file is a task; "
+            "name another directory"
         )
-    if "://" not in options.activations_dir:
-        for path in (store, *store.parents):
-            if path.is_file():
-                raise UsageError(f"--activations_dir: {path} is a file; name a directory")
+    for path in (store, *store.parents) if store is not None else ():
+        if path.is_file():
+            raise UsageError(f"--activations_dir: {path} is a file; name a directory")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
         raise UsageError(f"--output_filepath: cannot write in {output.parent}: {error.strerror}") from error
+
+
+def _check_answer_file(path: Path, options: RunOptions) -> None:
+    """Checks that a file of answers is one that may be written: none of the inputs, none of the store's."""
+    if path.is_dir():
+        raise UsageError(f"--output_filepath: {path} is a directory; name a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--output_filepath: {path} is not a regular file; name another")
+    for flag, what in (("dataset_path", "data set"), ("solutions_path", "file of the solutions")):
+        read = getattr(options, flag)
+        if read is not None and _is_same(path, Path(read)):
+            raise UsageError(f"--output_filepath: {path} is the {what}; name another file")
+    beside = solutions_beside(Path(options.dataset_path))
+    if beside is not None and _is_same(path, beside):
+        raise UsageError(f"--output_filepath: {path} is the file of the solutions; name another file")
+    dataset, model, store = Path(options.dataset_path), Path(options.model_path), _local_store(options)
+    if dataset.is_dir() and _is_within(path, dataset):
+        raise UsageError(
+            f"--output_filepath: in {dataset}, the data set, every .json file is a task; "
+            "name another directory"
+        )
+    if store is not None and _is_within(path, store):
+        raise UsageError(f"--output_filepath: {path} lies in the store {store}; name a place outside of it")
+    if model.is_dir() and _is_within(path, model):
+        raise UsageError(f"--output_filepath: {path} lies in the model's directory; name another directory")
+
+
+def _local_store(options: RunOptions) -> Path | None:
+    """Returns the directory of the store; None where it is behind a URL."""
+    location = options.activations_dir
+    return Path(location.removeprefix("file://")) if "://" not in location.removeprefix("file://") else None
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Tells whether two paths are one file, by whatever links."""
+    same = os.path.realpath(path) == os.path.realpath(other)
+    return same or (path.exists() and other.exists() and path.samefile(other))
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str]:

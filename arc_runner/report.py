@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import resource
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
-from activation_store import SequenceRecord
-from arc_puzzles import TaskFailure
-from arc_runner.options import RunOptions
+from arc_puzzles.data_files import shown
+from arc_runner.predictions import Book
 
 _LISTED = 20  # failures shown; the report file has them all
+# What is of the run that generated, not of the submission.
+FIGURES = (
+    *("made_at", "device", "tokens_generated", "load_seconds", "compile_seconds", "programs"),
+    *("generate_seconds", "slots", "slot_steps", "live_steps", "bytes_stored"),
+    *("peak_memory_bytes", "peak_memory_of", "processes"),
+)
 
 
 @dataclasses.dataclass
 class Report:
-    """Holds the figures of one run, not of those that it continues; seconds are wall-clock.
+    """Holds what a submission has, and the figures of the last run that generated; seconds are wall-clock.
 
-    ``tokens_generated`` counts the tokens of new sequences that were stored. ``generate_seconds`` is the time
-    from the first call until the last row is on disk, without loading and compiling. ``sequences`` and the
-    score are over all that was asked for, whenever it was made. ``slot_steps`` are the decode steps of all
-    slots of ``--generation continuous``; in ``live_steps`` of them the slot held a sequence that had not
-    ended.
-    With several processes ``processes`` holds the figures of each, and all others are totals.
+    Tasks, sequences and scores are over all that the submission has, whenever it was made; ``*_solved``
+    counts the two attempts, ``*_solved_by_any`` every prediction. The other figures are of one run, not of
+    those that it continues: that of ``made_at``, in UTC. ``tokens_generated`` counts the tokens of its new
+    sequences that were stored. ``generate_seconds`` is the time from the first call until the last row is on
+    disk, without loading and compiling. ``slot_steps`` are the decode steps of all slots of
+    ``--generation continuous``; in ``live_steps`` of them the slot held a sequence that had not ended. With
+    several processes ``processes`` holds the figures of each, and all others are totals.
     """
 
     model: str
@@ -53,6 +59,9 @@ class Report:
     tests_known: int = 0
     tasks_solved: int = 0
     tasks_known: int = 0
+    tests_solved_by_any: int = 0
+    tasks_solved_by_any: int = 0
+    made_at: str = ""
     stopped_early: bool = False
     processes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -66,16 +75,46 @@ class Report:
         """Returns the share of slot steps that served a sequence, from 0 to 1."""
         return self.live_steps / self.slot_steps if self.slot_steps else 0.0
 
-    def add_failed_sequences(self, records: Sequence[SequenceRecord]) -> None:
-        """Lists those of ``records`` that failed, each with its reason."""
-        self.sequences_failed = [
-            {
-                "sequence": f"{r.task_id} test {r.test_index} {r.augmentation} sample {r.sample_index}",
-                "reason": r.failure or "",
-            }
-            for r in records
-            if r.failed
+    def count(self, book: Book, new: int) -> None:
+        """Counts what a submission has: its tasks, predictions and scores; ``new`` of them were just made."""
+        predictions = list(book.predictions())
+        self.tasks = len(book.tasks)
+        self.tasks_failed = [
+            {"task_id": task_id, "reason": task.failure}
+            for task_id, task in book.tasks.items()
+            if task.failure is not None
         ]
+        self.sequences = len(predictions)
+        self.sequences_resumed = len(predictions) - new
+        self.sequences_failed = [
+            {"sequence": f"{task_id} test {i} {one.augmentation} sample {one.sample}", "reason": one.failure}
+            for task_id, i, one in predictions
+            if one.failure is not None
+        ]
+        self.grids_parsed = sum(one.grid is not None for _, _, one in predictions)
+        attempts, any_prediction = book.scores()
+        self.tests_solved, self.tests_known = attempts.tests_solved, attempts.tests_known
+        self.tasks_solved, self.tasks_known = attempts.tasks_solved, attempts.tasks_known
+        self.tests_solved_by_any = any_prediction.tests_solved
+        self.tasks_solved_by_any = any_prediction.tasks_solved
+
+    def stamp(self) -> None:
+        """Notes the time, if this run has generated something."""
+        if self.tokens_generated:
+            self.made_at = (
+                datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds").removesuffix("+00:00")
+            )
+
+    def keep_figures(self, earlier: Mapping[str, Any]) -> None:
+        """Takes over the figures of an earlier report that are younger than these, or these are of nothing.
+
+        Figures of another form than ours are not taken over.
+        """
+        if not all(type(earlier.get(name)) is type(getattr(self, name)) for name in FIGURES):
+            return
+        if earlier["made_at"] > self.made_at and all(map(_is_of_process, earlier["processes"])):
+            for name in FIGURES:
+                setattr(self, name, earlier[name])
 
     def measure_memory(self) -> None:
         """Measures the peak bytes of the fullest device, or of this process if devices do not count (CPU)."""
@@ -91,6 +130,7 @@ class Report:
     def text(self) -> str:
         """Returns the report for a person, in lines."""
         new = self.sequences - self.sequences_resumed
+        when = "" if new else f" (run of {self.made_at} UTC)"
         lines = [
             "stopped early; the same command continues" if self.stopped_early else "done",
             f"  model             {self.model} on {self.device}",
@@ -98,7 +138,7 @@ class Report:
             f"  sequences         {self.sequences} ({self.sequences_resumed} were there already, "
             f"{len(self.sequences_failed)} failed)",
         ]
-        if new:
+        if new or self.tokens_generated:
             compiled = f", {self.programs} shapes compiled in {self.compile_seconds:.1f} s"
             lines += [
                 f"  process {one['process']:<9d} {one['sequences_made']} sequences, "
@@ -107,7 +147,7 @@ class Report:
             ]
             lines += [
                 f"  tokens generated  {self.tokens_generated} in {self.generate_seconds:.1f} s: "
-                f"{self.tokens_per_second:.1f} tokens/s",
+                f"{self.tokens_per_second:.1f} tokens/s{when}",
                 *self._occupancy_lines(),
                 f"  before that       weights loaded in {self.load_seconds:.1f} s"
                 f"{compiled if self.programs else ''}",
@@ -121,6 +161,9 @@ class Report:
             lines.append(
                 f"  solved            {self.tasks_solved} of {self.tasks_known} tasks, "
                 f"{self.tests_solved} of {self.tests_known} tests"
+            )
+            lines.append(
+                f"  by any prediction {self.tasks_solved_by_any} tasks, {self.tests_solved_by_any} tests"
             )
         lines += _listing("failed task    ", [(f["task_id"], f["reason"]) for f in self.tasks_failed])
         lines += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
@@ -137,19 +180,14 @@ class Report:
         return dataclasses.asdict(self) | derived
 
 
+def _is_of_process(value: object) -> bool:
+    """Tells whether a value has the form of an entry of ``Report.processes``."""
+    kinds = {"process": int, "sequences_made": int, "tokens_generated": int, "generate_seconds": float}
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in kinds.items())
+
+
 def _listing(kind: str, failures: Sequence[tuple[str, str]]) -> list[str]:
-    lines = [f"  {kind}   {name}: {reason}" for name, reason in failures[:_LISTED]]
+    lines = [f"  {kind}   {shown(name)}: {shown(reason, 2000)}" for name, reason in failures[:_LISTED]]
     if len(failures) > _LISTED:
         lines.append(f"  {kind}   and {len(failures) - _LISTED} more, listed in the report file")
     return lines
-
-
-def report_path(options: RunOptions) -> Path:
-    """Returns where the report is written: ``submission.report.json`` beside ``submission.json``."""
-    path = Path(options.output_filepath)
-    return path.with_name(f"{path.stem}.report.json")
-
-
-def failure_entries(failures: Sequence[TaskFailure]) -> list[dict[str, str]]:
-    """Returns tasks that failed, in the form of ``Report.tasks_failed``."""
-    return [{"task_id": failure.task_id, "reason": failure.reason} for failure in failures]

@@ -42,7 +42,7 @@ class Call:
 def build_requests(
     tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, settings: StoreSettings, context: int
 ) -> tuple[list[SequenceRequest], list[TaskFailure]]:
-    """Builds what is to be generated for every task, in the order of the submission's attempts.
+    """Builds what is to be generated for every task, in the order of its predictions.
 
     A task with a prompt that is too long is a failure as a whole. ``context`` is the model's largest number
     of tokens, prompt and answer together. ``settings`` are the store's: they decide each sequence's key.
@@ -71,10 +71,11 @@ def build_requests(
             ids_of[task.task_id].append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
     requests: list[SequenceRequest] = []
     failures: list[TaskFailure] = []
-    for task_id, ids in ids_of.items():
+    for task in tasks:
+        ids = ids_of[task.task_id]
         problem = _problem(ids, options.max_output_tokens, context)
         if problem:
-            failures.append(TaskFailure(task_id, problem))
+            failures.append(TaskFailure(task.task_id, problem, len(task.test)))
         else:
             requests += [_request(sequence_id, options, settings) for sequence_id in ids]
     return requests, failures

@@ -16,6 +16,7 @@ from runner_cases import (
     COMMAND,
     TINY,
     arguments,
+    book,
     copy_small,
     digests,
     environment,
@@ -36,6 +37,7 @@ import generate_jitted
 from activation_store import verify_coverage, verify_store
 from arc_runner import continuous_loop
 from arc_runner.loaded_model import LoadedModel
+from arc_runner.report import FIGURES
 from qwen2_engine import ContinuousEngine
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
@@ -102,11 +104,14 @@ def test_every_augmentation_of_every_task_is_stored_and_the_store_verifies(finis
         assert errors.max() < FLOAT32_ERROR
 
 
-def test_the_submission_has_an_attempt_for_each_prediction(finished: Path):
+def test_the_submission_has_two_attempts_at_each_test_and_the_predictions_are_all_kept(finished: Path):
     answers = json.loads(submission(finished))
     assert list(answers) == [f"task-{i}" for i in range(4)]
     for tests in answers.values():
         assert [list(attempts) for attempts in tests] == [["attempt_1", "attempt_2"]]
+    kept = [one for _, _, one in book(finished).predictions()]
+    assert {one.key for one in kept} == set(digests(finished))
+    assert {one.augmentation for one in kept} == {"identity", "rot90"}
 
 
 WITH_PROMPT = {"extract_prompt": True, "temperature": 1}  # two samples of one prompt
@@ -222,7 +227,7 @@ def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     run_four(tmp_path)
-    before = digests(tmp_path), submission(tmp_path)
+    before, worked = (digests(tmp_path), submission(tmp_path)), report(tmp_path)
     monkeypatch.setattr(LoadedModel, "load", lambda *_: pytest.fail("there is nothing to load the model for"))
     outcome = run_main(tmp_path)
     assert outcome.code == DONE
@@ -230,7 +235,8 @@ def test_a_second_run_makes_nothing_and_leaves_the_same_bytes(
     assert (digests(tmp_path), submission(tmp_path)) == before
     figures = report(tmp_path)
     assert (figures["sequences"], figures["sequences_resumed"]) == (8, 8)
-    assert (figures["tokens_generated"], figures["bytes_stored"], figures["tokens_per_second"]) == (0, 0, 0)
+    assert {name: figures[name] for name in FIGURES} == {name: worked[name] for name in FIGURES}
+    assert figures["tokens_per_second"] == worked["tokens_per_second"] > 0
 
 
 def test_finished_sequences_are_committed_once_they_have_waited_long_enough(

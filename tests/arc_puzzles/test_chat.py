@@ -9,8 +9,9 @@ from puzzle_cases import ENCODER_NAMES, GOOD_TASK, SHAPE, check_prompts, write
 from transformers import AutoTokenizer
 
 from arc_puzzles.chat import PROMPT_VERSIONS, build_messages, encode_prompt, encode_prompts
+from arc_puzzles.data_sets import load_tasks
 from arc_puzzles.grids import create_grid_encoder
-from arc_puzzles.tasks import ArcTask, Pair, load_tasks
+from arc_puzzles.tasks import ArcTask, Pair
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 
 

@@ -14,7 +14,9 @@ from arc_runner.data import EXAMPLE_MODEL
 
 
 @pytest.mark.parametrize(
-    "module", ["arc_puzzles", "arc_puzzles.augmentations", "arc_puzzles.grids"], ids=lambda name: name
+    "module",
+    ["arc_puzzles", "arc_puzzles.augmentations", "arc_puzzles.grids", "arc_puzzles.voting"],
+    ids=lambda name: name,
 )
 def test_the_example_gives_what_it_shows(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "training.json").write_text(json.dumps({"good": GOOD}))

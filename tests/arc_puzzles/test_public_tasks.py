@@ -22,7 +22,11 @@ def test_all_400_public_tasks_load_and_their_prompts_are_whole():
         check_prompts(task, SHAPE, "output-from-examples-v0")
         for i, pair in enumerate(task.test):
             assert pair.output is not None
-            attempts[task.task_id, i] = [parse_answer(f"Sure!\n{SHAPE.encode(pair.output)}", SHAPE)]
-    result = score(loaded.tasks, build_submission(loaded.tasks, attempts))
+            answer = parse_answer(f"Sure!\n{SHAPE.encode(pair.output)}", SHAPE)
+            assert answer is not None
+            attempts[task.task_id, i] = [answer]
+    result = score({task.task_id: task.outputs for task in loaded.tasks}, attempts)
     assert (result.tasks_solved, result.tests_solved) == (400, len(attempts))
     assert len(attempts) == 416
+    submission = build_submission(loaded.outline, attempts)
+    assert sum(map(len, submission.values())) == 416

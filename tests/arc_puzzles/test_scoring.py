@@ -1,13 +1,14 @@
 """Answers found in a model's text, submissions, and scores."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from puzzle_cases import ENCODER_NAMES, GOOD_TASK, MINIMAL, NUMBERED, SHAPE, without_test_outputs
+from puzzle_cases import ENCODER_NAMES, GOOD_TASK, MINIMAL, NUMBERED, SHAPE, small_grids
 
-from arc_puzzles.grids import create_grid_encoder
+from arc_puzzles.grids import Grid, create_grid_encoder
 from arc_puzzles.scoring import Score, build_submission, parse_answer, score
-from arc_puzzles.tasks import ArcTask, Pair
 
 # --- Answers ------------------------------------------------------------------------------------------------
 
@@ -48,41 +49,69 @@ def test_parse_answer_never_raises_and_returns_only_grids_that_are_in_the_text(n
     assert grid is None or encoder.encode(grid) in text
 
 
-# --- Scores and submissions ---------------------------------------------------------------------------------
+# --- Submissions --------------------------------------------------------------------------------------------
 
 RIGHT, WRONG = ((4, 3),), ((3, 4),)
+NOTHING = [[0, 0], [0, 0]]
 
 
 def test_build_submission_by_example():
-    submission = build_submission([GOOD_TASK], {("good", 0): [RIGHT, None], ("good", 1): [WRONG]})
+    submission = build_submission(
+        [("good", 2), ("failed", 3)],
+        {("good", 0): [RIGHT, WRONG, ((9,),)], ("good", 1): [WRONG]},
+    )
     assert submission == {
-        "good": [{"attempt_1": [[4, 3]], "attempt_2": []}, {"attempt_1": [[3, 4]]}],
+        "good": [
+            {"attempt_1": [[4, 3]], "attempt_2": [[3, 4]]},
+            {"attempt_1": [[3, 4]], "attempt_2": NOTHING},
+        ],
+        "failed": [{"attempt_1": NOTHING, "attempt_2": NOTHING}] * 3,
     }
 
 
-def test_a_test_without_attempts_is_in_the_submission_and_stray_attempts_are_refused():
-    assert build_submission([GOOD_TASK], {}) == {"good": [{}, {}]}
-    with pytest.raises(ValueError, match="attempts at test 2 of 'good', which is not in the tasks"):
-        build_submission([GOOD_TASK], {("good", 2): [RIGHT]})
+def test_attempts_at_a_test_that_is_not_there_are_refused():
+    for stray in (("good", 2), ("other", 0)):
+        with pytest.raises(ValueError, match=f"attempts at test {stray[1]} of '{stray[0]}', which is not in"):
+            build_submission([("good", 2)], {stray: [RIGHT]})
 
 
-def solvable(task_id: str) -> ArcTask:
-    return ArcTask(task_id, GOOD_TASK.train, (Pair(((1,),), ((1,),)), Pair(((2,),), ((2,),))))
+@settings(derandomize=True, deadline=None, max_examples=100, database=None)
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(1, 3), max_size=5),
+    st.lists(st.lists(small_grids, max_size=3), min_size=15, max_size=15),
+)
+def test_a_submission_has_the_shape_that_kaggle_takes(outline: dict[str, int], grids: list[list[Grid]]):
+    tests = [(task_id, i) for task_id, n_tests in outline.items() for i in range(n_tests)]
+    attempts = dict(zip(tests, grids, strict=False))
+    submission = json.loads(json.dumps(build_submission(outline.items(), attempts)))
+    assert list(submission) == list(outline)
+    for task_id, answers in submission.items():
+        assert len(answers) == outline[task_id]
+        for answer in answers:
+            assert list(answer) == ["attempt_1", "attempt_2"]
+            for grid in answer.values():
+                assert len({len(row) for row in grid}) == 1
+                assert all(type(cell) is int and 0 <= cell <= 9 for row in grid for cell in row)
+
+
+# --- Scores -------------------------------------------------------------------------------------------------
+
+SOLVABLE = {"s": (((1,),), ((2,),))}
 
 
 @pytest.mark.parametrize(
     ("attempts", "tests_solved", "tasks_solved"),
     [
         ({("s", 0): [((1,),)], ("s", 1): [((2,),)]}, 2, 1),
-        ({("s", 0): [None, ((9,),), ((1,),)], ("s", 1): [((2,),)]}, 2, 1),  # any attempt counts
+        ({("s", 0): [((9,),), ((1,),)], ("s", 1): [((2,),)]}, 2, 1),  # any attempt counts
         ({("s", 0): [((1,),)], ("s", 1): [((1,),)]}, 1, 0),  # all tests have to be solved
-        ({("s", 0): [((1, 1),)], ("s", 1): [None]}, 0, 0),
+        ({("s", 0): [((1, 1),)], ("s", 1): []}, 0, 0),
+        ({("other", 0): [((1,),)]}, 0, 0),
         ({}, 0, 0),
     ],
 )
 def test_a_test_needs_one_right_attempt_and_a_task_all_its_tests(attempts, tests_solved, tasks_solved):
-    task = solvable("s")
-    assert score([task], build_submission([task], attempts)) == Score(
+    assert score(SOLVABLE, attempts) == Score(
         tasks_solved=tasks_solved,
         tasks_known=1,
         tasks_unknown=0,
@@ -93,14 +122,13 @@ def test_a_test_needs_one_right_attempt_and_a_task_all_its_tests(attempts, tests
 
 
 def test_tests_without_known_outputs_are_counted_separately():
-    tasks = [GOOD_TASK, without_test_outputs(solvable("u"))]
-    submission = build_submission(tasks, {("good", 0): [RIGHT], ("good", 1): [((5,),)], ("u", 0): [None]})
-    assert score(tasks, submission) == Score(
+    outputs = {"good": GOOD_TASK.outputs, "u": (None, None)}
+    attempts = {("good", 0): [RIGHT], ("good", 1): [((5,),)], ("u", 0): [WRONG]}
+    assert score(outputs, attempts) == Score(
         tasks_solved=0, tasks_known=0, tasks_unknown=2, tests_solved=1, tests_known=1, tests_unknown=3
     )
 
 
-def test_a_missing_answer_counts_as_not_solved():
-    task = solvable("s")
-    assert score([task], {}).tests_solved == 0
-    assert score([task], {"s": [{"attempt_1": [[1]]}]}).tests_solved == 1
+def test_the_placeholder_of_a_missing_attempt_solves_nothing():
+    assert score({"t": (((0, 0), (0, 0)),)}, {}).tests_solved == 0
+    assert score({"t": (((0, 0), (0, 0)),)}, {("t", 0): [((0, 0), (0, 0))]}).tests_solved == 1

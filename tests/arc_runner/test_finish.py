@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from runner_cases import (
     Outcome,
+    assert_refused,
+    book,
     copy_small,
     puzzle,
     report,
     run_main,
     run_python,
     small_checkpoint,
+    store_of,
+    submission,
     write_tasks,
 )
 from spoil import (
     tensors,
 )
+
+from activation_store.checked_json import unseal
+from arc_runner.report import FIGURES
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
@@ -95,3 +104,132 @@ def test_merge_answers_from_a_store_that_cannot_be_written(finished: Path):
     assert batches > 0
     assert verified == 0
     assert after == before
+
+
+# --- Kaggle's files -----------------------------------------------------------------------------------------
+
+
+def challenge(*rows: list[int]) -> dict[str, Any]:
+    """A task whose tests have no outputs."""
+    return puzzle(1, 2) | {"test": [{"input": [row]} for row in rows]}
+
+
+CHALLENGES = {
+    "00576224": challenge([3, 2]),
+    "12997ef3": challenge([1, 2], [4, 5]),
+    "too-long": challenge([7, 8]) | {"train": puzzle(1)["train"] * 4000},
+    "malformed": challenge([7, 8], [8, 9]) | {"train": []},
+}
+SOLUTIONS = {
+    "00576224": [[[2, 3]]],
+    "12997ef3": [[[2, 1]], [[5, 4]]],
+    "too-long": [[[8, 7]]],
+    "malformed": [[[8, 7]], [[9, 8]]],
+}
+
+
+def kaggle(folder: Path) -> dict[str, Any]:
+    write_tasks(folder / "arc_challenges.json", **CHALLENGES)
+    write_tasks(folder / "arc_solutions.json", **SOLUTIONS)
+    return {"dataset_path": folder / "arc_challenges.json"}
+
+
+def assert_taken_by_kaggle(folder: Path) -> None:
+    """Reads the submission as the competition does: all ids, a list as long as the tests, two grids each."""
+    answers = json.loads(submission(folder))
+    assert list(answers) == list(CHALLENGES)
+    for task_id, tests in answers.items():
+        assert len(tests) == len(CHALLENGES[task_id]["test"])
+        for test in tests:
+            assert list(test) == ["attempt_1", "attempt_2"]
+            for grid in test.values():
+                assert 1 <= len(grid) <= 30
+                assert {len(row) for row in grid} <= set(range(1, 31))
+                assert len({len(row) for row in grid}) == 1
+                assert all(type(cell) is int and 0 <= cell <= 9 for row in grid for cell in row)
+
+
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kaggle")
+    outcome = run_main(folder, **kaggle(folder))
+    assert (outcome.code, outcome.err) == (TASKS_FAILED, "")
+    assert f"right answers from {folder}/arc_solutions.json\n" in outcome.out
+    return folder
+
+
+def test_kaggles_challenges_and_solutions_are_answered_and_scored(answered: Path):
+    assert_taken_by_kaggle(answered)
+    figures = report(answered)
+    assert [one["task_id"] for one in figures["tasks_failed"]] == ["too-long", "malformed"]
+    assert (figures["tasks"], figures["sequences"]) == (4, 6)
+    assert (figures["tasks_known"], figures["tests_known"]) == (3, 4)
+    assert len(store_of(answered).outcomes()) == 6
+    content, intact = unseal(figures)
+    assert intact
+    for name, digest in content["sha256"].items():
+        assert hashlib.sha256((answered / name).read_bytes()).hexdigest() == digest
+    grids = [one.grid for _, _, one in book(answered).predictions()]
+    assert figures["grids_parsed"] == sum(grid is not None for grid in grids)
+
+
+@pytest.mark.parametrize(
+    "flags", [{"n_tasks": 1}, {"predictions_per_task": 1}, {"n_tasks": 1, "merge": True}]
+)
+def test_asking_for_less_of_the_same_store_shrinks_nothing(
+    answered: Path, no_weights: None, flags: dict[str, Any]
+):
+    before, figures = submission(answered), report(answered)
+    outcome = run_main(answered, **kaggle(answered), **flags)
+    assert outcome.code == (DONE if "n_tasks" in flags else TASKS_FAILED)
+    assert submission(answered) == before
+    assert "kept from earlier runs of this store: " in outcome.out
+    assert f"tokens/s (run of {figures['made_at']} UTC)" in outcome.out
+    now = report(answered)
+    assert {name: now[name] for name in FIGURES} == {name: figures[name] for name in FIGURES}
+    for name in ("tasks", "sequences", "tasks_failed", "tests_solved", "tests_known", "grids_parsed"):
+        assert now[name] == figures[name]
+    assert not list(answered.glob("submission.1*"))
+
+
+@pytest.mark.parametrize("merge", [None, True])
+@pytest.mark.parametrize("damage", ["cut off", "a folder", "a list"])
+def test_damaged_outcomes_are_made_again_by_a_run_and_by_a_merge(
+    answered: Path, no_weights: None, merge: bool | None, damage: str
+):
+    path = answered / "activations" / "outcomes.json"
+    before, content = store_of(answered).outcomes(), path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content[:100] if damage == "cut off" else b"[1, 2]")
+    outcome = run_main(answered, **kaggle(answered), merge=merge)
+    assert outcome.code == TASKS_FAILED
+    assert "outcomes.json was damaged; it is made anew" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert store_of(answered).outcomes() == before
+
+
+def test_a_submission_of_something_else_is_set_aside(answered: Path, tmp_path: Path, no_weights: None):
+    (tmp_path / "submission.json").write_text('{"precious": []}')
+    outcome = run_main(tmp_path, **kaggle(answered), activations_dir=answered / "activations")
+    assert f"what was in {tmp_path}/submission.json is now in submission.1.json and beside it" in outcome.out
+    assert (tmp_path / "submission.1.json").read_text() == '{"precious": []}'
+    assert submission(tmp_path) == submission(answered)
+
+
+def test_solutions_of_another_data_set_are_refused_before_the_weights_are_read(
+    tmp_path: Path, no_weights: None
+):
+    flags = kaggle(tmp_path)
+    other = write_tasks(tmp_path / "other.json", other=[[[1]]])
+    outcome = run_main(tmp_path, **flags, solutions_path=other)
+    assert_refused(
+        outcome, f"{other} has no solution of task 00576224 and 2 other tasks; it belongs to another"
+    )
+    solutions = {"dataset_path": tmp_path / "arc_solutions.json"}
+    assert_refused(
+        run_main(tmp_path, **solutions), "holds solutions, not tasks; name the file of the challenges"
+    )
+    assert_refused(run_main(tmp_path, **flags, solutions_path=""), "--solutions_path is empty")

@@ -191,7 +191,9 @@ def test_a_bad_task_fails_alone_and_is_listed(tmp_path: Path):
     assert [failure["task_id"] for failure in report(tmp_path)["tasks_failed"]] == [t[0] for t in BAD_TASKS]
     for task_id, _, reason in BAD_TASKS:
         assert f"  failed task       {task_id}: {reason}" in outcome.out
-    assert list(json.loads((tmp_path / "submission.json").read_text())) == ["good", "good_too"]
+    answers = json.loads((tmp_path / "submission.json").read_text())
+    assert list(answers) == ["good", *bad, "good_too"]
+    assert all(list(one) == ["attempt_1", "attempt_2"] for tests in answers.values() for one in tests)
     assert len(ActivationStore(tmp_path / "activations")) == 4
     # What lies beyond --n_tasks is nobody's business.
     assert run_main(tmp_path, n_tasks=1).code == DONE

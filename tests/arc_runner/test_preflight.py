@@ -103,7 +103,7 @@ def test_a_place_below_a_regular_file_is_refused(flag: str, sentence: str, tmp_p
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("name", ["submission.json", "submission.report.json"])
+@pytest.mark.parametrize("name", ["submission.json", "submission.predictions.json", "submission.report.json"])
 def test_an_answer_file_that_is_a_directory_is_refused(name: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     (tmp_path / name).mkdir()
@@ -111,7 +111,7 @@ def test_an_answer_file_that_is_a_directory_is_refused(name: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("name", ["tasks.json", "submission.report.json"])
+@pytest.mark.parametrize("name", ["tasks.json", "submission.predictions.json", "submission.report.json"])
 def test_a_data_set_is_never_written_over(name: str, tmp_path: Path):
     data = write_tasks(tmp_path / name, task=puzzle(1, 2))
     before = data.read_bytes()
@@ -125,7 +125,12 @@ def test_a_data_set_is_never_written_over(name: str, tmp_path: Path):
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
-    ("flag", "name"), [("output_filepath", "tasks/submission.json"), ("activations_dir", "tasks")]
+    ("flag", "name"),
+    [
+        ("output_filepath", "tasks/submission.json"),
+        ("output_filepath", "tasks/deep/down/submission.json"),
+        ("activations_dir", "tasks"),
+    ],
 )
 def test_nothing_is_written_into_a_directory_of_tasks(flag: str, name: str, tmp_path: Path):
     (tmp_path / "tasks").mkdir()
@@ -133,6 +138,62 @@ def test_nothing_is_written_into_a_directory_of_tasks(flag: str, name: str, tmp_
     outcome = run_main(tmp_path, dataset_path=tmp_path / "tasks", **{flag: tmp_path / name})
     assert_refused(outcome, f"--{flag}: in {tmp_path}/tasks, the data set, every .json file is a task")
     assert [file.name for file in (tmp_path / "tasks").iterdir()] == ["one.json"]
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("activations/manifest.json", "activations/manifest.json lies in the store {folder}/activations"),
+        (
+            "activations/host-00000/index.jsonl",
+            "lies in the store {folder}/activations; name a place",
+        ),
+        ("activations/new/deep.json", "lies in the store {folder}/activations"),
+        ("x/../activations/outcomes.json", "lies in the store {folder}/activations"),
+        ("link/manifest.json", "lies in the store {folder}/activations"),
+        ("linked.json", "{folder}/linked.json lies in the store {folder}/activations"),
+        ("activations", "--output_filepath and --activations_dir are both {folder}/activations"),
+        ("model/config.json", "lies in the model's directory; name another directory"),
+        ("model/sub/s.json", "lies in the model's directory"),
+        ("s_solutions.json", "s_solutions.json is the file of the solutions; name another file"),
+        ("hard.json", "hard.json is the data set; name another file"),
+        ("pipe.json", "pipe.json is not a regular file; name another"),
+        ("s_challenges.json", "s_challenges.json is the data set; name another file"),
+    ],
+)
+def test_an_answer_is_never_written_over_the_store_or_an_input(output: str, sentence: str, tmp_path: Path):
+    tasks = write_tasks(tmp_path / "s_challenges.json", task=puzzle(1, 2))
+    write_tasks(tmp_path / "s_solutions.json", task=[[[2, 1]]])
+    store = tmp_path / "activations"
+    (store / "host-00000").mkdir(parents=True)
+    (store / "manifest.json").write_text("{}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to(store)
+    (tmp_path / "linked.json").symlink_to(store / "manifest.json")
+    (tmp_path / "hard.json").hardlink_to(tasks)
+    os.mkfifo(tmp_path / "pipe.json")
+    model = copy_small(tmp_path / "model")
+    flags = {"dataset_path": tasks, "model_path": model, "output_filepath": tmp_path / output}
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert_refused(run_main(tmp_path, **flags), sentence.format(folder=tmp_path))
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert (store / "manifest.json").read_text() == "{}"
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["s.predictions.json", "s.report.json"])
+def test_the_files_beside_the_submission_replace_no_input_either(name: str, tmp_path: Path):
+    write_tasks(tmp_path / name, task=[[[2, 1]]])
+    tasks = write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    flags = {"dataset_path": tasks, "solutions_path": tmp_path / name, "output_filepath": tmp_path / "s.json"}
+    assert_refused(run_main(tmp_path, **flags), f"{tmp_path / name} is the file of the solutions")
+    flags = {
+        "dataset_path": tasks,
+        "activations_dir": tmp_path / name,
+        "output_filepath": tmp_path / "s.json",
+    }
+    assert_refused(run_main(tmp_path, **flags), f"{tmp_path / name} lies in the store")
 
 
 # Each command line is run as nobody where root runs the tests. The first one is run as root: it gets as far

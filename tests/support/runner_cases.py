@@ -22,6 +22,7 @@ from lively import rewrite_json, rewrite_safetensors, row_errors
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
 from arc_runner.data import EXAMPLE_MODEL
+from arc_runner.predictions import Book
 from distributed_kv_cached_inference import main
 from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -195,6 +196,11 @@ def submission(folder: Path) -> bytes:
 
 def store_of(folder: Path) -> ActivationStore:
     return ActivationStore(folder / "activations")
+
+
+def book(folder: Path) -> Book:
+    """All predictions of a run's submission."""
+    return Book.from_json(json.loads((folder / "submission.predictions.json").read_text())["tasks"])
 
 
 def report(folder: Path) -> dict[str, Any]:
