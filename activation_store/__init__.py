@@ -9,6 +9,7 @@
 ``python -m activation_store`` is the command line that looks after a store.
 """
 
+from activation_store.catalogue import write_outcomes
 from activation_store.format import (
     FinishedSequence,
     SequenceId,
@@ -21,9 +22,10 @@ from activation_store.format import (
     sequence_key,
 )
 from activation_store.legacy_import import import_legacy
-from activation_store.reader import ActivationStore, RowColumns, RowFilter, write_outcomes
+from activation_store.reader import ActivationStore
 from activation_store.recovery import repair_store
 from activation_store.retry import RetryPolicy, at_once
+from activation_store.rows import RowColumns, RowFilter
 from activation_store.saelens_export import export_saelens
 from activation_store.shuffle import RowBatch, ShuffledBatches
 from activation_store.statistics import LayerStatistics

@@ -4,14 +4,17 @@ Only each line's key and its position in the file are held, about 150 bytes a se
 they are asked for, so that a million of them open in seconds.
 """
 
+import re
 import threading
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
-from activation_store.format import MANIFEST, SequenceRecord, decode_line, line_key
+from activation_store.format import MANIFEST, SequenceRecord, StoreError, decode_line, line_key
 from activation_store.store_files import FileStatus, StoreFiles
 
+_KEY = re.compile("[0-9a-f]{32}")
 _WINDOW = 1 << 24  # bytes of an index held at a time
 
 
@@ -24,6 +27,10 @@ def index_lines(files: StoreFiles, name: str, size: int) -> Iterator[bytes]:
         yield from (line + b"\n" for line in lines)
     if rest:
         yield rest
+
+
+def _is_key(key: object) -> TypeGuard[str]:
+    return isinstance(key, str) and _KEY.fullmatch(key) is not None
 
 
 @dataclass
@@ -114,18 +121,33 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
 
     def __contains__(self, key: object) -> bool:
         with self._lock:  # another thread may be reading all of it anew
-            return isinstance(key, str) and bytes.fromhex(key) in self._ordinals
+            return _is_key(key) and bytes.fromhex(key) in self._ordinals
 
     def __iter__(self) -> Iterator[str]:
         return (key.hex() for key in list(self._ordinals))
 
     def __getitem__(self, key: str) -> SequenceRecord:
         with self._lock:
-            ordinal = self._ordinals[bytes.fromhex(key)]
-            segment = self._segments[self._segment_names[self._segment_of[ordinal]]]
-            start = self._offset_of[ordinal]
-            line = self._files.read(segment.name, start, start + self._length_of[ordinal])
-        return decode_line(line, segment.host)
+            if not _is_key(key):
+                raise KeyError(key)
+            record = self._record(self._ordinals[bytes.fromhex(key)])
+        if record.key != key:
+            raise StoreError(
+                f"the index was written anew, by a repair or a resume: open it again to read {key}"
+            )
+        return record
+
+    def at(self, number: int) -> SequenceRecord:
+        """Returns the sequence with this number, from 0 in the mapping's order; IndexError without it."""
+        with self._lock:
+            return self._record(number)
+
+    def _record(self, ordinal: int) -> SequenceRecord:
+        segment = self._segments[self._segment_names[self._segment_of[ordinal]]]
+        start = self._offset_of[ordinal]
+        return decode_line(
+            self._files.read(segment.name, start, start + self._length_of[ordinal]), segment.host
+        )
 
     def records(self) -> Iterator[SequenceRecord]:
         """Yields all records in order, reading index files in large pieces: much quicker than key by key."""

@@ -22,7 +22,9 @@ import ml_dtypes
 import numpy as np
 
 from activation_store.format import SequenceRecord, StoreError, hook_name
-from activation_store.reader import SHARDS_AHEAD, ActivationStore, RowFilter, ahead
+from activation_store.open_shards import SHARDS_AHEAD, ahead
+from activation_store.reader import ActivationStore
+from activation_store.rows import RowFilter
 from activation_store.shard import ALIGNMENT, Shard
 
 BLOCK_ROWS = 128

@@ -84,8 +84,7 @@ def _read_answers(
     for record in records:
         grid = None
         if not record.failed:
-            text = tokenizer.decode(store.generated_tokens(record).tolist(), skip_special_tokens=True)
-            grid = parse_answer(text, encoder)
+            grid = parse_answer(store.answer(record, tokenizer), encoder)
         if grid is not None:
             grid = Augmentation.parse(record.augmentation).inverse().apply(grid)
             report.grids_parsed += 1
