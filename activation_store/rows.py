@@ -153,6 +153,13 @@ def _layer_number(layer: Any) -> int:
         ) from None
 
 
+def whole(value: Any, name: str) -> int:
+    """Returns a whole number of at least 0 as an int; raises StoreError for anything else."""
+    if not _is_whole(value) or operator.index(value) < 0:
+        raise StoreError(f"{name} must be a whole number of at least 0, not {value!r}")
+    return operator.index(value)
+
+
 def _is_whole(value: Any) -> bool:
     """Returns whether a value is a whole number; True and False, of any library, are not."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
