@@ -3,6 +3,7 @@
     with ActivationWriter("activations", settings, provenance={...}) as writer:
         writer.submit(finished_sequences)                # durable in the background, batch by batch
     store = ActivationStore("activations")
+    rows = store.rows(store[0], layer=12)                # float32; also tokens, text, a DataFrame
     for batch in ShuffledBatches(store, layer=12, batch_size=4096):
         ...
 
