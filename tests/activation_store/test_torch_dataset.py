@@ -152,7 +152,7 @@ def test_a_missing_torch_is_one_sentence(store: ActivationStore, monkeypatch: py
     [
         ("fork", "some"),
         pytest.param("fork", "all", marks=pytest.mark.slow),
-        pytest.param("spawn", "some", marks=pytest.mark.slow),
+        pytest.param("spawn", "few", marks=pytest.mark.slow),
     ],
 )
 def test_workers_read_every_row_once_an_epoch(store: ActivationStore, tmp_path: Path, method: str, part: str):
