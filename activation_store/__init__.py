@@ -3,6 +3,7 @@
     with ActivationWriter("activations", settings, provenance={...}) as writer:
         writer.submit(finished_sequences)                # durable in the background, batch by batch
     store = ActivationStore("activations")
+    rows = store.rows(store[0], layer=12)                # float32; also tokens, text, a DataFrame
     for batch in ShuffledBatches(store, layer=12, batch_size=4096):
         ...
 
@@ -23,9 +24,10 @@ from activation_store.format import (
 )
 from activation_store.legacy_import import import_legacy
 from activation_store.outcomes import write_outcomes
-from activation_store.reader import ActivationStore, RowColumns, RowFilter
+from activation_store.reader import ActivationStore
 from activation_store.repair import drop_sequences, repair_store
 from activation_store.retry import RetryPolicy, at_once
+from activation_store.rows import RowColumns, RowFilter
 from activation_store.saelens_export import export_saelens
 from activation_store.shuffle import RowBatch, ShuffledBatches
 from activation_store.statistics import LayerStatistics

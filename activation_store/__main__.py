@@ -22,9 +22,10 @@ from tqdm import tqdm
 from activation_store.dataset_check import stale_sequences, verify_coverage, verify_prompts
 from activation_store.format import SequenceRecord, StoreError
 from activation_store.legacy_import import import_legacy
-from activation_store.reader import ActivationStore, RowFilter
+from activation_store.reader import ActivationStore
 from activation_store.repair import drop_sequences, repair_store
 from activation_store.report_check import verify_report
+from activation_store.rows import RowFilter
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
 from qwen2_core.messages import masked, printable
@@ -179,7 +180,7 @@ def _stale(store: ActivationStore, options: argparse.Namespace) -> list[Sequence
     if not options.dataset:
         return None
     from activation_store.prompts import load_tokenizer, sequences_now  # needs transformers
-    from arc_puzzles.tasks import load_tasks
+    from arc_puzzles.data_sets import load_tasks
 
     path = options.model_path or str(store.provenance.get("model_id", ""))
     if not path or not (options.model_path or Path(path).is_dir()):

@@ -12,7 +12,7 @@ DIRECTORY/
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -101,6 +101,13 @@ def shard_number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
+def layers_text(layers: Sequence[int]) -> str:
+    """Returns layers in a few words: `layers_text([10, 11, 12]) == "10-12"`, else "0, 5, 12" or "none"."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[0] + len(layers))):
+        return f"{layers[0]}-{layers[-1]}"
+    return ", ".join(map(str, layers)) or "none"
+
+
 @dataclass(frozen=True)
 class StoreSettings:
     """Everything that decides the stored bytes: a directory is continued only under equal settings.
@@ -134,6 +141,15 @@ class StoreSettings:
             hook_layer(name)
         if len(set(self.hook_names)) != len(self.hook_names):
             raise StoreError(f"a hook name is given twice: {', '.join(self.hook_names)}")
+
+    def __repr__(self) -> str:
+        """Says in a line what is stored; `to_json()` has every setting."""
+        layers = layers_text([hook_layer(name) for name in self.hook_names])
+        return (
+            f"StoreSettings(model {self.model_fingerprint[:8]!r}, layers {layers} of width "
+            f"{self.hidden_size} in {self.dtype}, {'with' if self.capture_prompt else 'without'} prompts, "
+            f"up to {self.max_output_tokens} tokens, sampling {self.sampling}, seed {self.seed})"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values; sampling values are floats, so that 0 and 0.0 are the same setting."""
@@ -175,6 +191,13 @@ class SequenceId:
     augmentation: str  # "identity" or the name of the transformation applied to the puzzle
     prompt_token_ids: np.ndarray  # int32 [prompt_length]
 
+    def __repr__(self) -> str:
+        """Says in a line which sequence it is, without the prompt's tokens."""
+        return (
+            f"SequenceId({self.task_id!r} test {self.test_index} {self.augmentation} sample "
+            f"{self.sample_index}, prompt of {len(self.prompt_token_ids)} tokens)"
+        )
+
 
 @dataclass(frozen=True)
 class FinishedSequence:
@@ -190,6 +213,11 @@ class FinishedSequence:
     finish_reason: str  # "stop" | "length"
     rows: np.ndarray | None  # [layers, n or prompt_length + n, hidden], any strides; None when capture is off
     key: str | None = None  # the sequence's key in a store of these settings, where it is known already
+
+    def __repr__(self) -> str:
+        """Says in a line what there is, without the values."""
+        rows = "no rows" if self.rows is None else f"rows {list(self.rows.shape)} in {self.rows.dtype}"
+        return f"FinishedSequence({self.id}, {len(self.token_ids)} tokens ({self.finish_reason}), {rows})"
 
 
 class SequenceRecord(NamedTuple):
@@ -220,6 +248,15 @@ class SequenceRecord(NamedTuple):
     shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
     failure: Sentence | None
     numerics: OptionalNumerics = ""  # which of its host's made it (host_files.py); "" where not known
+
+    def __repr__(self) -> str:
+        """Says in a line which sequence it is and what there is of it; `_asdict()` has every field."""
+        there = f"{self.prompt_length} + {self.generated_length} tokens, {self.n_rows} rows"
+        return (
+            f"SequenceRecord({self.task_id!r} test {self.test_index} {self.augmentation} sample "
+            f"{self.sample_index}: {self.failure if self.failed else there}, {self.finish_reason}, "
+            f"key {self.key!r})"
+        )
 
     @property
     def path(self) -> str:

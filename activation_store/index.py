@@ -4,6 +4,7 @@ Only each line's key and its position in the file are held, about 150 bytes a se
 they are asked for, so that a million of them open in seconds.
 """
 
+import re
 import threading
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from activation_store.format import MANIFEST, SequenceRecord, StoreError, decode_line, line_key
 from activation_store.store_files import FileStatus, StoreFiles
 
+_KEY = re.compile("[0-9a-f]{32}")
 _WINDOW = 1 << 24  # bytes of an index held at a time
 
 
@@ -176,9 +178,21 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             ordinal = self._ordinals.get(_key_bytes(key), -1)
             if ordinal < 0:
                 raise KeyError(key)
-            segment = self._segment(ordinal)
-            start = self._offset_of[ordinal]
-            line = self._files.read(segment.name, start, start + self._length_of[ordinal])
+            record = self._record(ordinal)
+        if record.key != key:
+            raise StoreError(
+                f"the index was written anew, by a repair or a resume: open it again to read {key}"
+            )
+        return record
+
+    def at(self, number: int) -> SequenceRecord:
+        """Returns the sequence with this number, from 0 in the mapping's order; IndexError without it."""
+        with self._lock:
+            return self._record(number)
+
+    def _record(self, ordinal: int) -> SequenceRecord:
+        segment, start = self._segment(ordinal), self._offset_of[ordinal]
+        line = self._files.read(segment.name, start, start + self._length_of[ordinal])
         return _record(line, segment, start)
 
     def records(self) -> Iterator[SequenceRecord]:
@@ -206,7 +220,4 @@ def _record(line: bytes, segment: _Segment, offset: int) -> SequenceRecord:
 
 def _key_bytes(key: object) -> bytes:
     """Returns a key's 16 bytes; b"", which is no sequence's, for what is no key."""
-    try:
-        return bytes.fromhex(key) if isinstance(key, str) else b""
-    except ValueError:
-        return b""
+    return bytes.fromhex(key) if isinstance(key, str) and _KEY.fullmatch(key) else b""

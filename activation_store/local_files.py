@@ -163,6 +163,7 @@ class LocalFiles:
     def open_host(self, host: int) -> Callable[[], None]:
         folder = self.root / host_name(host)
         self._require_folder(folder.name)
+        holder = ""
         try:
             _make_folder(folder)
             holder = self._holder(host)  # first: some versions of filelock empty the file they ask for

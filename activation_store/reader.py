@@ -1,210 +1,192 @@
-"""Reading a store: which sequences there are, and their rows as memory maps, one layer at a time."""
+"""Reading a store: the rows of its sequences, of one layer or several, with their tokens and text."""
 
 import hashlib
 import itertools
-import logging
-import os
-import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, overload
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
-from activation_store.format import (
-    DTYPES,
-    MANIFEST,
-    MANIFEST_BYTES,
-    ROW_BYTES,
-    SequenceRecord,
-    StoreError,
-    decode_manifest,
-    hook_layer,
-    hook_name,
-    manifest_problem,
+from activation_store.catalogue import SequenceCatalogue
+from activation_store.format import DTYPES, SequenceRecord, StoreError
+from activation_store.open_shards import SHARDS_AHEAD, ahead
+from activation_store.rows import (
+    STORED,
+    LayerChoice,
+    Layers,
+    OneLayer,
+    RowColumns,
+    RowFilter,
+    check_row_dtype,
+    choose_layers,
+    in_dtype,
+    part,
 )
-from activation_store.index import SequenceIndex
-from activation_store.outcomes import read_outcomes
-from activation_store.remote_files import open_files
-from activation_store.shard import Shard
+from activation_store.shard import GROUPS, Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
-from activation_store.store_files import FileStatus
-from qwen2_core.messages import did_you_mean
+from activation_store.tables import token_table
 
-Item = TypeVar("Item")
-SHARDS_AHEAD = 8  # on their way from disk while one is read
-_OPEN_SHARDS = 128  # a file descriptor or two each
-_logger = logging.getLogger(__name__)
 _DIGESTED = ("token_ids", "positions", "logprobs", "is_generated")
+_COLUMNS = ("token_ids", "positions", "logprobs")
+Rows = Float[np.ndarray, "n_rows hidden"]
 
 
-class RowColumns(NamedTuple):
-    """Token, position and so on of each row; all arrays have one entry per row."""
-
-    token_ids: Int32[np.ndarray, " rows"]  # the token that was read
-    positions: Int32[np.ndarray, " rows"]  # its place in the sequence, prompt included
-    is_generated: Bool[np.ndarray, " rows"]
-    logprobs: Float32[np.ndarray, " rows"]  # NaN on prompt rows
-    norms: Float32[np.ndarray, " rows"]  # Euclidean norm of the row in the layer asked for
-
-
-@dataclass(frozen=True)
-class RowFilter:
-    """Chooses which rows of a sequence to read.
-
-    Nothing is deleted from a store: attention sinks are left out here, the first token of a prompt with
-    `first_position=1`, others by their norm with `max_norm` (compare `ActivationStore.statistics`).
-    """
-
-    generated: bool = True
-    prompt: bool = True
-    first_position: int = 0
-    stop_position: int | None = None  # positions from here on are left out
-    max_norm: float | None = None
-
-    def row_range(self, record: SequenceRecord) -> tuple[int, int]:
-        """Returns the rows [start, stop) that pass by kind and position, from 0 for the sequence's first."""
-        first_stored = record.prompt_length - record.prompt_rows
-        stop_position = record.prompt_length + record.generated_length
-        if self.stop_position is not None:
-            stop_position = min(stop_position, self.stop_position)
-        start = max(self.first_position - first_stored, 0 if self.prompt else record.prompt_rows)
-        stop = min(stop_position - first_stored, record.n_rows if self.generated else record.prompt_rows)
-        return start, max(start, stop)
-
-
-class ActivationStore:
+class ActivationStore(SequenceCatalogue):
     """A store opened for reading, while it may still be written to; `directory` is a path or an fsspec URL.
+
+    It is a sequence of the records of all sequences, failed ones included, in stored order: `len(store)`,
+    `store[0]`, `store["0f3c..."]` by key, `for record in store`, `record in store`.
 
     >>> store = ActivationStore("activations")
     >>> for record in store.sequences(task_ids={"007bbfb7"}):
-    ...     rows = store.rows(record, layer=12)  # [record.n_rows, hidden], mapped from disk
+    ...     rows = store.rows(record, layer=12)  # float32 [record.n_rows, hidden]
+    ...     text = store.answer(record, tokenizer)
     """
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = os.fspath(directory)
-        self.files = open_files(directory)
-        try:
-            manifest = self.files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
-        except FileNotFoundError as error:
-            hint = did_you_mean(self.directory)
-            raise StoreError(
-                f"{self.files.location} is not an activation store: it has no {MANIFEST}{hint}"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"cannot read {self.files.location}: {error.strerror or error}") from error
-        self.settings, self.provenance = decode_manifest(manifest, f"{self.files.location}/{MANIFEST}")
-        if problem := manifest_problem(manifest):  # what is stored can still be read, and verified
-            _logger.warning("%s/%s cannot be relied on: %s", self.files.location, MANIFEST, problem)
-        self.layers = tuple(hook_layer(name) for name in self.settings.hook_names)
-        self.index = SequenceIndex(self.files)
-        self._shards: OrderedDict[str, Shard] = OrderedDict()
-        self._shards_lock = threading.Lock()
-        self._listed: dict[int, dict[str, FileStatus]] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ActivationStore, (self.directory,)  # memory maps and locks do not travel to worker processes
-
-    def __len__(self) -> int:
-        """Returns how many sequences there are, failed ones included."""
-        return len(self.index)
-
-    def __getitem__(self, key: str) -> SequenceRecord:
-        """Returns the record of a sequence key; raises KeyError where it is not stored."""
-        return self.index[key]
-
-    def sequences(
-        self,
-        *,
-        task_ids: Collection[str] | None = None,
-        augmentations: Collection[str] | None = None,
-        solved: bool | None = None,
-        where: Callable[[SequenceRecord], bool] | None = None,
-        failed: bool = False,
-    ) -> Iterator[SequenceRecord]:
-        """Yields the sequences that pass every filter given, in stored order.
-
-        Args:
-            task_ids: keeps these tasks.
-            augmentations: keeps these augmentations.
-            solved: keeps those known, from `write_outcomes`, to be right (True) or wrong (False).
-            where: keeps those for which it returns True.
-            failed: yields only the sequences that failed, which have no rows, instead of the others.
-        """
-        outcomes = self.outcomes() if solved is not None else {}
-        for record in self.index.records():
-            if (
-                record.failed == failed
-                and (task_ids is None or record.task_id in task_ids)
-                and (augmentations is None or record.augmentation in augmentations)
-                and (solved is None or outcomes.get(record.key) is solved)
-                and (where is None or where(record))
-            ):
-                yield record
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the stored rows."""
         return DTYPES[self.settings.dtype]
 
-    def require_layer(self, layer: int) -> int:
+    def choose_layers(self, layer: Layers | None) -> LayerChoice:
+        """Returns the choice of one layer, of several, or with None of all stored; StoreError for others."""
+        if layer is None:
+            return LayerChoice(self.layers, tuple(range(len(self.layers))), alone=False)
+        return choose_layers(layer, self.layers, self.files.location)
+
+    def require_layer(self, layer: OneLayer) -> int:
         """Returns a layer's index among the stored ones; raises StoreError when it is not stored."""
-        if layer not in self.layers:
-            stored = ", ".join(map(str, self.layers)) or "none"
-            raise StoreError(f"layer {layer} is not in {self.files.location}; its layers: {stored}")
-        return self.layers.index(layer)
+        choice = self.choose_layers(layer)
+        if not choice.alone:
+            raise StoreError(f"one layer is wanted here, not {layer!r}")
+        return choice.places[0]
 
-    def rows(self, record: SequenceRecord, layer: int) -> Float[np.ndarray, "n_rows hidden"]:
-        """Returns the output of decoder block `layer` for a sequence, in the stored dtype, read-only.
+    @overload
+    def rows(self, record: SequenceRecord, layer: OneLayer, *, dtype: str = "float32") -> Rows: ...
 
-        Row r was computed from the token that `columns` names for it. In a local store it is a view into the
-        file's memory map: nothing is read before it is used, and other layers never are.
+    @overload
+    def rows(
+        self, record: SequenceRecord, layer: Iterable[OneLayer], *, dtype: str = "float32"
+    ) -> dict[int, Rows]: ...
+
+    def rows(
+        self, record: SequenceRecord, layer: Layers, *, dtype: str = "float32"
+    ) -> Rows | dict[int, Rows]:
+        """Returns the output of decoder block `layer` for a sequence, [n_rows, hidden].
+
+        Row r was computed from the token that `columns` names for it.
+
+        Args:
+            record: a sequence of this store.
+            layer: its number or hook name; several of them give `{layer: rows}`, aligned row by row.
+            dtype: "float32", a copy of your own, or "stored", the bytes as they lie: in a local store a
+                read-only view into the file's memory map, of which nothing is read before it is used. Do
+                not compute with bfloat16 in numpy, whose sums are wrong.
 
         Raises:
-            StoreError: the layer is not stored, or the sequence failed.
+            StoreError: the layer is not stored, the record is of another store, or the sequence failed.
         """
-        self.require_layer(layer)
-        self._require_rows(record)
-        return self._shard(record).layer(hook_name(layer))[record.row_start : _end(record)]
+        choice = choose_layers(layer, self.layers, self.files.location)
+        check_row_dtype(dtype)
+        shard, start, stop = self._place(record)
+        return choice.label(
+            [in_dtype(part(shard.layer(hook), start, stop, shard.where), dtype) for hook in choice.hooks]
+        )
 
-    def columns(self, record: SequenceRecord, layer: int) -> RowColumns:
-        """Returns token, position and so on of each row that `rows` returns."""
-        place = self.require_layer(layer)
-        self._require_rows(record)
-        at = slice(record.row_start, _end(record))
-        return _columns(_known(self._shard(record), place), at, record.prompt_length)
+    def columns(self, record: SequenceRecord, layer: Layers | None = None) -> RowColumns:
+        """Returns token, position and so on of each row that `rows` returns.
 
+        `norms` are those of the layer named; without one, or with several, they are `{layer: norms}`.
+        """
+        choice = self.choose_layers(layer)
+        shard, start, stop = self._place(record)
+        return _columns(_known(shard, choice), slice(start, stop), record.prompt_length, choice).copied()
+
+    @overload
     def iterate(
         self,
-        layer: int,
+        layer: OneLayer,
         *,
         sequences: Iterable[SequenceRecord] | None = None,
         rows: RowFilter | None = None,
-    ) -> Iterator[tuple[np.ndarray, RowColumns, SequenceRecord]]:
+        dtype: str = "float32",
+    ) -> Iterator[tuple[np.ndarray, RowColumns, SequenceRecord]]: ...
+
+    @overload
+    def iterate(
+        self,
+        layer: Iterable[OneLayer],
+        *,
+        sequences: Iterable[SequenceRecord] | None = None,
+        rows: RowFilter | None = None,
+        dtype: str = "float32",
+    ) -> Iterator[tuple[dict[int, np.ndarray], RowColumns, SequenceRecord]]: ...
+
+    def iterate(
+        self,
+        layer: Layers,
+        *,
+        sequences: Iterable[SequenceRecord] | None = None,
+        rows: RowFilter | None = None,
+        dtype: str = "float32",
+    ) -> Iterator[tuple[Any, RowColumns, SequenceRecord]]:
         """Yields (rows, columns, record) of each sequence in order; sequences without any row are left out.
 
-        `rows` are views as in `ActivationStore.rows`; only filtering by norm copies.
+        `layer` and `dtype` are those of `ActivationStore.rows`. With dtype="stored" rows and columns are
+        views; only filtering by norm copies.
         """
-        chosen = rows or RowFilter()
-        place, hook = self.require_layer(layer), hook_name(layer)
-        for shard, records in self._shards_ahead(hook, self.sequences() if sequences is None else sequences):
-            of_layer, known = shard.layer(hook), _known(shard, place)
-            for record in records:
-                start, stop = chosen.row_range(record)
-                if start == stop:
-                    continue
+        choice = choose_layers(layer, self.layers, self.files.location)
+        check_row_dtype(dtype)
+        return self._iterate(choice, choice.hooks, sequences, rows or RowFilter(), dtype)
+
+    def to_dataframe(
+        self,
+        layer: Layers | None = None,
+        *,
+        sequences: Iterable[SequenceRecord] | None = None,
+        rows: RowFilter | None = None,
+    ) -> Any:
+        """Returns a pandas DataFrame with one line for each row, in the order of `iterate`, without the rows.
+
+        Its columns: task_id, test_index, sample_index, augmentation and key of the sequence, position,
+        token_id, is_generated, logprob, and `norm_12` for each layer named, by default for all stored ones.
+        `pandas.DataFrame(store)` has one line for each sequence.
+
+        Raises:
+            StoreError: pandas is not installed.
+        """
+        choice = self.choose_layers(layer)
+        found = self._iterate(choice, [], sequences, rows or RowFilter(), STORED)
+        return token_table(((columns, record) for _, columns, record in found), choice)
+
+    def _iterate(
+        self,
+        choice: LayerChoice,
+        hooks: list[str],
+        sequences: Iterable[SequenceRecord] | None,
+        chosen: RowFilter,
+        dtype: str,
+    ) -> Iterator[tuple[Any, RowColumns, SequenceRecord]]:
+        """Yields as `iterate`; the rows are those of `hooks`, the norms those of `choice`."""
+        records = map(self.own, self.sequences() if sequences is None else sequences)
+        for shard, of_shard in self._shards_ahead(hooks, records):
+            layers, known = [shard.layer(hook) for hook in hooks], _known(shard, choice)
+            for record in of_shard:
                 shard.require(record)
-                at = slice(record.row_start + start, record.row_start + stop)
-                data, columns = of_layer[at], _columns(known, at, record.prompt_length)
-                if chosen.max_norm is not None and not (keep := columns.norms <= chosen.max_norm).all():
-                    data, columns = data[keep], RowColumns(*(column[keep] for column in columns))
-                if len(data):
-                    yield data, columns, record
+                start, stop = (record.row_start + row for row in chosen.row_range(record))
+                data = [part(of_layer, start, stop, shard.where) for of_layer in layers]
+                columns = _columns(known, slice(start, stop), record.prompt_length, choice)
+                if chosen.max_norm is not None and not (keep := choice.within(columns, chosen)).all():
+                    data, columns = [of_layer[keep] for of_layer in data], columns.take(keep)
+                if len(columns.positions):
+                    data = [in_dtype(of_layer, dtype) for of_layer in data]
+                    if dtype != STORED:
+                        columns = columns.copied()
+                    yield choice.label(data) if data else None, columns, record
 
     def _shards_ahead(
-        self, hook: str, sequences: Iterable[SequenceRecord]
+        self, hooks: list[str], sequences: Iterable[SequenceRecord]
     ) -> Iterator[tuple[Shard, list[SequenceRecord]]]:
         """Yields the sequences by shard, while the rows of the next few are read from disk."""
 
@@ -214,23 +196,46 @@ class ActivationStore:
 
         def prefetched(of_shard: tuple[Shard, list[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
             shard, records = of_shard
-            for name in ("token_ids", "positions", "logprobs", "norms"):
+            for name in (*_COLUMNS, "norms") if self.layers else _COLUMNS:
                 shard.prefetch(name)
-            shard.prefetch(hook, [(min(r.row_start for r in records), max(_end(r) for r in records))])
+            for hook in hooks:
+                shard.prefetch(hook, [(min(r.row_start for r in records), max(_end(r) for r in records))])
             return of_shard
 
         kept = (record for record in sequences if not record.failed)
         groups = itertools.groupby(kept, key=lambda record: (record.host, record.shard))
         return ahead(map(prefetched, ahead(map(opened, groups), SHARDS_AHEAD)), SHARDS_AHEAD)
 
+    def answer(self, record: SequenceRecord, tokenizer: Any) -> str:
+        """Returns the text that a sequence generated, without special tokens.
+
+        Args:
+            record: a sequence of this store.
+            tokenizer: the model's, such as `transformers.AutoTokenizer.from_pretrained(...)`.
+
+        Raises:
+            StoreError: the sequence failed, or it was imported without its tokens.
+        """
+        tokens = self.generated_tokens(record).tolist()
+        if record.finish_reason == "imported":
+            raise StoreError(f"{record.label} was imported without its tokens, so it has no text")
+        if not callable(getattr(tokenizer, "decode", None)):
+            raise StoreError(f"{tokenizer!r} is no tokenizer; AutoTokenizer.from_pretrained(...) makes one")
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def tokens(self, record: SequenceRecord) -> Int32[np.ndarray, " tokens"]:
+        """Returns all tokens of a sequence, those of the prompt and then the generated ones."""
+        return np.concatenate([self.prompt_token_ids(record), self.generated_tokens(record)])
+
     def prompt_token_ids(self, record: SequenceRecord) -> Int32[np.ndarray, " prompt_length"]:
         """Returns the prompt, which is kept whether or not its rows are."""
-        self._require_rows(record)
+        shard, *_ = self._place(record)
         start = record.prompt_start
-        return self._shard(record).column("prompt_token_ids")[start : start + record.prompt_length]
+        found = shard.column("prompt_token_ids")
+        return part(found, start, start + record.prompt_length, shard.where).copy()
 
     def generated_tokens(self, record: SequenceRecord) -> Int32[np.ndarray, " generated_length"]:
-        """Returns the generated tokens, EOS included."""
+        """Returns the generated tokens, EOS included; -1 where rows were imported without their tokens."""
         return self._generated(record, "token_ids")
 
     def generated_logprobs(self, record: SequenceRecord) -> Float32[np.ndarray, " generated_length"]:
@@ -243,6 +248,7 @@ class ActivationStore:
         Its key and its end count too. Two runs agree byte for byte when their digests do, wherever their
         shards put the sequence.
         """
+        self.own(record)
         digest = hashlib.sha256(f"{record.key} {record.finish_reason} {record.failure}".encode())
         if record.n_rows:
             rows = slice(record.row_start, _end(record))
@@ -253,11 +259,13 @@ class ActivationStore:
                 digest.update(tensor.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
-    def statistics(self, layer: int, group: str = "generated") -> LayerStatistics:
+    def statistics(self, layer: OneLayer, group: str = "generated") -> LayerStatistics:
         """Returns statistics of a layer over all stored "generated" or "prompt" rows.
 
         The first token of a prompt is an attention sink that outweighs the others in the "prompt" group.
         """
+        if group not in GROUPS:
+            raise StoreError(f"there are statistics of {' and '.join(GROUPS)} rows, not of {group!r}")
         hidden = self.settings.hidden_size
         place = self.require_layer(layer)
         merged = LayerStatistics.empty(hidden)
@@ -269,7 +277,7 @@ class ActivationStore:
             if f"statistics.{group}.mean" not in shard:
                 continue
             if len(records) != shard.sequences:  # some were dropped; the stored figures are of all
-                merged = merged.merge(_measured(shard, layer, group, records))
+                merged = merged.merge(_measured(shard, self.settings.hook_names[place], group, records))
                 continue
             generated = int(np.count_nonzero(shard.column("is_generated")))
             count = generated if group == "generated" else shard.place("is_generated").shape[0] - generated
@@ -280,55 +288,15 @@ class ActivationStore:
             merged = merged.merge(LayerStatistics(count, mean, variance * count, float(norm) * count))
         return merged
 
-    def outcomes(self) -> dict[str, bool]:
-        """Returns whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told.
-
-        Raises:
-            StoreError: the file of the outcomes is damaged.
-        """
-        return read_outcomes(self.files)
-
-    def _require_rows(self, record: SequenceRecord) -> None:
+    def _place(self, record: SequenceRecord) -> tuple[Shard, int, int]:
+        """Returns the shard of a sequence, and its rows [start, stop) there."""
+        self.own(record)
         if record.failed:
-            raise StoreError(f"sequence {record.key} failed and has nothing stored: {record.failure}")
-
-    def open_shard(self, path: str, size: int) -> Shard:
-        """Opens the shard at `SequenceRecord.path`, of `shard_bytes` bytes; the last few stay open."""
-        with self._shards_lock:
-            if path in self._shards:
-                self._shards.move_to_end(path)
-                return self._shards[path]
-        where = f"{self.files.location}/{path}"
-        try:
-            file = self.files.open_file(path)
-        except OSError as error:
-            raise StoreError(f"cannot read {where}: {error.strerror or error}") from error
-        shard = Shard(file, size, where, self.settings)
-        with self._shards_lock:
-            self._shards[path] = shard
-            if len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        return shard
-
-    def require_shard(self, record: SequenceRecord) -> None:
-        """Raises StoreError unless a record's shard is there, as long as written, with room for its rows.
-
-        The shards of a host are listed once, and none is opened.
-        """
-        listed = self._listed.get(record.host, {})
-        if record.shard not in listed:
-            listed = self._listed[record.host] = self.files.shards(record.host)
-        where = f"{self.directory}/{record.path}"
-        if record.shard not in listed:
-            raise StoreError(f"{where} is missing")
-        size, oddity = listed[record.shard].size, listed[record.shard].oddity
-        if oddity or size != record.shard_bytes:
             raise StoreError(
-                f"{where} is {oddity or f'{size} bytes long'}, {record.shard_bytes} were written"
+                f"sequence {record.key} failed and has nothing stored: {record.failure}; store.sequences() "
+                "leaves such ones out"
             )
-        row_bytes = ROW_BYTES + len(self.layers) * self.settings.hidden_size * self.dtype.itemsize
-        if _end(record) * row_bytes > size:
-            raise StoreError(f"{record.label}: its rows end outside {where}")
+        return self._shard(record), record.row_start, _end(record)
 
     def _shard(self, record: SequenceRecord) -> Shard:
         shard = self.open_shard(record.path, record.shard_bytes)
@@ -336,14 +304,13 @@ class ActivationStore:
         return shard
 
     def _generated(self, record: SequenceRecord, name: str) -> np.ndarray:
-        self._require_rows(record)
-        stop = _end(record)
-        return self._shard(record).column(name)[stop - record.generated_length : stop]
+        shard, _, stop = self._place(record)
+        return part(shard.column(name), stop - record.generated_length, stop, shard.where).copy()
 
 
-def _measured(shard: Shard, layer: int, group: str, records: Iterable[SequenceRecord]) -> LayerStatistics:
+def _measured(shard: Shard, hook: str, group: str, records: Iterable[SequenceRecord]) -> LayerStatistics:
     """Measures the "generated" or "prompt" rows of some of a shard's sequences."""
-    rows = shard.layer(hook_name(layer))
+    rows = shard.layer(hook)
     pieces = []
     for record in records:
         of_record = rows[record.row_start : _end(record)]
@@ -352,29 +319,17 @@ def _measured(shard: Shard, layer: int, group: str, records: Iterable[SequenceRe
     return measure_pieces(pieces, rows.shape[1])[0]
 
 
-def ahead(items: Iterable[Item], distance: int) -> Iterator[Item]:
-    """Yields the items in order, each drawn `distance` items before it is yielded."""
-    waiting: deque[Item] = deque()
-    for item in items:
-        waiting.append(item)
-        if len(waiting) > distance:
-            yield waiting.popleft()
-    yield from waiting
+def _known(shard: Shard, choice: LayerChoice) -> tuple[np.ndarray, ...]:
+    """Returns tokens, positions, log-probabilities and the chosen layers' norms of all rows of a shard."""
+    norms = shard.column("norms") if choice.places else ()
+    return *(shard.column(name) for name in _COLUMNS), *(norms[place] for place in choice.places)
 
 
-def _known(shard: Shard, place: int) -> tuple[np.ndarray, ...]:
-    """Returns tokens, positions, log-probabilities and one layer's norms of all rows of a shard."""
-    return *(shard.column(name) for name in ("token_ids", "positions", "logprobs")), shard.column("norms")[
-        place
-    ]
-
-
-def _columns(known: tuple[np.ndarray, ...], at: slice, prompt_length: int) -> RowColumns:
+def _columns(known: tuple[np.ndarray, ...], at: slice, prompt_length: int, choice: LayerChoice) -> RowColumns:
     """Returns the columns of the rows `at` of a shard, which are those of one sequence."""
-    token_ids, positions, logprobs, norms = known
-    of_rows = positions[at]
+    token_ids, positions, logprobs, *norms = (column[at] for column in known)
     # Not the stored is_generated, which lies at the file's other end.
-    return RowColumns(token_ids[at], of_rows, of_rows >= prompt_length, logprobs[at], norms[at])
+    return RowColumns(token_ids, positions, positions >= prompt_length, logprobs, choice.label(norms))
 
 
 def _end(record: SequenceRecord) -> int:

@@ -137,7 +137,7 @@ def _compare(store: ActivationStore, record: SequenceRecord, forward: Forward) -
         stored = store.generated_logprobs(record)[step]
         yield f"log-probability of generated token {step} is {expected[step]:.4f}, stored {stored:.4f}"
     for place, layer in enumerate(store.layers):
-        stored = store.rows(record, layer).astype(np.float32)
+        stored = store.rows(record, layer)
         problem = _rows_problem(
             stored, rows[:, len(prompt) - record.prompt_rows :], place, store.layers, limit
         )

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from activation_store.format import StoreError, hook_name
-from activation_store.reader import ActivationStore, RowFilter
+from activation_store.reader import ActivationStore
+from activation_store.rows import STORED, RowFilter
 
 
 def export_saelens(
@@ -85,7 +86,7 @@ def _windows(
     rows = np.empty((context_size, store.settings.hidden_size), np.float32)
     token_ids = np.empty(context_size, np.int32)
     filled = 0
-    for data, columns, _ in store.iterate(layer, rows=chosen):
+    for data, columns, _ in store.iterate(layer, rows=chosen, dtype=STORED):
         start = 0
         while start < len(data):
             stop = min(len(data), start + context_size - filled)

@@ -231,6 +231,7 @@ class Shard:
         if not self._base:
             self._head = np.empty(min(self._size, _HEAD_BYTES), np.uint8)
             self._file.read_into(0, self._head)
+            self._head.setflags(write=False)  # columns are views of it
             length = int.from_bytes(self._head[:8].tobytes(), "little")
             if length > min(self._size - 8, _HEADER_BYTES):
                 raise ValueError(f"its header does not fit {self._size} bytes")

@@ -1,4 +1,4 @@
-"""Training batches: the rows of one layer in a seeded shuffle over the whole store.
+"""Training batches: the rows of one layer, or of several, in a seeded shuffle over the whole store.
 
 Reading row by row at random would be bound by the disk's seeks. Instead the stored rows are cut into small
 blocks, the blocks of the whole store are put in random order, and the rows of a pool of blocks are shuffled
@@ -7,23 +7,28 @@ depends on (seed, epoch, reader, readers) only. So a place in it is three number
 """
 
 import copy
-import hashlib
 import importlib
-import itertools
-import math
-import operator
-from array import array
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
-import ml_dtypes
 import numpy as np
 
-from activation_store.format import SequenceRecord, StoreError, hook_name
-from activation_store.reader import SHARDS_AHEAD, ActivationStore, RowFilter, ahead
-from activation_store.shard import ALIGNMENT, Shard
+from activation_store.format import SequenceRecord, StoreError, layers_text
+from activation_store.reader import ActivationStore
+from activation_store.row_pools import Pool, RowPools
+from activation_store.rows import (
+    Layers,
+    RowFilter,
+    check_row_dtype,
+    choose_layers,
+    in_dtype,
+    shapes_text,
+    whole,
+)
+from activation_store.worker_epochs import WorkerEpochs
 
 BLOCK_ROWS = 128
 POOL_ROWS = 1 << 15
@@ -31,17 +36,17 @@ FRAMEWORKS = ("numpy", "jax", "torch")
 
 
 class RowBatch(NamedTuple):
-    """Rows of one layer and what each of them is, as arrays of the framework asked for."""
+    """Rows and what each of them is, as arrays of the framework asked for."""
 
-    rows: Any  # [n, hidden] in the stored dtype
+    rows: Any  # [n, hidden], float32 unless asked for as stored; `{layer: rows}` where several were named
     token_ids: Any  # int32 [n]
     positions: Any  # int32 [n]
     is_generated: Any  # bool [n]
     sequences: Any  # int32 [n]: `ShuffledBatches.keys[i]` is the key of sequence i
 
-
-_Pieces = tuple[Shard, list[tuple[int, int]]]  # rows [first, end) of a shard
-_Pool = tuple[tuple[np.ndarray, ...], np.ndarray]  # columns of RowBatch, and the order to hand rows out in
+    def __repr__(self) -> str:
+        """Says in a line what there is, without the values."""
+        return shapes_text(self)
 
 
 @dataclass
@@ -51,21 +56,27 @@ class _Place:
     epoch: int = 0
     pool: int = 0
     row: int = 0
+    stop: int | None = None  # the row of the epoch at which a share of it ends; None: the epoch's end
 
 
 class ShuffledBatches:
     """Iterates over one epoch of batches; iterating again goes on where the last iteration stopped.
 
+    A torch DataLoader takes it as it is: `DataLoader(batches, batch_size=None, num_workers=2)`. Its workers
+    share the batches out, the same ones as without workers. Each iteration over workers is a new epoch, also
+    after a `break`, because they have read ahead.
+
     Args:
         store: the store to read; what is committed later is not seen.
-        layer: which layer's rows.
+        layer: a layer's number or hook name; of several, `batch.rows` is `{layer: rows}`, aligned.
         batch_size: rows in a batch; the last batch of an epoch may be smaller.
-        seed: decides the order together with the epoch, `reader` and `readers`.
+        seed: decides the order together with the epoch, `reader` and `readers`; the layer does not.
         sequences: the sequences to read, by default all.
         rows: which of their rows to read, by default all.
         reader, readers: this is reader 0 to readers - 1, which gets its own part of the rows; parts are equal
             to within a few blocks of 128 to 255 rows.
         framework: "numpy", "jax" or "torch", the type of a batch's arrays.
+        dtype: of the rows: "float32", or "stored" for what the store holds, such as bfloat16.
 
     Raises:
         StoreError: the layer is not stored, or an argument is out of range.
@@ -79,7 +90,7 @@ class ShuffledBatches:
     def __init__(  # noqa: PLR0913 - what decides the batches; all but the first three have defaults
         self,
         store: ActivationStore,
-        layer: int,
+        layer: Layers,
         batch_size: int,
         *,
         seed: int = 0,
@@ -88,212 +99,254 @@ class ShuffledBatches:
         reader: int = 0,
         readers: int = 1,
         framework: str = "numpy",
+        dtype: str = "float32",
     ) -> None:
         if framework not in FRAMEWORKS:
             raise StoreError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
-        if batch_size < 1 or not 0 <= reader < readers:
+        check_row_dtype(dtype)
+        self._choice = choose_layers(layer, store.layers, store.directory)
+        self.batch_size = whole(batch_size, "batch_size")
+        self._seed, self._reader = whole(seed, "seed"), whole(reader, "reader")
+        self._readers = whole(readers, "readers")
+        if batch_size < 1 or not reader < readers:
             raise StoreError(f"there are no batches of {batch_size} rows for reader {reader} of {readers}")
-        store.require_layer(layer)
         self.store = store
-        self.layer = layer
-        self.batch_size = batch_size
-        self.keys: list[str] = []
-        self._seed, self._reader, self._readers, self._framework = seed, reader, readers, framework
+        self.layer = self._choice.layers[0] if self._choice.alone else self._choice.layers
+        self._framework, self._dtype = framework, dtype
+        found = store.sequences() if sequences is None else sequences
+        self._rows = RowPools(store, self._choice, found, rows or RowFilter(), BLOCK_ROWS)
         self._place = _Place()
-        self._shards: list[tuple[str, int]] = []  # (path, bytes)
-        self._prompt_lengths = array("i")
-        chosen = rows or RowFilter()
-        self._max_norm = chosen.max_norm
-        self._runs, self._blocks = self._cut(store.sequences() if sequences is None else sequences, chosen)
-        content = f"{chosen.max_norm} {self._shards}".encode() + self._runs.tobytes() + self._blocks.tobytes()
-        self._content = hashlib.sha256(content).hexdigest()
+        self._shares: tuple[tuple[int, int], ...] = ()  # (part, parts) of each `split` that led here
+        torch = _torch(framework == "torch")
+        # What is made in a worker with several readers, or split there, is that worker's share already.
+        self._is_workers = torch is not None and torch.this_worker() is not None and readers > 1
+        self._epochs = WorkerEpochs() if torch is not None else None
+        self._iterations = 0  # of a worker's copy
+        if torch is not None:
+            torch.register(ShuffledBatches, RowBatch)
 
-    def _cut(self, sequences: Iterable[SequenceRecord], chosen: RowFilter) -> tuple[np.ndarray, np.ndarray]:
-        """Cuts the chosen rows into runs and blocks.
+    def __repr__(self) -> str:
+        """Says in a line what there is."""
+        return (
+            f"ShuffledBatches({self.store.directory!r}: layer {layers_text(self._choice.layers)}, "
+            f"{self._rows.row_count} rows of {len(self.keys)} sequences, {self.batch_size} a batch, reader "
+            f"{self._reader} of {self._readers}, epoch {self._place.epoch})"
+        )
 
-        Returns:
-            The runs, int64 [runs, 4]: sequence, shard, first and end row in the shard. And the first run of
-            each block, int64 [blocks + 1]. A block is the next runs of a shard until they have BLOCK_ROWS
-            rows, so that short sequences cost no more than long ones.
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the sequences that are read, in the numbering of `RowBatch.sequences`."""
+        return self._rows.keys
+
+    def __len__(self) -> int:
+        """Returns how many batches the current epoch has from its beginning.
+
+        It differs a little between epochs where there are several readers. Where rows are filtered by norm,
+        the norms of all of them are read once.
         """
-        runs, blocks = array("q"), array("q")
-        shard_numbers: dict[str, int] = {}
-        block_rows, block_shard = 0, -1
-        for record in sequences:
-            start, stop = chosen.row_range(record)
-            if start == stop:
-                continue
-            self.store.require_shard(record)
-            shard = shard_numbers.setdefault(record.path, len(shard_numbers))
-            if shard == len(self._shards):
-                self._shards.append((record.path, record.shard_bytes))
-            for first in range(record.row_start + start, record.row_start + stop, BLOCK_ROWS):
-                end = min(first + BLOCK_ROWS, record.row_start + stop)
-                if block_rows >= BLOCK_ROWS or block_shard != shard:
-                    blocks.append(len(runs) // 4)
-                    block_rows, block_shard = 0, shard
-                runs.extend((len(self.keys), shard, first, end))
-                block_rows += end - first
-            self.keys.append(record.key)
-            self._prompt_lengths.append(record.prompt_length)
-        blocks.append(len(runs) // 4)
-        return np.array(runs, np.int64).reshape(-1, 4), np.array(blocks, np.int64)
+        whole_epoch = copy.copy(self)
+        whole_epoch._place = _Place(self._place.epoch)
+        whole_epoch._cut_shares()
+        return whole_epoch._left(self._rows.ends(whole_epoch._pools()))
+
+    def __getitem__(self, number: int) -> NoReturn:
+        # What a DataLoader asks for that was not told that these batches are iterated over.
+        raise TypeError(
+            "batches come in their own order, none by number: iterate over them, and give a DataLoader "
+            "batches.torch_dataset()"
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how far the iteration has come, as plain values, which fit any batch size."""
+        """Returns how far the iteration has come, as plain values, which fit any batch size.
+
+        What the workers of a DataLoader have done is not in it; they tell nobody.
+        """
         return {**self._identity(), **asdict(self._place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()`; raises StoreError for a state of other rows, seed or reader."""
+        if not isinstance(state, dict):
+            raise StoreError(f"{state!r} is no saved state, which state_dict() gives")
+        known = {"shares": [], "stop": None} | state  # as they are where an earlier version wrote none
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise StoreError(f"the saved state is of other batches: {name} was {state[name]}, is {value}")
-        self._place = _Place(state["epoch"], state["pool"], state["row"])
+            if known.get(name) != value:
+                raise StoreError(
+                    f"the saved state is of other batches: {name} was {known.get(name)}, is {value}"
+                )
+        epoch, pool, row = (whole(known.get(name), name) for name in ("epoch", "pool", "row"))
+        self._go_to(_Place(epoch, pool, row, known["stop"] and whole(known["stop"], "stop")))
 
     def _identity(self) -> dict[str, Any]:
         return {
             "seed": self._seed,
             "reader": self._reader,
             "readers": self._readers,
-            "content": self._content,
+            "content": self._rows.content,
+            "shares": [list(share) for share in self._shares],
         }
 
     def set_epoch(self, epoch: int) -> None:
         """Starts at the beginning of an epoch."""
-        self._place = _Place(epoch)
+        self._go_to(_Place(whole(epoch, "epoch")))
+
+    def _go_to(self, place: _Place) -> None:
+        self._place = place
+        if self._epochs is not None:
+            self._epochs.begin(asdict(place))
 
     def split(self, part: int, parts: int) -> Self:
-        """Returns one of `parts` workers' share of this reader's rows, from the current epoch's beginning."""
+        """Returns one of `parts` shares of the batches that are left of this epoch, and of later epochs.
+
+        The shares together have the batches that these have; no batch is cut.
+        """
+        if not 0 <= whole(part, "part") < whole(parts, "parts"):
+            raise StoreError(f"there is no part {part} of {parts}")
         mine = copy.copy(self)
-        mine._reader, mine._readers = self._reader * parts + part, self._readers * parts
-        mine._place = _Place(self._place.epoch)
+        mine._place = copy.copy(self._place)
+        if mine._shares and mine._place == _Place(mine._place.epoch):
+            mine._cut_shares()
+        mine._shares = (*self._shares, (part, parts))
+        mine._cut(part, parts)
+        torch = _torch(load=False)
+        mine._is_workers = self._is_workers or (torch is not None and torch.this_worker() is not None)
+        mine._epochs = None if torch is None or mine._is_workers else WorkerEpochs()
         return mine
 
-    def torch_dataset(self) -> Any:
-        """Returns a torch `IterableDataset` of these batches, for `DataLoader(dataset, batch_size=None)`.
+    def _cut_shares(self) -> None:
+        for part, parts in self._shares:
+            self._cut(part, parts)
 
-        Each worker of the loader reads its own share.
-        """
-        return importlib.import_module("activation_store.torch_dataset").TorchBatches(self)
+    def _cut(self, part: int, parts: int) -> None:
+        """Narrows the place and its end to one of `parts` shares of the batches that are left."""
+        place, ends = self._place, self._rows.ends(self._pools())
+        begin, left = self._position(ends), self._left(ends)
+        last = self._stop(ends)
+        start = min(last, begin + left * part // parts * self.batch_size)
+        place.stop = min(last, begin + left * (part + 1) // parts * self.batch_size)
+        place.pool = int(np.searchsorted(ends, start, side="right"))
+        place.row = start - (int(ends[place.pool - 1]) if place.pool else 0)
+
+    def _position(self, ends: np.ndarray) -> int:
+        """Returns how many rows of the epoch lie before the place; `ends` are those of its pools."""
+        pool = min(self._place.pool, len(ends))
+        return (int(ends[pool - 1]) if pool else 0) + self._place.row
+
+    def _stop(self, ends: np.ndarray) -> int:
+        if self._place.stop is not None:
+            return self._place.stop
+        return int(ends[-1]) if len(ends) else 0
+
+    def _left(self, ends: np.ndarray) -> int:
+        """Returns how many batches come from the place to its end."""
+        return -(-max(self._stop(ends) - self._position(ends), 0) // self.batch_size)
+
+    def torch_dataset(self) -> Any:
+        """Returns a torch `IterableDataset` of these batches, whatever their framework, as tensors."""
+        torch = _torch(load=True)
+        torch.register(ShuffledBatches, RowBatch)
+        self._epochs = self._epochs or WorkerEpochs()
+        return torch.TorchBatches(self)
 
     def __iter__(self) -> Iterator[RowBatch]:
-        place = self._place
-        pools = self._pools(place.epoch)
+        torch = _torch(load=False)
+        if torch is not None:
+            torch.register(ShuffledBatches, RowBatch)
+            worker = torch.this_worker()
+            if worker is not None and not self._is_workers:
+                return self._of_worker(worker)._read()
+        return self._read()
+
+    def _of_worker(self, worker: Any) -> Self:
+        """Returns a DataLoader worker's share of the epoch that all workers of the iteration read."""
+        number = self._iterations
+        if self._epochs is not None:
+            iteration = f"{worker.loader}-{self._iterations}"
+            moved, number = self._epochs.claim(iteration, follow=self._iterations > 0)
+            if moved is not None:
+                self._place = _Place(**moved)
+        self._iterations += 1
+        current = copy.copy(self)
+        if number:
+            current._place = _Place(self._place.epoch + number)
+        return current.split(worker.number, worker.workers)
+
+    def _pools(self) -> list[np.ndarray]:
+        return self._rows.pools((self._seed, self._place.epoch), self._reader, self._readers, POOL_ROWS)
+
+    def _read(self) -> Iterator[RowBatch]:
+        """Yields the batches from the place on, and moves it along."""
+        place = self._place = copy.copy(self._place)  # an iteration that still runs will notice
+        if place == _Place(place.epoch):
+            self._cut_shares()
+        pools = self._pools()
+        left = None if place.stop is None else place.stop - self._position(self._rows.ends(pools))
         parts: list[tuple[np.ndarray, ...]] = []  # of the batch being filled
         missing = self.batch_size
-        with ThreadPoolExecutor(1) as loader:
-            # Two buffers: one is handed out while the other is filled. Fresh memory for every pool would cost
-            # as much as reading it.
-            largest = max((_row_count(pool) for pool in pools), default=0)
-            shape = (min(2, len(pools)), largest, self.store.settings.hidden_size)
-            buffers = _aligned(shape, self.store.dtype)
-
-            def load(number: int) -> Future[_Pool]:
-                return loader.submit(self._load, pools[number], place.epoch, number, buffers[number % 2])
-
-            loading = load(place.pool) if place.pool < len(pools) else None
-            while loading is not None:
-                columns, order = loading.result()
-                loading = load(place.pool + 1) if place.pool + 1 < len(pools) else None
-                while place.row < len(order):
-                    chosen = order[place.row : place.row + missing]
-                    parts.append(tuple(_take(column, chosen) for column in columns))
+        try:
+            for pool in self._loaded(pools, place, left):
+                while place.row < len(pool.order) and left != 0:
+                    chosen = pool.order[place.row :][: missing if left is None else min(missing, left)]
+                    parts.append(_taken(pool, chosen))
                     place.row += len(chosen)
                     missing -= len(chosen)
+                    left = None if left is None else left - len(chosen)
                     if not missing:
                         batch, parts, missing = self._batch(parts), [], self.batch_size
                         yield batch
+                        if place is not self._place:
+                            raise StoreError(
+                                "these batches were set to another place while they were iterated over; two "
+                                "iterations at a time need two ShuffledBatches"
+                            )
+            self._place = _Place(place.epoch + 1)
+            if parts:
+                yield self._batch(parts)
+        finally:
+            self._go_to(self._place)
+
+    def _loaded(self, pools: list[np.ndarray], place: _Place, left: int | None) -> Iterator[Pool]:
+        """Yields the pools from the place on, while the next one is read; moves the place past each.
+
+        `left` is how many rows are wanted, by default all.
+        """
+        if place.pool >= len(pools) or left == 0:
+            return
+        with ThreadPoolExecutor(1) as loader:
+            buffers = self._rows.buffers(pools[place.pool :])
+
+            def load(number: int) -> Future[Pool]:
+                seed = (self._seed, place.epoch, self._reader, self._readers, number)
+                return loader.submit(self._rows.load, pools[number], buffers[number % len(buffers)], seed)
+
+            loading = load(place.pool)
+            while True:
+                pool = loading.result()
+                left = None if left is None else left - (len(pool.order) - place.row)
+                last = place.pool + 1 == len(pools) or (left is not None and left <= 0)
+                if not last:
+                    loading = load(place.pool + 1)
+                yield pool
                 place.pool, place.row = place.pool + 1, 0
-        place.epoch, place.pool, place.row = place.epoch + 1, 0, 0
-        if parts:
-            yield self._batch(parts)
-
-    def _pools(self, epoch: int) -> list[np.ndarray]:
-        """Returns this reader's runs in the epoch's order of blocks, as groups of about POOL_ROWS rows."""
-        order = _permutation(len(self._blocks) - 1, self._seed, epoch)[self._reader :: self._readers]
-        if not len(order):
-            return []
-        first, counts = self._blocks[order], np.diff(self._blocks)[order]
-        runs = self._runs[np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())]
-        lengths = runs[:, 3] - runs[:, 2]
-        pool_of = (np.cumsum(lengths) - lengths) // POOL_ROWS
-        return np.split(runs, np.flatnonzero(np.diff(pool_of)) + 1)
-
-    def _load(self, runs: np.ndarray, epoch: int, number: int, buffer: np.ndarray) -> _Pool:
-        """Reads a pool; returns the columns of RowBatch and the order in which to hand rows out."""
-        runs = runs[np.lexsort((runs[:, 2], runs[:, 1]))]  # in stored order: kind to the disk
-        lengths = runs[:, 3] - runs[:, 2]
-        count = int(lengths.sum())
-        rows = buffer[:count]
-        token_ids, positions = np.empty(count, np.int32), np.empty(count, np.int32)
-        norms = np.empty(count, np.float32)
-        layer_place = self.store.require_layer(self.layer)
-        filled = 0
-        for shard, pieces in self._shards_ahead(runs):
-            shard.read_rows(hook_name(self.layer), pieces, rows[filled:])
-            for first, end in pieces:
-                into = slice(filled, filled + end - first)
-                token_ids[into] = shard.column("token_ids")[first:end]
-                positions[into] = shard.column("positions")[first:end]
-                if self._max_norm is not None:
-                    norms[into] = shard.column("norms")[layer_place, first:end]
-                filled = into.stop
-        sequences = np.repeat(runs[:, 0], lengths).astype(np.int32)
-        is_generated = positions >= np.asarray(self._prompt_lengths)[sequences]
-        order = _permutation(count, self._seed, epoch, self._reader, self._readers, number)
-        if self._max_norm is not None:
-            order = order[norms[order] <= self._max_norm]
-        return (rows, token_ids, positions, is_generated, sequences), order
-
-    def _shards_ahead(self, runs: np.ndarray) -> Iterator[_Pieces]:
-        """Yields runs in stored order by shard, while the rows of the next few are read from disk."""
-        hook = hook_name(self.layer)
-        columns = (
-            ("token_ids", "positions") if self._max_norm is None else ("token_ids", "positions", "norms")
-        )
-
-        def opened(number: int) -> Shard:
-            return self.store.open_shard(*self._shards[number])
-
-        def prefetched(of_shard: _Pieces) -> _Pieces:
-            shard, pieces = of_shard
-            for name in columns:
-                shard.prefetch(name)
-            shard.prefetch(hook, pieces)
-            return of_shard
-
-        by_shard = ((opened(number), pieces) for number, pieces in _pieces(runs))
-        return ahead(map(prefetched, ahead(by_shard, SHARDS_AHEAD)), SHARDS_AHEAD)
+                if last:
+                    return
 
     def _batch(self, parts: list[tuple[np.ndarray, ...]]) -> RowBatch:
-        columns = parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
+        arrays = parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts, strict=True)))
+        count = len(self._choice.layers)
+        rows = [self._converted(in_dtype(of_layer, self._dtype)) for of_layer in arrays[:count]]
+        return RowBatch(self._choice.label(rows), *map(self._converted, arrays[count:]))
+
+    def _converted(self, array: np.ndarray) -> Any:
+        """Returns an array as one of the framework asked for."""
         if self._framework == "jax":
-            return RowBatch(*map(importlib.import_module("jax.numpy").asarray, columns))
-        if self._framework == "torch":
-            return RowBatch(*map(_to_torch, columns))
-        return RowBatch(*columns)
+            return importlib.import_module("jax.numpy").asarray(array)
+        return _torch(load=True).as_tensor(array) if self._framework == "torch" else array
 
 
-def _pieces(runs: np.ndarray) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """Yields (shard, its rows [first, end), neighbouring runs as one piece) for runs in stored order."""
-    shard, first, end = runs[:, 1], runs[:, 2], runs[:, 3]
-    starts = np.r_[True, (shard[1:] != shard[:-1]) | (first[1:] != end[:-1])]
-    stops = np.r_[starts[1:], True]
-    pieces = zip(shard[starts].tolist(), first[starts].tolist(), end[stops].tolist(), strict=True)
-    for number, of_shard in itertools.groupby(pieces, key=operator.itemgetter(0)):
-        yield number, [piece[1:] for piece in of_shard]
-
-
-def _row_count(runs: np.ndarray) -> int:
-    return int((runs[:, 3] - runs[:, 2]).sum())
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns an array at a multiple of ALIGNMENT; reading a file to an odd address takes twice as long."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _taken(pool: Pool, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns of the rows `chosen` those of each layer, [n, hidden], and the columns of a batch, [n]."""
+    columns = (pool.token_ids, pool.positions, pool.is_generated, pool.sequences)
+    return tuple(_take(array, chosen) for array in (*pool.rows, *columns))
 
 
 def _take(column: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -303,13 +356,11 @@ def _take(column: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     )
 
 
-def _permutation(count: int, *seed: int) -> np.ndarray:
-    """Returns a permutation of range(count) from raw numbers, which numpy promises never to change."""
-    return np.argsort(np.random.PCG64(seed).random_raw(count), kind="stable")
-
-
-def _to_torch(column: np.ndarray) -> Any:
-    torch = importlib.import_module("torch")
-    if column.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(column.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(column)
+def _torch(load: bool) -> Any:
+    """Returns the store's module for torch, if torch is there already or is to be loaded, else None."""
+    if not (load or "torch.utils.data" in sys.modules):
+        return None
+    try:
+        return importlib.import_module("activation_store.torch_dataset")
+    except ImportError as error:
+        raise StoreError("batches for torch need torch: pip install torch") from error

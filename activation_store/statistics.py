@@ -20,6 +20,11 @@ class LayerStatistics:
     squared_deviation: Float64[np.ndarray, " hidden"]  # of each column from its mean, summed
     norm_sum: float  # the rows' Euclidean norms, summed
 
+    def __repr__(self) -> str:
+        """Says in a line what was measured, without the values of each column."""
+        width = len(self.mean)
+        return f"LayerStatistics({self.count} rows of width {width}, mean norm {self.mean_norm:.4g})"
+
     @classmethod
     def empty(cls, hidden_size: int) -> "LayerStatistics":
         """Returns the statistics of no rows."""

@@ -18,7 +18,8 @@ from activation_store.format import (
 from activation_store.host_files import host_file_name, host_file_number, read_host_files
 from activation_store.index import index_lines
 from activation_store.local_files import LOCK
-from activation_store.reader import OUTCOMES, ActivationStore
+from activation_store.outcomes import OUTCOMES
+from activation_store.reader import ActivationStore
 from activation_store.shard_checks import Finding, IndexLine, check_shard
 from activation_store.store_files import INDEX, INDEX_FOLDER
 

@@ -89,8 +89,7 @@ def _predicted(
     if record.failed:
         failure = record.failure or ""
         return Predicted(record.key, record.augmentation, record.sample_index, failure=failure)
-    text = tokenizer.decode(store.generated_tokens(record).tolist(), skip_special_tokens=True)
-    grid = parse_answer(text, encoder)
+    grid = parse_answer(store.answer(record, tokenizer), encoder)
     if grid is not None:
         grid = Augmentation.parse(record.augmentation).inverse().apply(grid)
     logprob = float(store.generated_logprobs(record).sum(dtype=np.float64))

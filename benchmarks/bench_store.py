@@ -103,7 +103,7 @@ def read_plain(path: Path) -> int:
 def read_in_order(directory: Path) -> int:
     into = np.empty((STEPS, HIDDEN), ml_dtypes.bfloat16)
     total = 0
-    for rows, _, _ in ActivationStore(directory).iterate(LAYER):
+    for rows, _, _ in ActivationStore(directory).iterate(LAYER, dtype="stored"):
         np.copyto(into, rows)
         total += rows.nbytes
     return total

@@ -51,7 +51,7 @@ def train(store: ActivationStore, layer: int, steps: int, batch_size: int, featu
 
     @jax.jit
     def step(params: Params, state: Any, rows: jax.Array) -> tuple[Params, Any, jax.Array, jax.Array]:
-        rows = (rows.astype(jnp.float32) - mean) / scale
+        rows = (rows - mean) / scale
         (value, in_use), gradient = jax.value_and_grad(loss, has_aux=True)(params, rows, SPARSITY)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(params, updates), state, value, in_use  # type: ignore[return-value]

@@ -52,7 +52,7 @@ def test_pickles_become_a_store(tmp_path: Path, dtype: Any):
     assert set(found) == set(expected)
     for name, (seed, count) in expected.items():
         for layer in (10, 11):
-            stored = store.rows(found[name], layer)
+            stored = store.rows(found[name], layer, dtype="stored")
             assert stored.dtype == dtype
             np.testing.assert_array_equal(stored, rows(seed + layer, count, dtype))
         assert found[name].finish_reason == "imported"

@@ -57,7 +57,7 @@ def test_rows_and_columns_of_a_sequence_are_those_submitted(
 def test_a_layer_is_a_view_into_the_map_of_its_file(store: ActivationStore):
     """No copy: the rows of two sequences of a shard lie in one buffer, where the file has them."""
     first, second = list(store.sequences())[:2]
-    one, two = store.rows(first, 11), store.rows(second, 11)
+    one, two = (store.rows(record, 11, dtype="stored") for record in (first, second))
     address = one.__array_interface__["data"][0]
     assert two.__array_interface__["data"][0] - address == one.nbytes
     assert not one.flags.owndata

@@ -1,6 +1,10 @@
 """Training batches: every row once, in an order that follows from the seed, from any place on."""
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from activation_store import (
 # Rows whose first column is their number in the store: what a batch holds is then plain to see.
 SETTINGS = settings(dtype="float32", hidden_size=4, max_output_tokens=200)
 TASKS = [f"t{number}" for number in range(30)]
+ORDER = (1324, [547, 148, 1139, 1266, 1515], [2597, 1223, 1215])  # of the store below, seed 3, reader 1 of 2
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +189,162 @@ def test_bad_arguments_are_one_sentence(store: ActivationStore):
         ShuffledBatches(store, 11, 1, framework="tensorflow")
 
 
+def test_the_order_of_a_seed_never_changes(store: ActivationStore):
+    """A saved state must mean the same place in later versions."""
+    found = numbers(ShuffledBatches(store, 11, 50, seed=3, reader=1, readers=2))
+    assert (len(found), found[:5], found[-3:]) == ORDER
+
+
+def test_several_layers_come_aligned_and_in_the_order_of_one(store: ActivationStore):
+    chosen = RowFilter(prompt=False, stop_position=90)
+    several = ShuffledBatches(store, [12, 10], 64, seed=5, rows=chosen)
+    for layer in (10, 12):
+        alone = ShuffledBatches(store, layer, 64, seed=5, rows=chosen)
+        for one, expected in zip(several, alone, strict=True):
+            assert list(one.rows) == [12, 10]
+            np.testing.assert_array_equal(one.rows[layer], expected.rows)
+            for column, other in zip(one[1:], expected[1:], strict=True):
+                np.testing.assert_array_equal(column, other)
+        several.set_epoch(0)
+
+
+def test_several_layers_are_filtered_by_the_norm_in_each(store: ActivationStore):
+    norms = np.stack([np.concatenate([c.norms for _, c, _ in store.iterate(layer)]) for layer in (10, 12)])
+    chosen = RowFilter(max_norm=float(np.median(norms)))
+    found = np.concatenate([one.rows[12][:, 0] for one in ShuffledBatches(store, [10, 12], 64, rows=chosen)])
+    in_order = np.concatenate([rows[12][:, 0] for rows, *_ in store.iterate([10, 12], rows=chosen)])
+    assert 0 < len(found) < np.count_nonzero(norms[0] <= chosen.max_norm)
+    assert sorted(found) == sorted(in_order)
+
+
+@pytest.mark.parametrize("size", [1, 33, 50, 300, 10**6])
+@pytest.mark.parametrize("rows", [None, RowFilter(max_norm=1500.0), RowFilter(prompt=False)])
+def test_the_number_of_batches_is_known_before(store: ActivationStore, size: int, rows: RowFilter | None):
+    for readers in (1, 3):
+        for reader in range(readers):
+            batches = ShuffledBatches(store, 11, size, rows=rows, reader=reader, readers=readers)
+            for _ in range(1 if size == 1 else 3):
+                expected = len(batches)
+                assert sum(1 for _ in batches) == expected
+
+
+def test_the_number_of_batches_stays_while_they_are_read(store: ActivationStore):
+    batches = ShuffledBatches(store, 11, 100)
+    expected = len(batches)
+    for _ in batches:
+        assert len(batches) == expected
+
+
+@pytest.mark.parametrize("before", [0, 3, 17])
+@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+@pytest.mark.parametrize("rows", [None, RowFilter(max_norm=1500.0)])
+def test_shares_have_the_batches_that_are_left(
+    store: ActivationStore, before: int, parts: int, rows: RowFilter | None
+):
+    def content(one: Any) -> tuple[int, ...]:
+        return tuple(numbers([one]))
+
+    whole = ShuffledBatches(store, 11, 100, rows=rows)
+    for _ in zip(range(before), whole, strict=False):
+        pass
+    shares = [whole.split(part, parts) for part in range(parts)]
+    lengths = [sum(1 for _ in whole.split(part, parts)) for part in range(parts)]
+    assert max(lengths) - min(lengths) <= 1
+    for _ in range(2):  # what is left of the epoch, and the next one
+        rest = [content(one) for one in whole]
+        found = [content(one) for share in shares for one in share]
+        assert found == rest
+
+
+def test_a_share_goes_on_from_a_saved_state(store: ActivationStore):
+    share = ShuffledBatches(store, 11, 100).split(1, 3)
+    expected = [numbers([one]) for one in ShuffledBatches(store, 11, 100).split(1, 3)]
+    for number in range(len(expected)):
+        if number:
+            next(iter(share))
+        saved = json.loads(json.dumps(share.state_dict()))
+        other = ShuffledBatches(store, 11, 100).split(1, 3)
+        other.load_state_dict(saved)
+        assert [numbers([one]) for one in other] == expected[number:]
+    with pytest.raises(StoreError, match="shares was"):
+        ShuffledBatches(store, 11, 100).load_state_dict(share.state_dict())
+
+
+def test_two_iterations_at_a_time_are_refused(store: ActivationStore):
+    batches = ShuffledBatches(store, 11, 50)
+    with pytest.raises(StoreError, match="two iterations at a time need two ShuffledBatches"):
+        for _ in zip(batches, batches, strict=True):
+            pass
+    with pytest.raises(StoreError, match="were set to another place while they were iterated over"):
+        numbers(batches.set_epoch(3) or one for one in batches)
+    assert sorted(numbers(batches)) == list(range(total(store)))
+
+
+def test_copies_are_independent(store: ActivationStore):
+    expected = numbers(ShuffledBatches(store, 11, 50))
+    batches = ShuffledBatches(store, 11, 50)
+    next(iter(batches))
+    for other in (copy.deepcopy(batches), pickle.loads(pickle.dumps(batches))):
+        assert numbers(other) == expected[50:]
+    assert numbers(batches) == expected[50:]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"batch_size": "32"}, "batch_size must be a whole number of at least 0, not '32'"),
+        ({"batch_size": 32.0}, "batch_size must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": None}, "seed must be a whole number"),
+        ({"reader": -1}, "reader must be a whole number"),
+        ({"readers": 0}, "reader 0 of 0"),
+        ({"dtype": "bfloat16"}, 'dtype must be "float32" or "stored"'),
+        ({"layer": True}, "True names no layer"),
+        ({"layer": []}, "layers are named once each"),
+        ({"sequences": ["a"]}, "'a' is no record"),
+    ],
+)
+def test_an_argument_of_another_kind_is_one_sentence(store: ActivationStore, wrong: Any, sentence: str):
+    arguments: dict[str, Any] = {"layer": 11, "batch_size": 50}
+    with pytest.raises(StoreError, match=sentence):
+        ShuffledBatches(store, **(arguments | wrong))
+
+
+@pytest.mark.parametrize("epoch", [-1, 0.0, None, "1"])
+def test_an_epoch_that_is_none_is_one_sentence(store: ActivationStore, epoch: Any):
+    with pytest.raises(StoreError, match="epoch must be a whole number"):
+        ShuffledBatches(store, 11, 50).set_epoch(epoch)
+
+
+@pytest.mark.parametrize(
+    "change", [{"pool": -1}, {"row": 1.5}, {"epoch": None}, {"stop": "x"}, {"content": ""}]
+)
+def test_a_state_that_is_none_is_one_sentence(store: ActivationStore, change: Any):
+    batches = ShuffledBatches(store, 11, 50)
+    with pytest.raises(StoreError, match=r"must be a whole number|is of other batches"):
+        batches.load_state_dict(batches.state_dict() | change)
+    for state in ({}, None, [1]):
+        with pytest.raises(StoreError, match=r"is of other batches|is no saved state"):
+            batches.load_state_dict(state)  # type: ignore[arg-type]
+
+
+def test_printing_is_short(store: ActivationStore):
+    batches = ShuffledBatches(store, [10, 11, 12], 50, seed=np.int64(3))  # type: ignore[arg-type]
+    json.dumps(batches.state_dict())
+    where = f"'{store.directory}': layer 10-12, {total(store)} rows of 30 sequences, 50 a batch"
+    assert repr(batches) == f"ShuffledBatches({where}, reader 0 of 1, epoch 0)"
+    rows = ", ".join(f"{layer}: float32[50, 4]" for layer in (10, 11, 12))
+    expected = f"RowBatch(rows={{{rows}}}, token_ids=int32[50], positions=int32[50], is_generated=bool[50], "
+    assert repr(next(iter(batches))) == expected + "sequences=int32[50])"
+
+
+def test_a_batch_by_number_is_one_sentence(store: ActivationStore):
+    with pytest.raises(TypeError, match=r"batches come in their own order, none by number"):
+        ShuffledBatches(store, 11, 50)[0]
+
+
 def test_batches_for_jax_are_jax_arrays(store: ActivationStore):
     one = next(iter(ShuffledBatches(store, 11, 50, framework="jax")))
     expected = next(iter(ShuffledBatches(store, 11, 50)))
@@ -200,11 +361,13 @@ def bfloat16_store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
     return ActivationStore(directory)
 
 
-def test_bfloat16_stays_bfloat16(bfloat16_store: ActivationStore):
+def test_bfloat16_stays_bfloat16_where_it_is_asked_for_as_stored(bfloat16_store: ActivationStore):
     torch = pytest.importorskip("torch")
-    one = next(iter(ShuffledBatches(bfloat16_store, 11, 50)))
-    for_jax = next(iter(ShuffledBatches(bfloat16_store, 11, 50, framework="jax")))
-    for_torch = next(iter(ShuffledBatches(bfloat16_store, 11, 50, framework="torch")))
+    one, for_jax, for_torch = (
+        next(iter(ShuffledBatches(bfloat16_store, 11, 50, framework=name, dtype="stored")))
+        for name in ("numpy", "jax", "torch")
+    )
+    assert one.rows.dtype == bfloat16_store.dtype
     assert for_jax.rows.dtype == jnp.bfloat16
     assert for_torch.rows.dtype == torch.bfloat16
     np.testing.assert_array_equal(for_jax.rows, one.rows)
@@ -212,42 +375,18 @@ def test_bfloat16_stays_bfloat16(bfloat16_store: ActivationStore):
     assert for_torch.is_generated.dtype == torch.bool
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_torch_data_loader_reads_every_row_once_an_epoch(store: ActivationStore, workers: int):
-    pytest.importorskip("torch")
-    from torch.utils.data import DataLoader
-
-    dataset = ShuffledBatches(store, 11, 50, framework="torch").torch_dataset()
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
-    )
-    orders = []
-    for epoch in range(2 if workers == 0 else 1):
-        dataset.set_epoch(epoch)
-        orders.append(numbers(loader))
-        assert sorted(orders[-1]) == list(range(total(store)))
-    assert len(orders) == 1 or orders[0] != orders[1]
-
-
-def test_a_state_survives_a_loader_without_workers(store: ActivationStore):
-    pytest.importorskip("torch")
-    from torch.utils.data import DataLoader
-
-    batches = ShuffledBatches(store, 11, 50, framework="torch")
-    loader = DataLoader(batches.torch_dataset(), batch_size=None)
-    head: list[int] = []
-    for one in loader:
-        head += numbers([one])
-        if len(head) >= 500:
-            break
-    rest = ShuffledBatches(store, 11, 50)
-    rest.load_state_dict(batches.state_dict())
-    assert head + numbers(rest) == numbers(ShuffledBatches(store, 11, 50))
+@pytest.mark.parametrize("framework", ["numpy", "jax", "torch"])
+def test_rows_are_float32_by_default(bfloat16_store: ActivationStore, framework: str):
+    if framework == "torch":
+        pytest.importorskip("torch")
+    stored = list(ShuffledBatches(bfloat16_store, 11, 50, dtype="stored"))
+    for one, expected in zip(
+        ShuffledBatches(bfloat16_store, 11, 50, framework=framework), stored, strict=True
+    ):
+        assert str(one.rows.dtype).removeprefix("torch.") == "float32"
+        np.testing.assert_array_equal(np.asarray(one.rows), expected.rows.astype(np.float32))
 
 
 def test_torch_is_imported_only_when_it_is_used(tmp_path: Path):
-    import subprocess
-    import sys
-
     program = "import sys, activation_store; assert 'torch' not in sys.modules and 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(shuffle.__file__).parents[1])

@@ -1,0 +1,204 @@
+"""Which sequences a store has: all of them in stored order, one by key or number, or those of some kind."""
+
+import logging
+import operator
+import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, SupportsIndex, cast, overload
+
+from activation_store.format import (
+    DTYPES,
+    MANIFEST,
+    MANIFEST_BYTES,
+    ROW_BYTES,
+    SequenceRecord,
+    StoreError,
+    decode_manifest,
+    hook_layer,
+    layers_text,
+    manifest_problem,
+)
+from activation_store.index import SequenceIndex
+from activation_store.open_shards import OpenShards
+from activation_store.outcomes import read_outcomes
+from activation_store.remote_files import open_files
+from activation_store.shard import Shard
+from activation_store.store_files import FileStatus
+from qwen2_core.messages import did_you_mean
+
+_logger = logging.getLogger(__name__)
+
+
+class SequenceCatalogue:
+    """The sequences of a store: a sequence of their records, failed ones included, in stored order."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = os.fspath(directory)
+        self.files = open_files(directory)
+        try:
+            manifest = self.files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
+        except FileNotFoundError as error:
+            hint = did_you_mean(self.directory)
+            raise StoreError(
+                f"{self.files.location} is not an activation store: it has no {MANIFEST}{hint}"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"cannot read {self.files.location}: {error.strerror or error}") from error
+        self.settings, self.provenance = decode_manifest(manifest, f"{self.files.location}/{MANIFEST}")
+        if problem := manifest_problem(manifest):  # what is stored can still be read, and verified
+            _logger.warning("%s/%s cannot be relied on: %s", self.files.location, MANIFEST, problem)
+        self.layers = tuple(hook_layer(name) for name in self.settings.hook_names)
+        self.index = SequenceIndex(self.files)
+        self._shards = OpenShards(self.files, self.settings)
+        self._listed: dict[int, dict[str, FileStatus]] = {}  # the shards of hosts
+        self._checksums: dict[str, str] = {}  # of shards, by path, as the index has them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.directory,)  # memory maps and open files do not travel
+
+    def __repr__(self) -> str:
+        """Says in a line what there is."""
+        return (
+            f"{type(self).__name__}({self.files.location!r}: {len(self)} sequences, "
+            f"layers {layers_text(self.layers)} of width {self.settings.hidden_size}, "
+            f"stored as {self.settings.dtype})"
+        )
+
+    def __len__(self) -> int:
+        """Returns how many sequences there are, failed ones included."""
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[SequenceRecord]:
+        return map(self._noted, self.index.records())
+
+    def __contains__(self, item: object) -> bool:
+        """Returns whether a key, or just this record, is of this store."""
+        if isinstance(item, SequenceRecord):
+            return item == self.index.get(item.key)
+        return item in self.index
+
+    @overload
+    def __getitem__(self, which: str | SupportsIndex) -> SequenceRecord: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> list[SequenceRecord]: ...
+
+    def __getitem__(self, which: str | SupportsIndex | slice) -> SequenceRecord | list[SequenceRecord]:
+        """Returns the record of a key, or of a number in stored order, or those of a slice of numbers.
+
+        Raises:
+            KeyError: no sequence has this key.
+            IndexError: there are fewer sequences.
+        """
+        if isinstance(which, slice):
+            return [self._noted(self.index.at(number)) for number in range(len(self))[which]]
+        if isinstance(which, str | bool) or not hasattr(which, "__index__"):
+            if which in self.index:
+                return self._noted(self.index[cast(str, which)])
+            raise KeyError(
+                f"no sequence of {self.files.location} has the key {which!r}; those of a task are "
+                'store.sequences(task_ids=["..."])'
+            )
+        number, count = operator.index(which), len(self)
+        if not -count <= number < count:
+            raise IndexError(
+                f"{self.files.location} has {count} sequences, counted from 0: there is no {number}"
+            )
+        return self._noted(self.index.at(number % count))
+
+    def tasks(self) -> list[str]:
+        """Returns the ids of the tasks that have sequences, failed ones included, in stored order."""
+        return list(dict.fromkeys(record.task_id for record in self))
+
+    def sequences(
+        self,
+        *,
+        task_ids: Collection[str] | str | None = None,
+        augmentations: Collection[str] | str | None = None,
+        solved: bool | None = None,
+        where: Callable[[SequenceRecord], bool] | None = None,
+        failed: bool = False,
+    ) -> Iterator[SequenceRecord]:
+        """Yields the sequences that pass every filter given, in stored order.
+
+        Args:
+            task_ids: keeps these tasks, or this one.
+            augmentations: keeps these augmentations, or this one.
+            solved: keeps those known, from `write_outcomes`, to be right (True) or wrong (False).
+            where: keeps those for which it returns True.
+            failed: yields only the sequences that failed, which have no rows, instead of the others.
+        """
+        outcomes = self.outcomes() if solved is not None else {}
+        tasks, kept_augmentations = _names(task_ids), _names(augmentations)
+        for record in self:
+            if (
+                record.failed == failed
+                and (tasks is None or record.task_id in tasks)
+                and (kept_augmentations is None or record.augmentation in kept_augmentations)
+                and (solved is None or outcomes.get(record.key) is solved)
+                and (where is None or where(record))
+            ):
+                yield record
+
+    def outcomes(self) -> dict[str, bool]:
+        """Returns whether each sequence solved its puzzle, by key, as far as `write_outcomes` was told.
+
+        Raises:
+            StoreError: the file of the outcomes is damaged.
+        """
+        return read_outcomes(self.files)
+
+    def own(self, record: SequenceRecord) -> SequenceRecord:
+        """Returns the record; raises StoreError unless it is one of this store.
+
+        Of another store's record the shard would hold other rows. The records that this store gave are known
+        by their shard's checksum; others are compared with the index.
+        """
+        if not isinstance(record, SequenceRecord):
+            raise StoreError(f"{record!r} is no record: give store[0] or one that store.sequences() yields")
+        if record.key not in self.index or self._checksums.get(record.path) != record.shard_sha256:
+            if record not in self:
+                raise StoreError(
+                    f"{record.label} is no record of {self.files.location}, or was replaced there"
+                )
+            return self._noted(record)
+        return record
+
+    def _noted(self, record: SequenceRecord) -> SequenceRecord:
+        """Notes which file the index has at the record's path; another one may have been there before."""
+        path = record.path
+        if self._checksums.get(path) != record.shard_sha256:
+            self._checksums[path] = record.shard_sha256
+            self._shards.forget(path)
+        return record
+
+    def open_shard(self, path: str, size: int) -> Shard:
+        """Opens the shard at `SequenceRecord.path`, of `shard_bytes` bytes; the last few stay open."""
+        return self._shards.get(path, size)
+
+    def require_shard(self, record: SequenceRecord) -> None:
+        """Raises StoreError unless a record's shard is there, as long as written, with room for its rows.
+
+        The shards of a host are listed once, and none is opened.
+        """
+        listed = self._listed.get(record.host, {})
+        if record.shard not in listed:
+            listed = self._listed[record.host] = self.files.shards(record.host)
+        where = f"{self.files.location}/{record.path}"
+        if record.shard not in listed:
+            raise StoreError(f"{where} is missing")
+        size, oddity = listed[record.shard].size, listed[record.shard].oddity
+        if oddity or size != record.shard_bytes:
+            raise StoreError(
+                f"{where} is {oddity or f'{size} bytes long'}, {record.shard_bytes} were written"
+            )
+        row_bytes = (
+            ROW_BYTES + len(self.layers) * self.settings.hidden_size * DTYPES[self.settings.dtype].itemsize
+        )
+        if (record.row_start + record.n_rows) * row_bytes > size:
+            raise StoreError(f"{record.label}: its rows end outside {where}")
+
+
+def _names(names: Collection[str] | str | None) -> frozenset[str] | None:
+    """Returns a set of names; one that stands alone is not taken for its letters."""
+    return None if names is None else frozenset([names] if isinstance(names, str) else names)
