@@ -9,14 +9,16 @@ Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from activation_store.format import StoreError
+from activation_store.format import StoreUsageError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
 from activation_store.recovery import repair_store
@@ -28,9 +30,17 @@ Item = TypeVar("Item")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names may be in any script, a terminal may not
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except StoreUsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except ValueError as error:  # StoreError, and those of the data set and the checkpoint
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -40,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,41 +61,69 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
     verify.set_defaults(run=_verify)
-    verify.add_argument("directory")
-    verify.add_argument("--dataset", help="ARC data set whose puzzles the store should cover")
-    verify.add_argument("--replay", type=int, metavar="N", default=0, help="recompute N random sequences")
-    verify.add_argument("--model_path", help="checkpoint for --replay: a directory or hub id")
-    verify.add_argument("--seed", type=int, default=0, help="which sequences --replay draws")
+    verify.add_argument("directory", type=_place)
+    verify.add_argument("--dataset", type=_path, help="ARC data set whose puzzles the store should cover")
+    verify.add_argument(
+        "--replay", type=_number(0), metavar="N", default=0, help="recompute N random sequences"
+    )
+    verify.add_argument("--model_path", type=_path, help="checkpoint for --replay: a directory or hub id")
+    verify.add_argument("--seed", type=_number(0), default=0, help="which sequences --replay draws")
     verify.add_argument(
         "--repair", action="store_true", help="first drop damaged sequences, so that a run makes them again"
     )
 
     stats = commands.add_parser("stats", help="rows, mean norm and variance of each layer")
     stats.set_defaults(run=_stats)
-    stats.add_argument("directory")
+    stats.add_argument("directory", type=_place)
 
     export = commands.add_parser("export", help="write one layer as a SAELens cached-activations dataset")
     export.set_defaults(run=_export)
-    export.add_argument("directory")
-    export.add_argument("--layer", type=int, required=True)
-    export.add_argument("--context_size", type=int, required=True, help="rows in a window")
-    export.add_argument("--output", required=True, help="new directory")
-    export.add_argument("--first_position", type=int, default=0, help="leave out earlier positions")
+    export.add_argument("directory", type=_place)
+    export.add_argument("--layer", type=_number(0), required=True)
+    export.add_argument("--context_size", type=_number(1), required=True, help="rows in a window")
+    export.add_argument("--output", type=_path, required=True, help="new directory")
+    export.add_argument("--first_position", type=_number(0), default=0, help="leave out earlier positions")
     export.add_argument("--generated_only", action="store_true", help="leave out prompt rows")
 
     legacy = commands.add_parser("import-legacy", help="make a store of layer_<l>_batch_<n>.pkl files")
     legacy.set_defaults(run=_import_legacy)
-    legacy.add_argument("source", help="directory of the pickles")
-    legacy.add_argument("--output", required=True, help="new store")
+    legacy.add_argument("source", type=_place, help="directory of the pickles")
+    legacy.add_argument("--output", type=_path, required=True, help="new store")
     legacy.add_argument(
-        "--hidden_size", type=int, required=True, help="the model's; other widths are refused"
+        "--hidden_size", type=_number(1), required=True, help="the model's; other widths are refused"
     )
     return parser
 
 
+def _number(least: int) -> Callable[[str], int]:
+    """Returns what reads a flag's whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+            raise argparse.ArgumentTypeError(f"{text[:50]!r} is no whole number from {least} to 999999999")
+        return int(text)
+
+    return number
+
+
+def _path(text: str) -> str:
+    """Returns a path with `~` expanded, or a URL."""
+    if "\0" in text or not text or text != text.encode(errors="ignore").decode():
+        raise argparse.ArgumentTypeError(f"{text[:200]!r} is no path")
+    return text if "://" in text else os.path.expanduser(text)  # noqa: PTH111 - keeps it as written
+
+
+def _place(text: str) -> str:
+    """Returns the path of a directory, or a URL."""
+    path = _path(text)
+    if "://" not in path and not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {path}")
+    return path
+
+
 def _verify(options: argparse.Namespace) -> int:
     if options.replay and not options.model_path:
-        raise StoreError("--replay needs --model_path")
+        raise StoreUsageError("--replay needs --model_path")
     if options.repair:
         for dropped in repair_store(options.directory):
             print(f"dropped: {dropped}")

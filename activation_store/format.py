@@ -57,6 +57,10 @@ class StoreError(ValueError):
     """Says in one sentence why a store cannot be opened, continued or read as asked."""
 
 
+class StoreUsageError(StoreError):
+    """Says why what is asked for cannot be had, however sound the store is."""
+
+
 class StoreWriteError(StoreError):
     """Says why writing failed (disk full, permission lost, ...); what was committed before is safe."""
 

@@ -20,6 +20,7 @@ from activation_store.format import (
     ROW_BYTES,
     SequenceRecord,
     StoreError,
+    StoreUsageError,
     decode_manifest,
     hook_layer,
     hook_name,
@@ -145,7 +146,7 @@ class ActivationStore:
         """Returns a layer's index among the stored ones; raises StoreError when it is not stored."""
         if layer not in self.layers:
             stored = ", ".join(map(str, self.layers)) or "none"
-            raise StoreError(f"layer {layer} is not in {self.directory}; its layers: {stored}")
+            raise StoreUsageError(f"layer {layer} is not in {self.directory}; its layers: {stored}")
         return self.layers.index(layer)
 
     def rows(self, record: SequenceRecord, layer: int) -> Float[np.ndarray, "n_rows hidden"]:
