@@ -200,3 +200,27 @@ def test_a_file_url_is_a_local_directory(tmp_path: Path):
 def test_an_unknown_kind_of_url_is_one_sentence():
     with pytest.raises(StoreError, match=r"nosuch://x cannot be opened"):
         ActivationStore("nosuch://x")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../victim.txt", "../manifest.json", "victim.txt", "shard-1.safetensors"]
+)
+def test_an_object_that_a_store_does_not_write_is_never_read_or_removed(url: str, name: str):
+    work(url, "a")
+    root = url.removeprefix("memory:/")
+    victims = [f"{root.removesuffix('/run')}/victim.txt", f"{root}/host-00000/victim.txt"]
+    for victim in victims:
+        MEMORY.pipe_file(victim, b"mine")
+    index = f"{root}/host-00000/index/000000.jsonl"
+    MEMORY.pipe_file(index, MEMORY.cat(index).replace(b"shard-000000.safetensors", name.encode()))
+    MEMORY.pipe_file(f"{root}/host-00000/index/000000.jsonl.orig", b"{")
+    with pytest.raises(StoreError, match="not an index line"):
+        list(ActivationStore(url).sequences())
+    assert len(work(url, "a").dropped) >= 2
+    assert [MEMORY.cat(victim) for victim in victims] == [b"mine", b"mine"]
+    assert len(list(ActivationStore(url).sequences())) == 2
+
+
+def test_a_url_that_names_local_files_is_a_local_directory(tmp_path: Path):
+    work(f"local://{tmp_path}/store", "a")
+    assert (tmp_path / "store" / "host-00000" / "index.jsonl").exists()
