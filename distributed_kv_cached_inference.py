@@ -30,6 +30,7 @@ from arc_runner.failures import EXPECTED, tell_failure
 from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
 from arc_runner.job import prepare, say_start
+from arc_runner.numerics import say_numerics
 from arc_runner.options import RunOptions
 
 
@@ -63,6 +64,8 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(job.open_writer(process, patiently))
         say_start(job, report, writer.committed)
+        if part.left(writer.committed):
+            say_numerics(job.numerics, writer.earlier_numerics)
         if patiently is not None:
             files = SharedFiles(options.activations_dir, patiently)
             claims = stack.enter_context(Claims(files, process.index))
@@ -71,7 +74,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         work = Shared(writer, claims, process, stop) if claims and process.claims else Alone(writer)
         generate_missing(part, work, writer, report, stop)
         writer.close()
-        report.bytes_stored = writer.bytes_written
+        report.bytes_stored, report.tokens_generated = writer.bytes_written, writer.tokens_written
         if claims is None:
             return answer(job, report, writer.committed)
         claims.files.patiently(writer.refresh)

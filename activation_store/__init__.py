@@ -9,6 +9,7 @@
 ``python -m activation_store`` is the command line that looks after a store.
 """
 
+from activation_store.dataset_check import stale_sequences, verify_coverage
 from activation_store.format import (
     FinishedSequence,
     SequenceId,
@@ -22,12 +23,12 @@ from activation_store.format import (
 )
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowColumns, RowFilter, write_outcomes
-from activation_store.recovery import repair_store
+from activation_store.repair import drop_sequences, repair_store
 from activation_store.retry import RetryPolicy, at_once
 from activation_store.saelens_export import export_saelens
 from activation_store.shuffle import RowBatch, ShuffledBatches
 from activation_store.statistics import LayerStatistics
-from activation_store.verify import verify_coverage, verify_store
+from activation_store.verify import verify_store
 from activation_store.writer import ActivationWriter, check_settings
 
 Patience = RetryPolicy  # its name in earlier versions
@@ -50,12 +51,14 @@ __all__ = [
     "StoreWriteError",
     "at_once",
     "check_settings",
+    "drop_sequences",
     "export_saelens",
     "hook_layer",
     "hook_name",
     "import_legacy",
     "repair_store",
     "sequence_key",
+    "stale_sequences",
     "verify_coverage",
     "verify_store",
     "write_outcomes",

@@ -1,6 +1,6 @@
 """The command line that looks after a store.
 
-    python -m activation_store verify DIR [--dataset D] [--replay N --model_path M] [--repair]
+    python -m activation_store verify DIR [--dataset D] [--replay N] [--model_path M] [--repair]
     python -m activation_store stats DIR
     python -m activation_store export DIR --layer 12 --context_size 128 --output OUT
     python -m activation_store import-legacy PICKLES --output DIR --hidden_size 896
@@ -12,18 +12,20 @@ import argparse
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
-from activation_store.format import StoreUsageError
+from activation_store.dataset_check import stale_sequences, verify_coverage, verify_prompts
+from activation_store.format import SequenceRecord, StoreUsageError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore, RowFilter
-from activation_store.recovery import repair_store
+from activation_store.repair import drop_sequences, repair_store
 from activation_store.saelens_export import export_saelens
-from activation_store.verify import store_notes, verify_coverage, verify_store
+from activation_store.verify import store_notes, verify_store
 
 Item = TypeVar("Item")
 
@@ -66,10 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--replay", type=_number(0), metavar="N", default=0, help="recompute N random sequences"
     )
-    verify.add_argument("--model_path", type=_path, help="checkpoint for --replay: a directory or hub id")
+    verify.add_argument(
+        "--model_path",
+        type=_path,
+        help="checkpoint, a directory or hub id: to recompute with, and to make the prompts of --dataset "
+        "again (default for these: the one that the store was made with, if it is there)",
+    )
     verify.add_argument("--seed", type=_number(0), default=0, help="which sequences --replay draws")
     verify.add_argument(
-        "--repair", action="store_true", help="first drop damaged sequences, so that a run makes them again"
+        "--repair",
+        action="store_true",
+        help="first drop what is damaged, and with --dataset what was made of prompts that have changed",
     )
 
     stats = commands.add_parser("stats", help="rows, mean norm and variance of each layer")
@@ -125,9 +134,14 @@ def _verify(options: argparse.Namespace) -> int:
     if options.replay and not options.model_path:
         raise StoreUsageError("--replay needs --model_path")
     if options.repair:
-        for dropped in repair_store(options.directory):
-            print(f"dropped: {dropped}")
+        for finding in repair_store(options.directory, _bar):
+            print(f"repaired: {finding}")
     store = ActivationStore(options.directory)
+    if options.repair and (stale := _stale(store, options)):
+        drop_sequences(options.directory, {record.key for record in stale})
+        for text in _tell_stale(stale, options.dataset):
+            print(f"dropped: {text}")
+        store = ActivationStore(options.directory)
     findings = 0
     for finding in _findings(store, options):
         tqdm.write(finding)  # beside the progress bars of a terminal
@@ -146,11 +160,35 @@ def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[s
 
         tasks = load_tasks(options.dataset).tasks
         expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
-        yield from verify_coverage(store, expected, options.dataset)
+        yield from verify_coverage(store, expected)
+        stale = _stale(store, options)
+        if stale is None:
+            yield from verify_prompts(store)
+        else:
+            yield from _tell_stale(stale, options.dataset)
     if options.replay:
         from activation_store.replay import replay_store  # needs jax and the model; nothing else here does
 
         yield from replay_store(store, options.model_path, options.replay, options.seed, _bar)
+
+
+def _stale(store: ActivationStore, options: argparse.Namespace) -> list[SequenceRecord] | None:
+    """Returns the sequences of prompts that the data set does not give now; None if that is not known."""
+    if not options.dataset:
+        return None
+    from activation_store.prompts import load_tokenizer, sequences_now  # needs transformers
+    from arc_puzzles.tasks import load_tasks
+
+    path = options.model_path or str(store.provenance.get("model_id", ""))
+    if not path or not (options.model_path or Path(path).is_dir()):
+        return None
+    now = sequences_now(store, load_tasks(options.dataset).tasks, load_tokenizer(path))
+    return stale_sequences(store.index, store.settings, now)
+
+
+def _tell_stale(stale: Iterable[SequenceRecord], dataset: str) -> Iterator[str]:
+    for task_id, count in sorted(Counter(record.task_id for record in stale).items()):
+        yield f"task {task_id}: {count} sequences are of other prompts than {dataset} gives now"
 
 
 def _bar(items: Collection[Item], name: str, unit: str) -> Iterable[Item]:

@@ -3,6 +3,7 @@
 ```
 DIRECTORY/
   manifest.json                        StoreSettings (must be equal to continue) and provenance (may differ)
+  host-00000.json                      what decides the last bits of host 0's sequences (host_files.py)
   host-00000/index.jsonl               one SequenceRecord per line
   host-00000/shard-000000.safetensors  the rows of one batch (layout: shard.py)
 ```
@@ -20,6 +21,7 @@ import msgspec
 import numpy as np
 
 from activation_store import schema
+from activation_store.checked_json import canonical_json, seal_line, unseal_line
 from activation_store.schema import (
     Count,
     Finite,
@@ -33,9 +35,7 @@ from activation_store.schema import (
     Width,
 )
 
-SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 1 << 20  # no manifest is larger
 LINE_BYTES = 1 << 17  # no index line is longer
 ROW_BYTES = 17  # of a row's columns in a shard, whatever its layers take
 DTYPES: dict[str, np.dtype] = {
@@ -148,7 +148,7 @@ class StoreSettings:
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             odd = ", ".join(sorted(set(values) ^ expected))
-            raise StoreError(f"settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
+            raise StoreError(f"settings do not have the fields of this program: {odd}")
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -218,6 +218,7 @@ class SequenceRecord(NamedTuple):
     shard_sequences: Length  # index lines of this shard: fewer of them means a torn commit
     shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
     failure: Sentence | None
+    numerics: Name = ""  # which of its host's numerics made it (host_files.py); "" where that is not known
 
     @property
     def path(self) -> str:
@@ -243,11 +244,6 @@ class SequenceRecord(NamedTuple):
         return self.finish_reason == "failed"
 
 
-def canonical_json(value: Any) -> str:
-    """Returns the one JSON text of a value: sorted keys, no spaces; raises ValueError for NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
@@ -271,54 +267,6 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     return digest.hexdigest()[:32]
 
 
-def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> bytes:
-    """Returns the manifest's text.
-
-    Raises:
-        ValueError: `provenance` is not JSON, or the manifest would be larger than MANIFEST_BYTES.
-    """
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": settings.to_json(),
-        "provenance": dict(provenance),
-    }
-    data = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
-    if len(data) > MANIFEST_BYTES:
-        raise StoreError(f"the manifest would have {len(data)} bytes; at most {MANIFEST_BYTES} are allowed")
-    return data
-
-
-class _Version(msgspec.Struct):
-    """What every manifest has, whatever its schema."""
-
-    schema_version: Count
-
-
-class _Manifest(_Version, forbid_unknown_fields=True):
-    """The form of a manifest of this schema."""
-
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
-    """Returns (settings, provenance); raises StoreError for a damaged text or another schema version."""
-    try:
-        if len(data) > MANIFEST_BYTES:
-            raise ValueError(f"more than {MANIFEST_BYTES} bytes")
-        values = schema.from_json(data)
-        # First the version: another one's manifest may have any other fields.
-        version = schema.checked(values, _Version).schema_version
-        if version != SCHEMA_VERSION:
-            raise StoreError(f"it has schema version {version}; this program reads version {SCHEMA_VERSION}")
-        manifest = schema.checked(values, _Manifest)
-        return StoreSettings.from_json(manifest.settings), manifest.provenance
-    except StoreError as error:
-        raise StoreError(f"{where}: {error}") from error
-    except ValueError as error:
-        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest ({error})") from error
-
-
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
 _LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
@@ -332,9 +280,13 @@ _SETTINGS_FORM = schema.form("settings", get_type_hints(StoreSettings, include_e
 
 
 def encode_line(record: SequenceRecord) -> bytes:
-    """Returns the record's index line, newline included; StoreError where `decode_line` would refuse it."""
+    """Returns the record's index line, with its checksum and newline.
+
+    Raises:
+        StoreError: `decode_line` would refuse it.
+    """
     values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
-    line = (json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n").encode()
+    line = seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
     decode_line(line, record.host)
     return line
 
@@ -354,14 +306,15 @@ def decode_line(line: bytes, host: int) -> SequenceRecord:
     """Returns the record of an index line, with or without its newline; StoreError when it is not one.
 
     What it returns is of the right types, within range and without contradiction: `shard` is a name in the
-    host's folder, and the rows fit into `shard_bytes`.
+    host's folder, and the rows fit into `shard_bytes`. Lines of the manifest's schema version 1, which have
+    neither checksum nor `numerics`, are read too.
     """
     try:
         text = line.removesuffix(b"\n")
         key = line_key(text)
         if key is None:
             raise ValueError(f"it begins with {line[:80]!r}")
-        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(text)))
+        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(unseal_line(text))))
         if bytes.fromhex(record.key) != key:
             raise ValueError("its key is given twice")
         _check_consistency(record)

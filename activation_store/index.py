@@ -6,8 +6,9 @@ they are asked for, so that a million of them open in seconds.
 
 import threading
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from activation_store.format import MANIFEST, SequenceRecord, StoreError, decode_line, line_key
 from activation_store.store_files import FileStatus, StoreFiles
@@ -42,11 +43,21 @@ class _Segment:
     consumed: int = 0
 
 
+class LinePlace(NamedTuple):
+    """Where a line of a key lies."""
+
+    key: str
+    host: int
+    name: str  # of the index file
+    offset: int  # in bytes
+
+
 class SequenceIndex(Mapping[str, SequenceRecord]):
     """A mapping from key to record of every committed sequence, failed ones included.
 
-    Its order is that of hosts and commits. Of two lines with one key the first found counts. A half-written
-    last line is not read until it is whole. One thread may read it while another calls `refresh`.
+    Its order is that of hosts and commits. Of two lines with one key the first in this order counts, whenever
+    it was found; the others are in `repeated`. A half-written last line is not read until it is whole. One
+    thread may read it while another calls `refresh`.
     """
 
     def __init__(self, files: StoreFiles) -> None:
@@ -62,6 +73,8 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         self._segment_of = array("I")
         self._offset_of = array("Q")
         self._length_of = array("I")
+        self.repeated: list[LinePlace] = []
+        self._is_disordered = False  # of two lines with one key the later one was found first
         self.damaged: list[str] = []  # "host-00003/index.jsonl, byte 1234" for each line that cannot be read
 
     def refresh(self, host: int | None = None) -> int:
@@ -72,19 +85,47 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
         """
         with self._lock:
             before = len(self._ordinals)
-            hosts = self._files.hosts() if host is None else [host]
-            found = {name: (of, status) for of in hosts for name, status in self._files.indexes(of).items()}
+            found = self._listing(self._files.hosts() if host is None else [host])
             if host is None and not (found and self._segments.keys() <= found.keys()):
                 self._files.read(MANIFEST, 0, 1)  # raises FileNotFoundError where the whole store is away
             if host is None and self._was_rewritten({name: status for name, (_, status) in found.items()}):
                 self._clear()
                 before = 0
-            for name, (of, status) in found.items():
-                if name not in self._segments:
-                    self._segments[name] = _Segment(len(self._segments), of, name, status)
-                    self._segment_names.append(name)
-                self._read_appended(self._segments[name], status.size)
+            self._read(found)
+            if self._is_disordered:
+                self._clear()
+                self._read(self._listing(self._files.hosts()))
             return len(self._ordinals) - before
+
+    def hosts_of(self, key: str) -> set[int]:
+        """Returns the hosts that have a line of this key."""
+        with self._lock:
+            ordinal = self._ordinals.get(bytes.fromhex(key))
+            hosts = {line.host for line in self.repeated if line.key == key}
+            return hosts if ordinal is None else {self._segment(ordinal).host, *hosts}
+
+    def lines_of(self, host: int, keys: Collection[str]) -> list[LinePlace]:
+        """Returns the lines that a host has of some keys."""
+        with self._lock:
+            found = [line for line in self.repeated if line.host == host and line.key in keys]
+            for key in keys:
+                ordinal = self._ordinals.get(bytes.fromhex(key))
+                if ordinal is not None and (segment := self._segment(ordinal)).host == host:
+                    found.append(LinePlace(key, host, segment.name, self._offset_of[ordinal]))
+            return found
+
+    def _listing(self, hosts: Iterable[int]) -> dict[str, tuple[int, FileStatus]]:
+        return {name: (host, status) for host in hosts for name, status in self._files.indexes(host).items()}
+
+    def _segment(self, ordinal: int) -> _Segment:
+        return self._segments[self._segment_names[self._segment_of[ordinal]]]
+
+    def _read(self, found: Mapping[str, tuple[int, FileStatus]]) -> None:
+        for name, (host, status) in found.items():
+            if name not in self._segments:
+                self._segments[name] = _Segment(len(self._segments), host, name, status)
+                self._segment_names.append(name)
+            self._read_appended(self._segments[name], status.size)
 
     def _was_rewritten(self, found: Mapping[str, FileStatus]) -> bool:
         """Returns whether a resume has dropped damaged sequences and written an index anew."""
@@ -110,10 +151,13 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
                 key = line_key(line)
                 if key is None:
                     self.damaged.append(f"{segment.name}, byte {offset}")
-                elif self._ordinals.setdefault(key, len(self._offset_of)) == len(self._offset_of):
+                elif (there := self._ordinals.setdefault(key, len(self._offset_of))) == len(self._offset_of):
                     self._segment_of.append(segment.number)
                     self._offset_of.append(offset)
                     self._length_of.append(len(line))
+                else:
+                    self.repeated.append(LinePlace(key.hex(), segment.host, segment.name, offset))
+                    self._is_disordered |= self._segment(there).host > segment.host
                 offset += len(line) + 1
             segment.consumed = offset
 
@@ -132,7 +176,7 @@ class SequenceIndex(Mapping[str, SequenceRecord]):
             ordinal = self._ordinals.get(_key_bytes(key), -1)
             if ordinal < 0:
                 raise KeyError(key)
-            segment = self._segments[self._segment_names[self._segment_of[ordinal]]]
+            segment = self._segment(ordinal)
             start = self._offset_of[ordinal]
             line = self._files.read(segment.name, start, start + self._length_of[ordinal])
         return _record(line, segment, start)

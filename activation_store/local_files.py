@@ -1,19 +1,22 @@
 """A store in a local directory, and the one way in which this project puts a whole file in its place."""
 
 import contextlib
+import fcntl
 import hashlib
 import mmap
 import os
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import filelock
 import numpy as np
 
-from activation_store.format import StoreError, host_name, host_number, shard_number
+from activation_store.format import MANIFEST, StoreError, host_name, host_number, shard_number
 from activation_store.store_files import (
+    COMMIT_SECONDS,
     INDEX,
     INDEX_FOLDER,
     FileStatus,
@@ -23,8 +26,9 @@ from activation_store.store_files import (
     writing,
 )
 
-_LOCK = "writer.lock"
+LOCK = "writer.lock"
 _TEMP = ".tmp"
+_POLL_SECONDS = 0.01
 # A link in a store could lead anywhere, a pipe would be waited for for ever.
 _SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = {
@@ -97,6 +101,12 @@ class LocalFiles:
                 numbers.append(number)
         return sorted(numbers)
 
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(entry.name for entry in (self.root / folder).iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
     def shards(self, host: int) -> dict[str, FileStatus]:
         return {
             name: status
@@ -152,10 +162,10 @@ class LocalFiles:
         self._require_folder(folder.name)
         try:
             _make_folder(folder)
-            if (folder / _LOCK).is_symlink() or (folder / _LOCK).exists():
-                os.close(self._open(f"{folder.name}/{_LOCK}", os.O_RDONLY))
-            lock = filelock.FileLock(folder / _LOCK, timeout=0, thread_local=False)
-            lock.acquire()
+            if (folder / LOCK).is_symlink() or (folder / LOCK).exists():
+                os.close(self._open(f"{folder.name}/{LOCK}", os.O_RDONLY))
+            lock = filelock.FileLock(folder / LOCK, timeout=0.1, thread_local=False)
+            lock.acquire()  # not quite at once: `in_use` may be looking
         except filelock.Timeout as error:
             raise StoreError(
                 f"{folder} is in use: another run writes to this directory as host {host}; "
@@ -176,6 +186,28 @@ class LocalFiles:
             release()
             raise cannot(f"write to {folder}", error) from error
         return release
+
+    def in_use(self, host: int) -> bool:
+        try:
+            descriptor = self._open(f"{host_name(host)}/{LOCK}", os.O_RDONLY)
+        except (OSError, StoreError):
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def begin_commit(self) -> tuple[bool, Callable[[], None]]:
+        # The manifest is what all hosts have, and where the store is away nothing must be made in its place.
+        with writing(self.location, MANIFEST):
+            try:
+                descriptor = self._open(MANIFEST, os.O_RDWR)  # NFS locks no file that is only read
+            except PermissionError:
+                return False, lambda: None
+        return _locks_within(descriptor, COMMIT_SECONDS), lambda: os.close(descriptor)
 
     def create(self, host: int, name: str, data: bytes) -> None:
         # In the host's own folder the lock protects the temporary file; link() refuses to replace.
@@ -216,14 +248,21 @@ class LocalFiles:
                 _sync_folder(self.root / host_name(host))
             self._index_ends[host] = end + len(lines)
 
-    def replace(self, name: str, data: bytes) -> None:
-        self.commit(name, [memoryview(data)])
+    def replace(self, name: str, data: bytes, *, host: int | None = None) -> None:
+        temp = None if host is None else self.root / host_name(host) / f"{name}{_TEMP}"
+        with writing(self.location, name):
+            write_atomic(self.root / name, [data], temporary=temp)
+        self._index_ends = {}  # it may have been an index
 
     def set_aside(self, name: str) -> None:
         path = self.root / name
         self._require_folder(name.rpartition("/")[0])
         with writing(self.location, name), contextlib.suppress(FileNotFoundError):
             path.replace(path.with_name(path.name + ".damaged"))
+
+    def discard(self, name: str) -> None:
+        with writing(self.location, name), contextlib.suppress(FileNotFoundError):
+            (self.root / name).unlink()
 
 
 class LocalFile:
@@ -288,6 +327,22 @@ def _refusal(path: str | Path, oddity: str) -> str:
 
 def _status(status: os.stat_result) -> FileStatus:
     return FileStatus(status.st_size, status.st_mtime_ns, status.st_ino, _oddity(status.st_mode))
+
+
+def _locks_within(descriptor: int, seconds: float) -> bool:
+    """Returns whether an open file could be locked, which another process may have done for a while."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(_POLL_SECONDS)
+        except OSError:  # a file system without locks
+            return False
+        else:
+            return True
 
 
 def _make_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict, deque
@@ -16,25 +17,25 @@ from jaxtyping import Bool, Float, Float32, Int32
 from activation_store.format import (
     DTYPES,
     MANIFEST,
-    MANIFEST_BYTES,
     ROW_BYTES,
     SequenceRecord,
     StoreError,
     StoreUsageError,
-    decode_manifest,
     hook_layer,
     hook_name,
 )
 from activation_store.index import SequenceIndex
+from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.remote_files import open_files
 from activation_store.shard import Shard
-from activation_store.statistics import LayerStatistics
+from activation_store.statistics import LayerStatistics, measure_pieces
 from activation_store.store_files import FileStatus
 
 Item = TypeVar("Item")
 OUTCOMES = "outcomes.json"
 SHARDS_AHEAD = 8  # on their way from disk while one is read
 _OPEN_SHARDS = 128  # a file descriptor or two each
+_logger = logging.getLogger(__name__)
 _DIGESTED = ("token_ids", "positions", "logprobs", "is_generated")
 
 
@@ -91,6 +92,8 @@ class ActivationStore:
         except OSError as error:
             raise StoreError(f"cannot read {self.directory}: {error.strerror or error}") from error
         self.settings, self.provenance = decode_manifest(manifest, f"{self.directory}/{MANIFEST}")
+        if problem := manifest_problem(manifest):  # what is stored can still be read, and verified
+            _logger.warning("%s/%s cannot be relied on: %s", self.directory, MANIFEST, problem)
         self.layers = tuple(hook_layer(name) for name in self.settings.hook_names)
         self.index = SequenceIndex(self.files)
         self._shards: OrderedDict[str, Shard] = OrderedDict()
@@ -254,13 +257,15 @@ class ActivationStore:
         hidden = self.settings.hidden_size
         place = self.require_layer(layer)
         merged = LayerStatistics.empty(hidden)
-        seen: set[str] = set()
+        by_shard: dict[str, list[SequenceRecord]] = {}
         for record in self.sequences():
-            if record.path in seen:
-                continue
-            seen.add(record.path)
-            shard = self._shard(record)
+            by_shard.setdefault(record.path, []).append(record)
+        for records in by_shard.values():
+            shard = self._shard(records[0])
             if f"statistics.{group}.mean" not in shard:
+                continue
+            if len(records) != shard.sequences:  # some were dropped; the stored figures are of all
+                merged = merged.merge(_measured(shard, layer, group, records))
                 continue
             generated = int(np.count_nonzero(shard.column("is_generated")))
             count = generated if group == "generated" else shard.place("is_generated").shape[0] - generated
@@ -329,6 +334,17 @@ class ActivationStore:
         self._require_rows(record)
         stop = _end(record)
         return self._shard(record).column(name)[stop - record.generated_length : stop]
+
+
+def _measured(shard: Shard, layer: int, group: str, records: Iterable[SequenceRecord]) -> LayerStatistics:
+    """Measures the "generated" or "prompt" rows of some of a shard's sequences."""
+    rows = shard.layer(hook_name(layer))
+    pieces = []
+    for record in records:
+        of_record = rows[record.row_start : _end(record)]
+        prompt, generated = of_record[: record.prompt_rows], of_record[record.prompt_rows :]
+        pieces.append(generated if group == "generated" else prompt)
+    return measure_pieces(pieces, rows.shape[1])[0]
 
 
 def ahead(items: Iterable[Item], distance: int) -> Iterator[Item]:

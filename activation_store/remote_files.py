@@ -89,8 +89,11 @@ class RemoteFiles:
             return []
 
     def hosts(self) -> list[int]:
-        names = (entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self._entries(self._root))
-        return sorted(number for name in names if (number := host_number(name)) is not None)
+        return sorted(number for name in self.names() if (number := host_number(name)) is not None)
+
+    def names(self, folder: str = "") -> list[str]:
+        path = self._path(folder) if folder else self._root
+        return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in self._entries(path))
 
     def shards(self, host: int) -> dict[str, FileStatus]:
         found = self._listing(host_name(host))
@@ -125,6 +128,12 @@ class RemoteFiles:
     def open_host(self, host: int) -> Callable[[], None]:
         return lambda: None
 
+    def in_use(self, host: int) -> bool:
+        return True
+
+    def begin_commit(self) -> tuple[bool, Callable[[], None]]:
+        return True, lambda: None
+
     def create(self, host: int, name: str, data: bytes) -> None:
         with writing(self.location, name):
             self._filesystem.pipe_file(self._path(name), data, mode="create")
@@ -154,7 +163,7 @@ class RemoteFiles:
         with writing(self.location, name):
             self._upload(name, lines)
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes, *, host: int | None = None) -> None:
         with writing(self.location, name):
             if data:
                 self._filesystem.pipe_file(self._path(name), data)
@@ -164,3 +173,7 @@ class RemoteFiles:
     def set_aside(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(self._path(name))
+
+    def discard(self, name: str) -> None:
+        with writing(self.location, name):
+            self.set_aside(name)

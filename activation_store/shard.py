@@ -184,6 +184,12 @@ class Shard:
             self._columns[name] = self._tensor(name, self._bytes)
         return self._columns[name]
 
+    @property
+    def sequences(self) -> int:
+        """How many sequences were written to it; index lines may name fewer, where some were dropped."""
+        of_rows = self.column("sequence_index")
+        return int(of_rows[-1]) + 1 if len(of_rows) else 0
+
     def layer(self, name: str) -> np.ndarray:
         """Returns the rows [rows, hidden] under a hook name in their stored dtype, as a read-only view."""
         if self._layer is None or self._layer[0] != name:

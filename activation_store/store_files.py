@@ -18,6 +18,7 @@ from activation_store.format import StoreError, StoreWriteError
 
 INDEX = "index.jsonl"
 INDEX_FOLDER = "index"
+COMMIT_SECONDS = 2.0  # how long a commit waits for another host's to end
 _PART = re.compile(r"([0-9]{6}|[1-9][0-9]{6,11})\.jsonl")
 # What stays as it is until a person changes something; anything else may be over when it is tried again.
 _LASTING = frozenset(
@@ -93,6 +94,10 @@ class StoreFiles(Protocol):
         """Returns the indices of the host folders, in order."""
         ...
 
+    def names(self, folder: str = "") -> list[str]:
+        """Returns the base names of all in a folder, by default the store's own, sorted; [] without it."""
+        ...
+
     def shards(self, host: int) -> dict[str, FileStatus]:
         """Returns the shards of a host folder by base name, odd ones too; {} without the folder."""
         ...
@@ -121,6 +126,21 @@ class StoreFiles(Protocol):
         """
         ...
 
+    def in_use(self, host: int) -> bool:
+        """Returns whether a writer may have taken the host folder; in an object store that is not known."""
+        ...
+
+    def begin_commit(self) -> tuple[bool, Callable[[], None]]:
+        """Keeps the other hosts from committing; returns whether it could, and how to let them again.
+
+        A host that is stopped while it commits must not stop all others: it is waited for COMMIT_SECONDS at
+        most. An object store has nothing that could keep others away.
+
+        Raises:
+            StoreWriteError: the store is away.
+        """
+        ...
+
     def create(self, host: int, name: str, data: bytes) -> None:
         """Writes a new file; FileExistsError when there is one, whoever else is creating it."""
         ...
@@ -143,8 +163,13 @@ class StoreFiles(Protocol):
         """
         ...
 
-    def replace(self, name: str, data: bytes) -> None:
+    def replace(self, name: str, data: bytes, *, host: int | None = None) -> None:
         """Puts `data` durably in the place of a small file; one that would be empty may be removed instead.
+
+        Args:
+            name: the file.
+            data: its new content.
+            host: in whose folder the file is made ready. Where that is away, nothing is written.
 
         Raises:
             StoreWriteError: it cannot be written.
@@ -152,10 +177,18 @@ class StoreFiles(Protocol):
         ...
 
     def set_aside(self, name: str) -> None:
-        """Moves a damaged shard out of the way.
+        """Moves a damaged file out of the way.
 
         Raises:
             StoreWriteError: it cannot be moved.
+        """
+        ...
+
+    def discard(self, name: str) -> None:
+        """Removes a file, if it is there, that no index line has ever named.
+
+        Raises:
+            StoreWriteError: it cannot be removed.
         """
         ...
 

@@ -63,7 +63,7 @@ def make_continuously(
                         should_stop=lambda: stop.requested,
                         on_window=count,
                     )
-                    _store(finished, device, writer, report, progress)
+                    _store(finished, device, writer, progress)
                 if stop.requested:
                     break
             with stop.deferred():
@@ -124,7 +124,6 @@ def _store(
     finished: Iterator[FinishedSequence],
     device: ThreadPoolExecutor,
     writer: ActivationWriter,
-    report: Report,
     progress: Progress,
 ) -> None:
     """Hands finished sequences to the writer, in shards."""
@@ -136,7 +135,6 @@ def _store(
         while (sequence := device.submit(next, finished, None).result()) is not None:
             shard.append(sequence)
             size += 0 if sequence.rows is None else sequence.rows.nbytes
-            report.tokens_generated += len(sequence.token_ids)
             progress.update(1, len(sequence.token_ids))
             age = time.monotonic() - begun
             if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES or age >= SHARD_SECONDS:

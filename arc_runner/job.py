@@ -20,6 +20,7 @@ from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
+from arc_runner.numerics import run_numerics
 from arc_runner.options import RunOptions
 from arc_runner.preflight import check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report, failure_entries
@@ -46,6 +47,11 @@ class Job:
     eos: tuple[int, ...]
     settings: StoreSettings
     requests: Sequence[SequenceRequest]  # in the order of the submission's attempts
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of the sequences that this process makes."""
+        return run_numerics(self.options, self.config, self.layout)
 
     def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
         """Returns the records of the job's sequences that are committed, in the job's order."""
@@ -74,7 +80,8 @@ class Job:
             self.options.activations_dir,
             self.settings,
             host_index=process.index,
-            provenance=_provenance(self.options),
+            provenance=_provenance(self.options) | {"numerics": self.numerics},
+            numerics=self.numerics,
             patiently=patiently,
         )
 

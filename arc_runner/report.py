@@ -22,10 +22,11 @@ _LISTED = 20  # failures shown; the report file has them all
 class Report:
     """Holds the figures of one run, not of those that it continues; seconds are wall-clock.
 
-    ``tokens_generated`` counts the tokens of new sequences. ``generate_seconds`` is the time from the first
-    call until the last row is on disk, without loading and compiling. ``sequences`` and the score are over
-    all that was asked for, whenever it was made. ``slot_steps`` are the decode steps of all slots of
-    ``--generation continuous``; in ``live_steps`` of them the slot held a sequence that had not ended.
+    ``tokens_generated`` counts the tokens of new sequences that were stored. ``generate_seconds`` is the time
+    from the first call until the last row is on disk, without loading and compiling. ``sequences`` and the
+    score are over all that was asked for, whenever it was made. ``slot_steps`` are the decode steps of all
+    slots of ``--generation continuous``; in ``live_steps`` of them the slot held a sequence that had not
+    ended.
     With several processes ``processes`` holds the figures of each, and all others are totals.
     """
 

@@ -40,7 +40,7 @@ def make_calls(
         while not stop.requested:
             with generating:
                 for unit in work.take(units, 1):
-                    progress.update(*_make(unit, model, device, writer, report))
+                    progress.update(*_make(unit, model, device, writer))
                     work.progress()
                     if stop.requested:
                         break
@@ -52,13 +52,11 @@ def make_calls(
 
 
 def _make(
-    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, report: Report
+    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter
 ) -> tuple[int, int]:
     """Makes a call and hands it to the writer; returns how many sequences and new tokens it has."""
     call = unit.work
     generation = device.submit(model.generate, call).result()
     new = [key not in writer.committed for key in unit.keys]
     writer.submit(lambda: finished_sequences(call, generation, new))
-    tokens = int(np.asarray(generation.lengths)[new].sum())
-    report.tokens_generated += tokens
-    return len(call.requests), tokens
+    return len(call.requests), int(np.asarray(generation.lengths)[new].sum())

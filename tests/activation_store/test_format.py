@@ -9,14 +9,14 @@ import pytest
 from activation_fakes import SETTINGS, sequence, settings
 
 from activation_store import SequenceId, StoreError, StoreSettings, hook_layer, hook_name, sequence_key
+from activation_store.checked_json import unseal_line
 from activation_store.format import (
     SequenceRecord,
     decode_line,
-    decode_manifest,
     encode_line,
-    encode_manifest,
     line_key,
 )
+from activation_store.manifest import decode_manifest, encode_manifest, manifest_problem
 
 IDENTITY = SequenceId("task", 0, 0, "identity", np.array([1, 2, 3], np.int32))
 RECORD = SequenceRecord(
@@ -38,6 +38,7 @@ RECORD = SequenceRecord(
     shard_sequences=4,
     shard_mtime_ns=1,
     failure=None,
+    numerics="01ab23cd",
     host=2,
 )
 
@@ -99,6 +100,31 @@ def test_settings_survive_the_manifest():
     assert provenance == {"jax": "1.2"}
 
 
+def test_a_manifest_knows_whether_it_has_changed():
+    data = encode_manifest(SETTINGS, {"jax": "1.2", "note": "made today"})
+    assert manifest_problem(data) is None
+    changed = data.replace(b"made today", b"made tOday")
+    assert decode_manifest(changed, "manifest.json")[0] == SETTINGS
+    assert manifest_problem(changed) == "its checksum does not fit: something in it has changed"
+    manifest = json.loads(data)
+    del manifest["checksum"]
+    assert manifest_problem(json.dumps(manifest).encode()) == "its checksum is missing"
+    assert manifest_problem(json.dumps(manifest | {"schema_version": 1}).encode()) is None
+
+
+def test_whatever_byte_of_a_manifest_changes_is_noticed_or_means_the_same():
+    data = encode_manifest(SETTINGS, {"jax": "1.2"})
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        try:
+            settings_there, provenance = decode_manifest(bytes(changed), "manifest.json")
+        except StoreError:
+            continue
+        same = (settings_there, provenance) == (SETTINGS, {"jax": "1.2"})
+        assert same or manifest_problem(bytes(changed)), place
+
+
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"schema_version": 1}', b"\xff"])
 def test_a_damaged_manifest_is_refused(text: bytes):
     with pytest.raises(StoreError, match="damaged"):
@@ -106,8 +132,8 @@ def test_a_damaged_manifest_is_refused(text: bytes):
 
 
 def test_a_manifest_of_another_schema_is_refused():
-    manifest = json.loads(encode_manifest(SETTINGS, {})) | {"schema_version": 2}
-    with pytest.raises(StoreError, match="schema version 2"):
+    manifest = json.loads(encode_manifest(SETTINGS, {})) | {"schema_version": 3}
+    with pytest.raises(StoreError, match="schema version 3; this program reads versions 1, 2"):
         decode_manifest(json.dumps(manifest).encode(), "manifest.json")
 
 
@@ -134,11 +160,29 @@ def test_an_index_line_reads_back_as_it_was():
 
 def test_a_line_that_the_index_would_not_find_is_none():
     """An opened index looks for keys at their place; what it cannot find there, no reader may accept."""
-    values = json.loads(encode_line(RECORD))
+    values = json.loads(unseal_line(encode_line(RECORD)[:-1]))
     line = json.dumps(dict(reversed(values.items())), separators=(",", ":")).encode()
     assert line_key(line) is None
     with pytest.raises(StoreError, match="not an index line"):
         decode_line(line, host=2)
+
+
+def test_a_line_of_the_first_schema_is_read():
+    values = json.loads(unseal_line(encode_line(RECORD)[:-1]))
+    del values["numerics"]
+    line = json.dumps(values, separators=(",", ":")).encode()
+    assert decode_line(line, host=2) == RECORD._replace(numerics="")
+    assert line_key(line) == bytes.fromhex(RECORD.key)
+
+
+def test_whatever_byte_of_a_line_changes_is_noticed():
+    line = encode_line(RECORD)[:-1]
+    for place in range(len(line)):
+        for change in (1, 2, 0x20, 0x80):
+            changed = bytearray(line)
+            changed[place] ^= change
+            with pytest.raises(StoreError, match="not an index line"):
+                decode_line(bytes(changed), host=2)
 
 
 @pytest.mark.parametrize("line", [encode_line(RECORD)[:-1] + b"}", encode_line(RECORD) * 2])

@@ -23,6 +23,7 @@ from activation_store import (
     repair_store,
     verify_store,
 )
+from activation_store.checked_json import unseal_line
 
 SHARD = "host-00000/shard-000000.safetensors"
 INDEX = "host-00000/index.jsonl"
@@ -132,8 +133,9 @@ def test_a_wrong_text_in_an_index_line_is_found(store: Path, changed: dict[str, 
 
 
 def test_a_line_with_two_keys_counts_as_neither(store: Path):
-    text = (store / INDEX).read_text()
-    (store / INDEX).write_text(text.replace('"failure":null', f'"key":"{"0" * 32}","failure":null', 1))
+    lines = [unseal_line(line) for line in (store / INDEX).read_bytes().splitlines()]
+    lines[0] = lines[0].replace(b'"failure":null', b'"key":"%b","failure":null' % (b"0" * 32))
+    (store / INDEX).write_bytes(b"".join(line + b"\n" for line in lines))
     assert any("its key is given twice" in one for one in verify_store(ActivationStore(store)))
 
 

@@ -49,6 +49,7 @@ def work(url: str, *tasks: str, host: int = 0) -> ActivationWriter:
 def test_one_object_a_shard_and_one_an_index_commit(url: str):
     work(url, "a", "bb")
     assert objects(url) == [
+        "host-00000.json",
         "host-00000/index/000000.jsonl",
         "host-00000/index/000001.jsonl",
         "host-00000/shard-000000.safetensors",

@@ -142,10 +142,10 @@ def test_an_index_line_with_an_impossible_value_is_found(
 @pytest.mark.parametrize(
     ("change", "finding"),
     [
-        ({"row_start": 1}, "belong to no sequence or to two"),
+        ({"row_start": 1}, "its rows are not all marked as sequence 0 of the shard, or not all of that"),
         ({"n_rows": 3}, "rows for"),
         ({"prompt_start": 1}, "its key is not that of its task, prompt and settings"),
-        ({"prompt_length": 2}, "prompt tokens"),
+        ({"prompt_length": 2}, "8 rows for 2 prompt and 4 generated tokens"),
         ({"generated_length": 1}, "8 rows for 4 prompt and 1 generated tokens"),
         ({"task_id": "other"}, "its key is not that of its task"),
         ({"test_index": 1}, "its key is not that of its task"),
@@ -251,28 +251,28 @@ def test_a_file_that_is_no_shard_is_found_though_its_checksum_fits(tmp_path: Pat
 # --- Notes and coverage ---------------------------------------------------------------------------------
 
 
-def test_failed_sequences_and_left_over_shards_are_notes_and_no_findings(tmp_path: Path):
+def test_failed_sequences_and_files_of_others_are_notes_and_no_findings(tmp_path: Path):
     make(tmp_path)
     bad = sequence("bad")
     assert bad.rows is not None
     bad.rows[0, 0, 0] = np.nan
     with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
         writer.submit([bad])
-    (tmp_path / "host-00000" / "shard-000009.safetensors").write_bytes(b"left by a crash")
+    (tmp_path / "notes.txt").write_text("from the cluster in the cellar")
+    (tmp_path / "host-00000" / "old").mkdir()
     assert findings(tmp_path) == []
-    failed, left = store_notes(ActivationStore(tmp_path))
+    failed, *foreign = store_notes(ActivationStore(tmp_path))
     assert "task bad test 0 identity sample 0" in failed
     assert "failed: blocks.10.hook_resid_post is not finite at position 0" in failed
-    assert left.startswith("host-00000/shard-000009.safetensors is in no index")
+    assert foreign == ["not part of the store: notes.txt", "not part of the store: host-00000/old"]
 
 
 def test_coverage_names_puzzles_without_sequences_or_with_too_few(tmp_path: Path):
     expected = [("a", 0), ("bb", 0), ("bb", 1), ("missing", 0), ("one", 0)]
     with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
         writer.submit([*batch("a", "bb", "ccc"), sequence("one")])
-    assert list(verify_coverage(ActivationStore(tmp_path), expected, "tasks.json")) == [
+    assert list(verify_coverage(ActivationStore(tmp_path), expected)) == [
         "task bb test 1 has no sequence",
-        "task ccc test 0 is not in tasks.json",
         "task missing test 0 has no sequence",
         "task one test 0 has 1 sequences, others have 2",
     ]

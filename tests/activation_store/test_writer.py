@@ -164,7 +164,14 @@ def test_files_honour_the_umask(tmp_path: Path):
 def test_nothing_but_the_store_is_left(tmp_path: Path):
     write(tmp_path, batch("a"))
     found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert found == ["host-00000/index.jsonl", SHARD, "host-00000/writer.lock", "manifest.json"]
+    expected = [
+        "host-00000.json",
+        "host-00000/index.jsonl",
+        SHARD,
+        "host-00000/writer.lock",
+        "manifest.json",
+    ]
+    assert found == expected
 
 
 def test_a_commit_is_synced_before_it_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from activation_store import FinishedSequence, SequenceId, StoreSettings, hook_name
+from activation_store.checked_json import seal_line, unseal_line
 from activation_store.format import DTYPES
 
 EOS = 5
@@ -64,10 +65,12 @@ def batch(*tasks: str, samples: int = 2, of: StoreSettings = SETTINGS) -> list[F
 
 
 def read_index(directory: Path, host: int = 0) -> list[dict[str, Any]]:
-    lines = (directory / f"host-{host:05d}" / "index.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    """The index lines of a host, without their checksums."""
+    lines = (directory / f"host-{host:05d}" / "index.jsonl").read_bytes().splitlines()
+    return [json.loads(unseal_line(line)) for line in lines]
 
 
 def write_index(directory: Path, lines: list[dict[str, Any]], host: int = 0) -> None:
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-    (directory / f"host-{host:05d}" / "index.jsonl").write_text(text)
+    """Writes index lines with checksums that fit, whatever they say."""
+    sealed = (seal_line(json.dumps(line, separators=(",", ":")).encode()) + b"\n" for line in lines)
+    (directory / f"host-{host:05d}" / "index.jsonl").write_bytes(b"".join(sealed))

@@ -1,0 +1,68 @@
+"""Making the prompts of a store's sequences again, from the puzzles of a data set as they are now.
+
+The only module of the store that knows of ARC and of tokenizers; import it where it is used.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from activation_store.format import SequenceId, SequenceRecord, StoreError, StoreSettings, sequence_key
+from activation_store.reader import ActivationStore
+from arc_puzzles import ArcTask, Augmentation, build_messages, create_grid_encoder, encode_prompt
+
+
+def sequences_now(store: ActivationStore, tasks: Iterable[ArcTask], tokenizer: Any) -> dict[str, SequenceId]:
+    """Returns the sequences of a store, by their keys, as they would be made of tasks as these are now.
+
+    Raises:
+        StoreError: no sequence of the store would be the same, so that it is not known whether the tokenizer
+            is the one that made it; or its prompts cannot be made.
+    """
+    by_id = {task.task_id: task for task in tasks}
+    prompts: dict[tuple[str, int, str], np.ndarray] = {}
+    now: dict[str, SequenceId] = {}
+    for record in store.index.records():
+        task = by_id.get(record.task_id)
+        if task is None or record.test_index >= len(task.test):
+            continue
+        puzzle = record.task_id, record.test_index, record.augmentation
+        if puzzle not in prompts:
+            prompts[puzzle] = _prompt(store.settings, task, record, tokenizer)
+        one = SequenceId(
+            record.task_id, record.test_index, record.sample_index, record.augmentation, prompts[puzzle]
+        )
+        now[sequence_key(store.settings, one)] = one
+    if now and not any(key in store.index for key in now):
+        raise StoreError(
+            f"no sequence in {store.directory} has the prompt that the data set and the tokenizer give now: "
+            "are they those of this store?"
+        )
+    return now
+
+
+def load_tokenizer(model_path: str | os.PathLike[str]) -> Any:
+    """Loads a checkpoint's tokenizer; raises StoreError where it cannot be."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
+    from transformers import AutoTokenizer  # takes seconds
+
+    directory = Path(model_path).expanduser()
+    source = directory if directory.is_dir() else model_path
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # many kinds
+        reason = " ".join(str(error).split())
+        raise StoreError(f"the tokenizer of {model_path} cannot be used: {reason}") from error
+
+
+def _prompt(settings: StoreSettings, task: ArcTask, record: SequenceRecord, tokenizer: Any) -> np.ndarray:
+    try:
+        encoder = create_grid_encoder(settings.prompt["grid_encoder"])
+        augmented = task.augmented(Augmentation.parse(record.augmentation))
+        version = settings.prompt["prompt_version"]
+        return encode_prompt(tokenizer, build_messages(augmented, record.test_index, encoder, version))
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"the prompt of {record.label} cannot be made again: {error}") from error
