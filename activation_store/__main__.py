@@ -20,7 +20,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from activation_store.dataset_check import stale_sequences, verify_coverage, verify_prompts
-from activation_store.format import SequenceRecord, StoreError
+from activation_store.format import SequenceRecord, StoreUsageError
 from activation_store.legacy_import import import_legacy
 from activation_store.reader import ActivationStore
 from activation_store.repair import drop_sequences, repair_store
@@ -28,7 +28,7 @@ from activation_store.report_check import verify_report
 from activation_store.rows import RowFilter
 from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
-from qwen2_core.messages import masked, printable
+from qwen2_core.messages import did_you_mean, masked, printable
 
 Item = TypeVar("Item")
 
@@ -40,7 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except StoreUsageError as error:
+        print(f"error: {_shown(str(error))}", file=sys.stderr)
+        return 2
     except ValueError as error:  # StoreError, and those of the data set and the checkpoint
         print(f"error: {_shown(str(error))}", file=sys.stderr)
         return 1
@@ -49,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read our output is gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {_shown(str(error))}", file=sys.stderr)
         return 1
 
 
@@ -85,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
     verify.set_defaults(run=_verify)
-    verify.add_argument("directory", type=_path)
+    verify.add_argument("directory", type=_place)
     verify.add_argument("--dataset", type=_path, help="ARC data set whose puzzles the store should cover")
     verify.add_argument(
         "--replay", type=_whole(0, 10**9), metavar="N", default=0, help="recompute N random sequences"
@@ -108,11 +116,11 @@ def _parser() -> argparse.ArgumentParser:
 
     stats = commands.add_parser("stats", help="rows, mean norm and variance of each layer")
     stats.set_defaults(run=_stats)
-    stats.add_argument("directory", type=_path)
+    stats.add_argument("directory", type=_place)
 
     export = commands.add_parser("export", help="write one layer as a SAELens cached-activations dataset")
     export.set_defaults(run=_export)
-    export.add_argument("directory", type=_path)
+    export.add_argument("directory", type=_place)
     export.add_argument("--layer", type=_whole(0, 9_999), required=True)
     export.add_argument("--context_size", type=_whole(1, 2**20), required=True, help="rows in a window")
     export.add_argument("--output", type=_path, required=True, help="new directory")
@@ -123,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
     legacy = commands.add_parser("import-legacy", help="make a store of layer_<l>_batch_<n>.pkl files")
     legacy.set_defaults(run=_import_legacy)
-    legacy.add_argument("source", type=_path, help="directory of the pickles")
+    legacy.add_argument("source", type=_place, help="directory of the pickles")
     legacy.add_argument("--output", type=_path, required=True, help="new store")
     legacy.add_argument(
         "--hidden_size", type=_whole(1, 2**20), required=True, help="the model's; other widths are refused"
@@ -131,9 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _place(text: str) -> str:
+    """Returns the path of a directory, or a URL."""
+    path = _path(text)
+    if "://" not in path and not Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {masked(path)}{did_you_mean(path)}")
+    return path
+
+
 def _verify(options: argparse.Namespace) -> int:
     if options.replay and not options.model_path:
-        raise StoreError("--replay needs --model_path")
+        raise StoreUsageError("--replay needs --model_path")
     if options.repair:
         for finding in repair_store(options.directory, _bar):
             print(f"repaired: {_shown(finding)}")

@@ -9,16 +9,14 @@ from typing import Any, SupportsIndex, cast, overload
 from activation_store.format import (
     DTYPES,
     MANIFEST,
-    MANIFEST_BYTES,
     ROW_BYTES,
     SequenceRecord,
     StoreError,
-    decode_manifest,
     hook_layer,
     layers_text,
-    manifest_problem,
 )
 from activation_store.index import SequenceIndex
+from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.open_shards import OpenShards
 from activation_store.outcomes import read_outcomes
 from activation_store.remote_files import open_files

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from activation_store import schema
-from activation_store.checked_json import canonical_json, seal, seal_line, unseal, unseal_line
+from activation_store.checked_json import canonical_json, seal_line, unseal_line
 from activation_store.schema import (
     Count,
     Finite,
@@ -36,11 +36,7 @@ from activation_store.schema import (
     Width,
 )
 
-SCHEMA_VERSION = 2
-# Version 1 had no checksums in manifest and index lines, and no `numerics`.
-READ_VERSIONS = (1, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
-MANIFEST_BYTES = 1 << 20  # no manifest is larger
 LINE_BYTES = 1 << 17  # no index line is longer
 ROW_BYTES = 17  # of a row's columns in a shard, whatever its layers take
 DTYPES: dict[str, np.dtype] = {
@@ -60,6 +56,10 @@ OptionalShardName = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{_SHARD.pattern}
 
 class StoreError(ValueError):
     """Says in one sentence why a store cannot be opened, continued or read as asked."""
+
+
+class StoreUsageError(StoreError):
+    """Says why what is asked for cannot be had, however sound the store is."""
 
 
 class StoreWriteError(StoreError):
@@ -165,7 +165,7 @@ class StoreSettings:
         expected = {field.name for field in fields(cls)}
         if set(values) != expected:
             odd = ", ".join(sorted(set(values) ^ expected))
-            raise StoreError(f"settings do not have the fields of schema {SCHEMA_VERSION}: {odd}")
+            raise StoreError(f"settings do not have the fields of this program: {odd}")
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -305,76 +305,6 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     return digest.hexdigest()[:32]
 
 
-def encode_manifest(settings: StoreSettings, provenance: Mapping[str, Any]) -> bytes:
-    """Returns the manifest's text.
-
-    Raises:
-        ValueError: `provenance` is not JSON, or the manifest would be larger than MANIFEST_BYTES.
-    """
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": settings.to_json(),
-        "provenance": dict(provenance),
-    }
-    data = (json.dumps(seal(manifest), indent=2, allow_nan=False) + "\n").encode()
-    if len(data) > MANIFEST_BYTES:
-        raise StoreError(f"the manifest would have {len(data)} bytes; at most {MANIFEST_BYTES} are allowed")
-    return data
-
-
-class _Version(msgspec.Struct):
-    """What every manifest has, whatever its schema."""
-
-    schema_version: Count
-
-
-class _Manifest(_Version, forbid_unknown_fields=True):
-    """The form of a manifest of this schema."""
-
-    settings: dict[str, Any]
-    provenance: dict[str, Any]
-    checksum: str | None = None
-
-
-def decode_manifest(data: bytes, where: str) -> tuple[StoreSettings, dict[str, Any]]:
-    """Returns (settings, provenance); raises StoreError for a damaged text or another schema version.
-
-    The checksum is not looked at, see `manifest_problem`: of a text that can be read, all is returned.
-    """
-    try:
-        if len(data) > MANIFEST_BYTES:
-            raise ValueError(f"more than {MANIFEST_BYTES} bytes")
-        values = schema.from_json(data)
-        # First the version: another one's manifest may have any other fields.
-        version = schema.checked(values, _Version).schema_version
-        if version not in READ_VERSIONS:
-            read = ", ".join(map(str, READ_VERSIONS))
-            raise StoreError(f"it has schema version {version}; this program reads versions {read}")
-        manifest = schema.checked(values, _Manifest)
-        return StoreSettings.from_json(manifest.settings), manifest.provenance
-    except StoreError as error:
-        raise StoreError(f"{where}: {error}") from error
-    except ValueError as error:
-        raise StoreError(f"{where} is damaged: it is not the JSON of a store's manifest ({error})") from error
-
-
-def manifest_version(data: bytes) -> int:
-    """Returns the schema version of a manifest that `decode_manifest` has read."""
-    return json.loads(data)["schema_version"]
-
-
-def manifest_problem(data: bytes) -> str | None:
-    """Returns why a manifest that `decode_manifest` has read cannot be relied on; None where it can.
-
-    One of schema version 1 has no checksum.
-    """
-    manifest = json.loads(data)
-    fits = unseal(manifest)[1]
-    if fits is None and manifest["schema_version"] > 1:
-        return "its checksum is missing"
-    return "its checksum does not fit: something in it has changed" if fits is False else None
-
-
 # Key and shard come first and have a fixed width, so that opening an index need not parse whole lines.
 KEY_SLICE = slice(8, 40)
 _LINE_FIELDS = SequenceRecord._fields[1:]  # all but `host`
@@ -414,15 +344,15 @@ def decode_line(line: bytes, host: int) -> SequenceRecord:
     """Returns the record of an index line, with or without its newline; StoreError when it is not one.
 
     What it returns is of the right types, within range and without contradiction: `shard` is a name in the
-    host's folder, and the rows fit into `shard_bytes`. Lines of schema version 1, which have neither checksum
-    nor `numerics`, are read too.
+    host's folder, and the rows fit into `shard_bytes`. Lines of the manifest's schema version 1, which have
+    neither checksum nor `numerics`, are read too.
     """
     try:
         text = unseal_line(line.removesuffix(b"\n"))
         key = line_key(text)
         if key is None:
             raise ValueError(f"it begins with {line[:80]!r}")
-        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(text)))
+        record = SequenceRecord(host, *msgspec.structs.astuple(_DECODER.decode(unseal_line(text))))
         if bytes.fromhex(record.key) != key:
             raise ValueError("its key is given twice")
         _check_consistency(record)

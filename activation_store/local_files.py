@@ -202,7 +202,7 @@ class LocalFiles:
     def in_use(self, host: int) -> bool:
         try:
             descriptor = self._open(f"{host_name(host)}/{LOCK}", os.O_RDONLY)
-        except OSError:
+        except (OSError, StoreError):
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

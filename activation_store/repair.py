@@ -8,14 +8,10 @@ from collections.abc import Collection
 
 from activation_store.format import (
     MANIFEST,
-    SCHEMA_VERSION,
     SequenceId,
     StoreError,
-    encode_manifest,
     host_name,
     host_number,
-    manifest_problem,
-    manifest_version,
     sequence_key,
 )
 from activation_store.host_files import (
@@ -26,6 +22,7 @@ from activation_store.host_files import (
     write_host_file,
 )
 from activation_store.index import SequenceIndex
+from activation_store.manifest import SCHEMA_VERSION, encode_manifest, manifest_problem, manifest_version
 from activation_store.reader import ActivationStore
 from activation_store.recovery import drop_lines, drop_places, shard_sha256
 from activation_store.remote_files import open_files

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from activation_store.format import SequenceRecord, StoreError, hook_layer, hook_name
+from activation_store.format import SequenceRecord, StoreError, StoreUsageError, hook_layer, hook_name
 
 Value = TypeVar("Value")
 OneLayer: TypeAlias = SupportsIndex | str  # its number, or its hook name
@@ -128,9 +128,9 @@ def choose_layers(layer: Layers, stored: tuple[int, ...], where: str) -> LayerCh
         if number not in stored:
             there = ", ".join(map(str, stored))
             hint = f"its layers: {there}" if stored else "it was made without activations"
-            raise StoreError(f"layer {number} is not in {where}; {hint}")
+            raise StoreUsageError(f"layer {number} is not in {where}; {hint}")
     if not numbers or len(set(numbers)) < len(numbers):
-        raise StoreError(f"layers are named once each, at least one of them, not {list(numbers)}")
+        raise StoreUsageError(f"layers are named once each, at least one of them, not {list(numbers)}")
     return LayerChoice(numbers, tuple(map(stored.index, numbers)), alone)
 
 
@@ -147,7 +147,7 @@ def _layer_number(layer: Any) -> int:
     try:
         return hook_layer(layer)
     except (StoreError, TypeError):
-        raise StoreError(
+        raise StoreUsageError(
             f"{layer!r} names no layer: give its number, such as 12, or its hook name, such as "
             f"{hook_name(12)!r}, or a list of them"
         ) from None

@@ -12,12 +12,12 @@ from activation_store.format import (
     decode_line,
     host_name,
     host_number,
-    manifest_problem,
     shard_number,
 )
 from activation_store.host_files import host_file_name, host_file_number, read_host_files
 from activation_store.index import index_lines
 from activation_store.local_files import LOCK
+from activation_store.manifest import MANIFEST_BYTES, manifest_problem
 from activation_store.outcomes import OUTCOMES
 from activation_store.reader import ActivationStore
 from activation_store.shard_checks import Finding, IndexLine, check_shard
@@ -57,7 +57,7 @@ def find_damage(
 
     `in_use` tells whether another process writes as a host, so that the last of it may be on its way.
     """
-    if problem := manifest_problem(store.files.read(MANIFEST)):
+    if problem := manifest_problem(store.files.read(MANIFEST, 0, MANIFEST_BYTES)):
         yield Finding(f"{MANIFEST}: {problem}")
     described, problems = read_host_files(store.files)
     for host, problem in problems.items():

@@ -20,18 +20,12 @@ from typing import Any, Self
 
 from activation_store.format import (
     MANIFEST,
-    MANIFEST_BYTES,
-    SCHEMA_VERSION,
     FinishedSequence,
     SequenceRecord,
     StoreError,
     StoreSettings,
-    decode_manifest,
     encode_line,
-    encode_manifest,
     host_name,
-    manifest_problem,
-    manifest_version,
     sequence_key,
     shard_name,
 )
@@ -43,6 +37,14 @@ from activation_store.host_files import (
     write_host_file,
 )
 from activation_store.index import SequenceIndex
+from activation_store.manifest import (
+    MANIFEST_BYTES,
+    SCHEMA_VERSION,
+    decode_manifest,
+    encode_manifest,
+    manifest_problem,
+    manifest_version,
+)
 from activation_store.packing import PackedBatch, pack_batch
 from activation_store.recovery import drop_places, recover_host
 from activation_store.remote_files import open_files

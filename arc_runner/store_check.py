@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from activation_store import SequenceId, SequenceRecord, StoreSettings, hook_layer
-from activation_store.format import MANIFEST, decode_manifest
+from activation_store.format import MANIFEST
 from activation_store.index import SequenceIndex
+from activation_store.manifest import MANIFEST_BYTES, decode_manifest
 from activation_store.remote_files import open_files
 from arc_runner.cluster.work import keys_of
 from arc_runner.console import say_error
@@ -35,7 +36,7 @@ def check_store(directory: str, asked: StoreSettings) -> None:
     """
     files = open_files(directory)
     try:
-        data = files.read(MANIFEST)
+        data = files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
     except OSError:  # most often there is none; whoever opens the store says what else it is
         return
     there, provenance = decode_manifest(data, f"{files.location}/{MANIFEST}")

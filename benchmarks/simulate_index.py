@@ -22,10 +22,10 @@ from activation_store.format import (
     MANIFEST,
     SequenceRecord,
     encode_line,
-    encode_manifest,
     host_name,
     shard_name,
 )
+from activation_store.manifest import encode_manifest
 
 SHARD_BYTES = 22_000_000
 SETTINGS = StoreSettings(

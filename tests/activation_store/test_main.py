@@ -81,12 +81,10 @@ def test_the_module_runs_as_a_command(directory: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["verify", "{directory}/nothing"], "is not an activation store"),
-        (["verify", "{directory}", "--replay", "2"], "--replay needs --model_path"),
+        (["verify", "{directory}/host-00000"], "is not an activation store"),
         (["verify", "{directory}", "--replay", "2", "--model_path", "{directory}"], "config.json"),
         (["verify", "{directory}", "--dataset", "{directory}/none.json"], "cannot read"),
-        (["stats", "{directory}/nothing"], "is not an activation store"),
-        (["export", "{directory}", "--layer", "3", "--context_size", "4", "--output", "x"], "layer 3 is not"),
+        (["stats", "{directory}/host-00000"], "is not an activation store"),
         (["import-legacy", "{directory}", "--output", "x", "--hidden_size", "4"], "has no layer_"),
     ],
 )
@@ -111,13 +109,14 @@ def test_ctrl_c_is_a_word_and_exit_code_130(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_reader_of_the_output_that_goes_away_is_no_error(directory: Path):
+@pytest.mark.parametrize("command", ["verify", "stats"])
+def test_a_reader_of_the_output_that_goes_away_is_no_error(directory: Path, command: str):
     """As in ``... | head -1``."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "activation_store", "verify", str(directory)]
+    arguments = [sys.executable, "-m", "activation_store", command, str(directory)]
     done = subprocess.run(
-        command,
+        arguments,
         cwd=Path(activation_store.__file__).parents[1],
         stdout=writing,
         stderr=subprocess.PIPE,
@@ -129,12 +128,107 @@ def test_a_reader_of_the_output_that_goes_away_is_no_error(directory: Path):
     assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["verify"], ["export", "x"]])
-def test_bad_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert raised.value.code == 2
+EXPORT = ["export", "{directory}", "--layer", "11", "--context_size", "4", "--output", "{directory}/../out"]
+IMPORT = ["import-legacy", "{directory}", "--output", "{directory}/../out", "--hidden_size", "4"]
+
+
+def changed(arguments: list[str], flag: str, value: str) -> list[str]:
+    place = arguments.index(flag) + 1
+    return [*arguments[:place], value, *arguments[place + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["nothing"], "invalid choice"),
+        (["verify"], "required"),
+        (["export", "x"], "there is no directory x"),
+        (["verify", "{directory}/nothing"], "there is no directory"),
+        (["verify", "{directory}/manifest.json"], "there is no directory"),
+        (["verify", "a\0b"], "is no path"),
+        (["verify", "a\udcffb"], "is no path"),
+        (["verify", ""], "is no path"),
+        (["stats", "{directory}/nothing"], "there is no directory"),
+        (["verify", "{directory}", "--replay", "2"], "--replay needs --model_path"),
+        (["verify", "{directory}", "--replay", "-1"], "is no whole number from 0"),
+        (["verify", "{directory}", "--replay", "1" * 23], "is no whole number from 0"),
+        (["verify", "{directory}", "--seed", "nan"], "is no whole number from 0"),
+        (changed(EXPORT, "--context_size", "0"), "is no whole number from 1"),
+        (changed(EXPORT, "--context_size", "-3"), "is no whole number from 1"),
+        (changed(EXPORT, "--context_size", "1e3"), "is no whole number from 1"),
+        (changed(EXPORT, "--context_size", "9" * 5000), "is no whole number from 1"),
+        (changed(EXPORT, "--context_size", "999999999"), "fewer than 999999999 such rows"),
+        (changed(EXPORT, "--context_size", "\N{SUPERSCRIPT TWO}"), "is no whole number from 1"),
+        (changed(EXPORT, "--layer", "3"), "layer 3 is not in"),
+        (changed(EXPORT, "--layer", "-1"), "is no whole number from 0"),
+        ([*EXPORT, "--first_position", "-1"], "is no whole number from 0"),
+        ([*EXPORT, "--first_position", "99999"], "fewer than 4 such rows"),
+        (changed(EXPORT, "--output", "{directory}"), "exists already"),
+        (changed(EXPORT, "--output", "{directory}/new"), "is in the store itself"),
+        (changed(EXPORT, "--output", "{directory}/host-00000/../new/er"), "is in the store itself"),
+        (changed(EXPORT, "--output", "gs://bucket/x"), "to a local directory"),
+        (changed(EXPORT, "--output", "a\0b"), "is no path"),
+        (changed(IMPORT, "--hidden_size", "0"), "is no whole number from 1"),
+        (["import-legacy", "{directory}/nothing", *IMPORT[2:]], "there is no directory"),
+    ],
+)
+def test_bad_usage_is_a_sentence_and_exit_code_2(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
+    pytest.importorskip("datasets", reason="the export needs the extra `sae`")
+    before = sorted(directory.parent.rglob("*"))
+    try:
+        code = main([argument.format(directory=directory) for argument in arguments])
+    except SystemExit as error:  # as argparse ends
+        code = error.code
+    assert code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert message in said.err.splitlines()[-1]
+    assert len(said.err.splitlines()[-1]) < 500
+    assert "Traceback" not in said.err
+    assert sorted(directory.parent.rglob("*")) == before
+
+
+def test_a_tilde_is_the_home_directory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("HOME", str(directory.parent))
+    assert main(["verify", "~/store"]) == 0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["verify", "stats"])
+def test_a_terminal_of_another_alphabet_shows_names_escaped(tmp_path: Path, command: str):
+    with ActivationWriter(tmp_path / "é", SETTINGS, provenance={}) as writer:
+        writer.submit(batch("é"))
+        bad = batch("ü", samples=1)
+        assert bad[0].rows is not None
+        bad[0].rows[0, 0, 0] = np.nan
+        writer.submit(bad)
+    done = subprocess.run(
+        [sys.executable, "-m", "activation_store", command, str(tmp_path / "é")],
+        cwd=Path(activation_store.__file__).parents[1],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("note: task \\xfc test 0" in done.stdout) == (command == "verify")
+
+
+def test_an_error_of_the_system_is_a_sentence(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error", "host-00000")
+
+    monkeypatch.setattr("activation_store.__main__.verify_store", fail)
+    assert main(["verify", str(directory)]) == 1
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'host-00000'\n"
 
 
 def test_statistics_are_listed_by_layer_and_kind(directory: Path, capsys: pytest.CaptureFixture[str]):

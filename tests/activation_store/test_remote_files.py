@@ -239,3 +239,27 @@ def test_no_message_shows_a_password_of_the_url():
 
     with pytest.raises(StoreWriteError, match=r"s3://\*\*\*@bucket/run cannot be used"):
         policy(forbidden)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../victim.txt", "../manifest.json", "victim.txt", "shard-1.safetensors"]
+)
+def test_an_object_that_a_store_does_not_write_is_never_read_or_removed(url: str, name: str):
+    work(url, "a")
+    root = url.removeprefix("memory:/")
+    victims = [f"{root.removesuffix('/run')}/victim.txt", f"{root}/host-00000/victim.txt"]
+    for victim in victims:
+        MEMORY.pipe_file(victim, b"mine")
+    index = f"{root}/host-00000/index/000000.jsonl"
+    MEMORY.pipe_file(index, MEMORY.cat(index).replace(b"shard-000000.safetensors", name.encode()))
+    MEMORY.pipe_file(f"{root}/host-00000/index/000000.jsonl.orig", b"{")
+    with pytest.raises(StoreError, match="not an index line"):
+        list(ActivationStore(url).sequences())
+    assert len(work(url, "a").dropped) >= 2
+    assert [MEMORY.cat(victim) for victim in victims] == [b"mine", b"mine"]
+    assert len(list(ActivationStore(url).sequences())) == 2
+
+
+def test_a_url_that_names_local_files_is_a_local_directory(tmp_path: Path):
+    work(f"local://{tmp_path}/store", "a")
+    assert (tmp_path / "store" / "host-00000" / "index.jsonl").exists()
