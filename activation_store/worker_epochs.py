@@ -62,8 +62,8 @@ class WorkerEpochs:
                     continue
             except FileNotFoundError as error:
                 raise StoreError(
-                    f"{self._folder}, where the workers of a DataLoader count epochs, was removed; set TMPDIR to "
-                    "a folder that stays"
+                    f"{self._folder}, where the workers of a DataLoader count epochs, was removed; set "
+                    "TMPDIR to a folder that stays"
                 ) from error
             return place, number
         raise AssertionError("counting does not end")
