@@ -15,6 +15,8 @@ from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
+from activation_store.format import StoreError
+
 
 class WorkerEpochs:
     """Counts the iterations of loaders, in a folder of symbolic links, which are made at once or not at all.
@@ -58,6 +60,11 @@ class WorkerEpochs:
             except FileExistsError:
                 if str(claimed.readlink()) != iteration:
                     continue
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"{self._folder}, where the workers of a DataLoader count epochs, was removed; set "
+                    "TMPDIR to a folder that stays"
+                ) from error
             return place, number
         raise AssertionError("counting does not end")
 

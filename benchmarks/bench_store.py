@@ -110,7 +110,8 @@ def read_in_order(directory: Path) -> int:
 
 
 def read_shuffled(directory: Path) -> int:
-    return sum(one.rows.nbytes for one in ShuffledBatches(ActivationStore(directory), LAYER, 4096))
+    batches = ShuffledBatches(ActivationStore(directory), LAYER, 4096, dtype="stored")
+    return sum(one.rows.nbytes for one in batches)
 
 
 def rate(read: Callable[[], int], directory: Path, cold: bool, repeats: int) -> float:

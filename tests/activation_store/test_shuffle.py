@@ -217,7 +217,7 @@ def test_several_layers_are_filtered_by_the_norm_in_each(store: ActivationStore)
     assert sorted(found) == sorted(in_order)
 
 
-@pytest.mark.parametrize("size", [1, 33, 50, 300, 10**6])
+@pytest.mark.parametrize("size", [1, 33, 300, 10**6])
 @pytest.mark.parametrize("rows", [None, RowFilter(max_norm=1500.0), RowFilter(prompt=False)])
 def test_the_number_of_batches_is_known_before(store: ActivationStore, size: int, rows: RowFilter | None):
     for readers in (1, 3):
@@ -235,8 +235,8 @@ def test_the_number_of_batches_stays_while_they_are_read(store: ActivationStore)
         assert len(batches) == expected
 
 
-@pytest.mark.parametrize("before", [0, 3, 17])
-@pytest.mark.parametrize("parts", [1, 2, 3, 50])
+@pytest.mark.parametrize("before", [0, 17])
+@pytest.mark.parametrize("parts", [1, 3, 50])
 @pytest.mark.parametrize("rows", [None, RowFilter(max_norm=1500.0)])
 def test_shares_have_the_batches_that_are_left(
     store: ActivationStore, before: int, parts: int, rows: RowFilter | None
