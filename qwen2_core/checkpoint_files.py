@@ -265,10 +265,11 @@ def _fetch_weights(repo_id: str, folder: Path) -> None:
     if _is_there(folder / _INDEX) and all(_is_there(folder / n) for n in _index_names(folder / _INDEX)):
         return
     names = list_files(repo_id, folder.name)
+    # The cache may be of another tool, without the small files either.
+    fetch(repo_id, [name for name in _SMALL if name in names], folder.name)
     if _SINGLE in names:
         fetch(repo_id, [_SINGLE], folder.name)
     elif _INDEX in names:
-        fetch(repo_id, [_INDEX], folder.name)
         fetch(repo_id, _index_names(folder / _INDEX), folder.name)
     else:
         raise CheckpointError(f"The hub model {repo_id} has no {_SINGLE}{_found_instead(names)}.")

@@ -259,7 +259,22 @@ def test_a_model_is_fetched_once_whole_and_of_one_commit(
     asked.clear()
     again, _ = run(tmp_path / "hub", endpoint)
     assert again == out
-    assert asked == []
+    assert not [line for line in asked if MODEL in line]
+
+
+def test_what_another_tool_left_out_of_the_cache_is_fetched_at_the_commit_of_the_rest(
+    fake_hub: tuple[str, list[str], Path], tmp_path: Path
+):
+    endpoint, asked, made = fake_hub
+    snapshot = fill(tmp_path / "hub", names=("config.json", "tokenizer_config.json"))
+    out, _ = run(tmp_path / "hub", endpoint)
+    assert out.split()[0] == str(snapshot / "config.json"), out
+    assert {file.name for file in snapshot.iterdir()} >= {file.name for file in made.glob("*.safetensors")}
+    assert (snapshot / "generation_config.json").is_file()
+    of_the_model = [line for line in asked if MODEL in line]
+    assert [line for line in of_the_model if f"/resolve/{COMMIT}/" not in line] == [
+        f"GET /api/models/{MODEL}/revision/{COMMIT}"
+    ]
 
 
 def test_a_model_that_the_hub_does_not_have_is_named(fake_hub: tuple[str, list[str], Path], tmp_path: Path):
