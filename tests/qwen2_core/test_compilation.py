@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ import pytest
 from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from lively import Lively
+from runner_cases import run_python
 
 import generate_jitted
 from generate_jitted import Sampling, generate_single_task_jitted
@@ -341,3 +343,35 @@ def test_parameters_may_be_frozen_or_numpys():
             model, given, IDS, 4, prompt_lengths=[4, 3], sampling=Sampling(1.0, 20, 0.9), seed=3
         )
         np.testing.assert_array_equal(out.token_ids, expected(one_call)[0])
+
+
+_ELSEWHERE = """
+import jax, numpy as np
+from test_compilation import IDS, built
+from generate_jitted import generate_single_task_jitted
+from qwen2_core.requests import SequenceRequest
+from qwen2_engine.continuous_batching import ContinuousEngine
+
+model, params = built()
+first, second = jax.devices()
+
+def call(params):
+    out = generate_single_task_jitted(model, params, IDS, 3)
+    [done] = ContinuousEngine(model, params, slots=1).run([SequenceRequest(IDS[0], 3, 0)])
+    assert out.token_ids.devices() == params["norm"]["weight"].devices()
+    return [*map(np.asarray, jax.tree.leaves(out)), done.token_ids, done.rows]
+
+expected = call(params)
+there = call(jax.device_put(params, second))
+with jax.default_device(second):
+    while_another_is_the_default = call(params)
+for got in (there, while_another_is_the_default):
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+"""
+
+
+@pytest.mark.slow
+def test_everything_runs_where_the_weights_are_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    run_python(f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n{_ELSEWHERE}")
