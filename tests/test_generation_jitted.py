@@ -451,6 +451,7 @@ def test_an_attention_mask_gives_what_prompts_without_padding_give(greedy: Any):
     right, _ = pad_right(PROMPTS, width=48)
     mask = np.arange(48) < np.array(LENGTHS)[:, None]
     left = np.stack([np.roll(row, 48 - length) for row, length in zip(right, LENGTHS, strict=True)])
+    given: dict[str, Any]
     for given in (
         {"input_ids": right, "attention_mask": mask.astype(np.int64)},
         {"input_ids": left, "attention_mask": mask[:, ::-1]},
