@@ -18,10 +18,12 @@ from typing import Any, ParamSpec, TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from qwen2_core.kernels.matmul import compiler_options
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 # Settings that no `with` block can change, and the values that results are defined under.
 _FIXED = {
     "jax_disable_most_optimizations": False,
@@ -78,7 +80,7 @@ def raise_on_nan(logprobs: Any) -> None:
     Raises:
         FloatingPointError: it is set, and one of them is NaN, as all are where a logit is.
     """
-    if jax.config.jax_debug_nans and np.isnan(to_host(logprobs)).any():
+    if jax.config.values["jax_debug_nans"] and np.isnan(to_host(logprobs)).any():
         raise FloatingPointError(
             "Generation computed NaN, which jax_debug_nans looks for; are the weights finite?"
         )
@@ -143,7 +145,7 @@ def check_surroundings(*arguments: Any) -> None:
     """
     leaves = jax.tree.leaves(arguments)
     # Within jit, also constants are tracers.
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, jax.device_put(np.zeros(())))):
+    if any(isinstance(leaf, Tracer) for leaf in (*leaves, jax.device_put(np.zeros(())))):
         raise ValueError(
             "Generation compiles and runs programs of its own, so it cannot be called inside jax.jit, vmap, "
             "grad or eval_shape: call it outside of them, or put model.apply there."

@@ -42,17 +42,18 @@ class Generation:
         batch, tokens = self.token_ids.shape
         return f"Generation({batch} rows of up to {tokens} tokens, {captured})"
 
-    def tokens(self, row: int) -> list[int]:
+    def tokens(self, row: Any) -> list[int]:
         """Returns the tokens of one sequence, cut to its length, ready for ``tokenizer.decode``.
 
         Raises:
             IndexError: there is no such row.
+            TypeError: it is no whole number.
         """
         row = self._row(row)
         with defined_settings():
             return np.asarray(self.token_ids)[row, : int(self.lengths[row])].tolist()
 
-    def layer(self, layer: int, row: int) -> Float32[np.ndarray, "tokens hidden"]:
+    def layer(self, layer: Any, row: Any) -> Float32[np.ndarray, "tokens hidden"]:
         """Returns the rows of one layer for one sequence, on the host, cut to the sequence's length.
 
         ``out.layer(12, row=5)[t]`` is the output of decoder block 12 after reading generated token t of row
@@ -73,7 +74,7 @@ class Generation:
             rows = np.asarray(lax.dynamic_slice(self.activations, start, size))[0, :, 0]
             return rows[: int(self.lengths[row])].astype(np.float32)
 
-    def _row(self, row: int) -> int:
+    def _row(self, row: Any) -> int:
         row, batch = _index("row", row), self.token_ids.shape[0]
         if not 0 <= row < batch:
             raise IndexError(f"row {row} is none of the {batch} rows, which are counted from 0.")

@@ -160,7 +160,7 @@ def token_rows(name: str, given: Any) -> list[Integer[np.ndarray, " tokens"]]:
     ):
         raise ValueError(f"{name} must be integers [prompts, tokens], not {_short(given)}.")
     given = given if isinstance(given, np.ndarray) else list(given)
-    if len(given) and _is_scalar(given[0]):
+    if np.ndim(given) == 1 if isinstance(given, np.ndarray) else given and _is_scalar(given[0]):
         given = [given]  # one prompt
     return [_integers(name, plain(row)) for row in given]
 

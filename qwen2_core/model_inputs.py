@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Int32
 
@@ -44,8 +45,10 @@ def read_mask(
     if isinstance(kv_caches, KVCache):
         raise ValueError("A decode step takes no attention_mask: its cache knows which positions are valid.")
     mask: Any = given if isinstance(given, jax.Array) else np.asarray(given)
-    grown = isinstance(kv_caches, list | tuple) and len(kv_caches) > 0
-    positions = ids[1] + (kv_caches[0][0].shape[2] if grown else 0)
+    past = 0
+    if kv_caches and not isinstance(kv_caches, PrefillCache):
+        past = kv_caches[0][0].shape[2]
+    positions = ids[1] + past
     if mask.shape != (ids[0], positions) or not (
         mask.dtype == bool or jnp.issubdtype(mask.dtype, jnp.integer)
     ):
@@ -53,7 +56,7 @@ def read_mask(
             f"attention_mask must be [{ids[0]}, {positions}], integers or booleans that are nonzero at "
             f"tokens, not {mask.dtype} of shape {mask.shape}."
         )
-    if isinstance(kv_caches, PrefillCache) and not isinstance(mask, jax.core.Tracer):
+    if isinstance(kv_caches, PrefillCache) and not isinstance(mask, Tracer):
         valid = np.asarray(mask) != 0
         if (valid[:, 1:] & ~valid[:, :-1]).any():
             raise ValueError("A prefill's attention_mask must have its padding on the right.")

@@ -73,9 +73,8 @@ class ContinuousEngine:
         Args:
             model: rows are captured if it is one of ``create_model_with_hooks``.
             params: the parameter tree. Everything runs where the weights are.
-            slots: sequences at once, on each group of devices of a mesh; fewer where memory is short.
-            max_tokens: generated tokens that a slot has room for; by default the longest of each plan's
-                requests.
+            slots: sequences at once, on each group of devices; fewer where memory is short.
+            max_tokens: generated tokens that a slot has room for; by default each plan's longest.
             window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window.
                 Another window may change results' last bits, as it changes the cache's size.
             eos_token_ids: ids that end a sequence.
@@ -188,8 +187,8 @@ class ContinuousEngine:
     def start(self, stage: Stage) -> RunningSlots:
         """Compiles a stage's programs and makes its slots, all free.
 
-        A window of free slots is run. It computes nothing but takes all the memory that a window takes. If
-        that is not there, half as many slots are tried, and a warning is logged.
+        A window of free slots is run, for nothing but its memory. If that is not there, half as many slots
+        are tried, and a warning is logged.
         """
         programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from generate_jitted import (
     generate_single_task_jitted,
     pad_prompts,
 )
+from kvcache_utils import create_kv_cache_buffers
 from qwen2_core.requests import check_prompts, check_sequence_ids
 from qwen2_core.sampling import sampling_params
 from qwen2_engine.python_loop import generate_single_task_python
@@ -79,6 +81,17 @@ def test_the_rows_of_a_layer_come_by_its_number_cut_to_the_length_as_float32():
                 np.testing.assert_array_equal(rows, expected)
 
 
+def test_the_tokens_of_a_row_come_as_a_list_cut_to_the_length(stopping):
+    _, expected, out = stopping
+    for row, length in enumerate(expected):
+        tokens = out.tokens(row)
+        assert tokens == out.token_ids[row, :length].tolist()
+        assert all(type(token) is int for token in tokens)
+    for row in (3, -1):
+        with pytest.raises(IndexError, match=f"row {row} is none of the 3 rows"):
+            out.tokens(row)
+
+
 def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_ones_values(greedy: Any):
     for layer in (1, 10, -1):
         with pytest.raises(IndexError, match=f"layer {layer} was not captured; captured are: 0, 2"):
@@ -89,6 +102,12 @@ def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_on
     tokens_only = dataclasses.replace(greedy, activations=None, layers=())
     with pytest.raises(IndexError, match="captured are: none"):
         tokens_only.layer(0, row=0)
+    for layer in (True, 0.5, "0", None, slice(2), [0]):
+        with pytest.raises(TypeError, match="layer must be a whole number, not "):
+            greedy.layer(layer, row=0)
+        with pytest.raises(TypeError, match="row must be a whole number, not "):
+            greedy.layer(0, row=layer)
+    np.testing.assert_array_equal(greedy.layer(np.int64(2), row=jnp.int32(1)), greedy.layer(2, 1))
     assert repr(greedy) == f"Generation(3 rows of up to {STEPS} tokens, layers 0, 2)"
     assert repr(tokens_only) == f"Generation(3 rows of up to {STEPS} tokens, no layers)"
 
@@ -427,6 +446,62 @@ def test_prompts_may_be_jax_arrays_or_lists_with_anything_as_padding(greedy: Any
         np.testing.assert_array_equal(out.token_ids, greedy.token_ids)
 
 
+def test_an_attention_mask_gives_what_prompts_without_padding_give(greedy: Any):
+    model, params = built()
+    right, _ = pad_right(PROMPTS, width=48)
+    mask = np.arange(48) < np.array(LENGTHS)[:, None]
+    left = np.stack([np.roll(row, 48 - length) for row, length in zip(right, LENGTHS, strict=True)])
+    given: dict[str, Any]
+    for given in (
+        {"input_ids": right, "attention_mask": mask.astype(np.int64)},
+        {"input_ids": left, "attention_mask": mask[:, ::-1]},
+        {"input_ids": {"input_ids": left, "attention_mask": mask[:, ::-1].tolist()}},
+    ):
+        out = generate_single_task_jitted(
+            model, params, given.pop("input_ids"), STEPS, extract_prompt=True, **given
+        )
+        for one, expected in zip(jax.tree.leaves(out), jax.tree.leaves(greedy), strict=True):
+            np.testing.assert_array_equal(one, expected)
+
+
+def test_a_forward_pass_takes_padding_on_the_left_by_its_mask():
+    model, params = built()
+    prompt = PROMPTS[1]
+    padded = np.concatenate([np.full(7, 3, np.int32), prompt])[None]
+    mask = (np.arange(padded.size) >= 7)[None].astype(int)
+    apply = jax.jit(model.apply)
+    logits, _, rows = apply({"params": params}, padded, mask)
+    expected, _, expected_rows = apply({"params": params}, prompt[None])
+    assert row_errors(logits[:, 7:], expected).max() < 1e-4
+    assert row_errors(rows[:, 7:], expected_rows).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.ones((1, 5)),
+        np.ones((1, 4), int),
+        np.ones((2, 5), int),
+        np.ones((1, 1, 5, 5), int),
+        np.ones(5, int),
+    ],
+    ids=["floats", "short", "rows", "4 axes", "1 axis"],
+)
+def test_a_forward_pass_refuses_a_mask_that_does_not_fit(mask: np.ndarray):
+    model, params = built()
+    with pytest.raises(ValueError, match=r"attention_mask must be \[1, 5\], integers or booleans"):
+        model.apply({"params": params}, np.ones((1, 5), np.int32), mask)
+
+
+def test_fixed_caches_refuse_the_masks_that_they_cannot_keep():
+    model, params = built()
+    cache = create_kv_cache_buffers(model.config.kv_cache(5, 4))
+    with pytest.raises(ValueError, match=r"A prefill's attention_mask must have its padding on the right"):
+        model.apply({"params": params}, np.ones((1, 5), np.int32), np.array([[0, 1, 1, 1, 1]]), cache.prefill)
+    with pytest.raises(ValueError, match="A decode step takes no attention_mask"):
+        model.apply({"params": params}, np.ones((1, 1), np.int32), np.ones((1, 1), int), cache)
+
+
 # --- What is refused ----------------------------------------------------------------------------------------
 
 IDS = np.ones((2, 5), np.int32)
@@ -449,6 +524,14 @@ IDS = np.ones((2, 5), np.int32)
         ({"max_tokens": 32764}, "5 tokens and 32764 new ones exceed the model's context of 32768"),
         ({"input_ids": np.full((2, 5), 160)}, r"Token id 160 \(prompt 0, position 0\) is outside .* 160"),
         ({"input_ids": np.array([[1, 2], [3, -1]])}, r"Token id -1 \(prompt 1, position 1\) is outside"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number, not 1.5"),
+        ({"max_tokens": "16"}, "max_tokens must be a whole number, not '16'"),
+        ({"samples_per_prompt": True}, "samples_per_prompt must be a whole number, not True"),
+        ({"extract_prompt": "no"}, "extract_prompt must be True or False, not 'no'"),
+        ({"sampling": 0.7}, "sampling must be a Sampling"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"attention_mask": np.ones((2, 4), int)}, "attention_mask must have the shape of input_ids"),
+        ({"input_ids": ["2 + 2 ="]}, r"tokenizer\(text\).input_ids gives them"),
         ({"samples_per_prompt": 0}, "samples_per_prompt must be at least 1, not 0"),
         (
             {"sequence_ids": [1]},
@@ -467,7 +550,9 @@ def test_bad_requests_are_refused_before_the_weights_are_touched(
 ):
     request: dict[str, Any] = {"input_ids": IDS, "max_tokens": 4} | changes
     with pytest.raises(ValueError, match=message):
-        function(built()[0], None, request.pop("input_ids"), request.pop("max_tokens"), **request)
+        inspect.unwrap(function)(  # without the checks of types, which are the tests' own
+            built()[0], None, request.pop("input_ids"), request.pop("max_tokens"), **request
+        )
 
 
 def test_a_model_without_hooks_is_refused_when_activations_are_wanted():
@@ -499,7 +584,7 @@ def test_the_model_refuses_input_ids_of_one_dimension():
 
 def test_an_id_outside_the_vocabulary_gives_nan_and_not_a_neighbours_row():
     model, params = built()
-    for token, outside in ((TINY.vocab, True), (-1, True), (TINY.vocab - 1, False)):
-        ids = np.append(PROMPTS[1][:-1], np.int32(token))[None]  # of a shape that has been compiled
+    for token, outside in ((TINY.vocab, True), (-1, True), (2**32 + 5, True), (TINY.vocab - 1, False)):
+        ids = np.append(PROMPTS[1][:-1].astype(np.int64), token)[None]  # of a shape that has been compiled
         logits, _ = model.apply({"params": params}, ids, return_activations=False)
         assert np.isnan(logits)[0, -1].mean() == outside

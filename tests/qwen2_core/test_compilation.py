@@ -16,6 +16,7 @@ import pytest
 from flax.core import freeze
 from jax.sharding import NamedSharding, PartitionSpec
 from lively import Lively
+from runner_cases import run_python
 
 import generate_jitted
 from generate_jitted import Sampling, generate_single_task_jitted
@@ -341,3 +342,29 @@ def test_parameters_may_be_frozen_or_numpys():
             model, given, IDS, 4, prompt_lengths=[4, 3], sampling=Sampling(1.0, 20, 0.9), seed=3
         )
         np.testing.assert_array_equal(out.token_ids, expected(one_call)[0])
+
+
+_ELSEWHERE = """
+import jax, numpy as np
+from lively import Lively
+from qwen2_core.requests import SequenceRequest
+from qwen2_engine.continuous_batching import ContinuousEngine
+
+model, params = Lively(layers=1, extract=(0,), hidden=32, inner=48, vocab=96).build(scan_layers=True)
+first, second = jax.devices()
+
+def rows_of(params):
+    engine = ContinuousEngine(model, params, slots=1)
+    [done] = engine.run([SequenceRequest(np.array([3, 4, 5], np.int32), 3, 0)])
+    return done.rows
+
+there = rows_of(jax.device_put(params, second))
+with jax.default_device(second):
+    np.testing.assert_array_equal(rows_of(params), there)
+"""
+
+
+@pytest.mark.slow
+def test_everything_runs_where_the_weights_are_whatever_the_default_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    run_python(_ELSEWHERE)

@@ -18,7 +18,14 @@ from generate_jitted import Sampling, generate_single_task_jitted
 from kvcache_utils import KVCache
 from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
 from qwen2_core.sharding import Layout
-from qwen2_engine import ContinuousEngine, Occupancy, SequenceRequest, decode_window, programs
+from qwen2_engine import (
+    ContinuousEngine,
+    Occupancy,
+    SequenceRequest,
+    continuous_batching,
+    decode_window,
+    programs,
+)
 from qwen2_engine.decode_window import SlotShape, SlotState
 from qwen2_engine.programs import compile_slots
 from qwen2_jax import QwenModel
@@ -357,18 +364,28 @@ COMPILERS = (
         ({}, {"eos_token_ids": (160,)}, "EOS token id 160 is outside"),
         ({}, {"window": 24}, "window must be a multiple of 16, not 24"),
         ({}, {"slots": 0}, "slots must be at least 1, not 0"),
+        ({}, {"slots": 1.5}, "slots must be a whole number, not 1.5"),
+        ({}, {"max_tokens": "8"}, "max_tokens must be a whole number, not '8'"),
+        ({}, {"sampling": 0.7}, "sampling must be a Sampling"),
+        ({}, {"cache_dtype": "int8"}, "cache_dtype must be one of"),
+        ({}, {"capture_prompt": "no"}, "capture_prompt must be True or False"),
+        ({"max_tokens": 1.5}, {}, "max_tokens must be a whole number, not 1.5"),
+        ({"sampling_id": "7"}, {}, "sampling_id must be a whole number, not '7'"),
+        ({"prompt_token_ids": "text"}, {}, r"prompt_token_ids takes token ids, not text"),
+        ({"prompt_token_ids": np.ones((2, 3), int)}, {}, "has one prompt, not 2"),
         ({"max_tokens": 9}, {"max_tokens": 8}, "max_tokens [0-9]+ exceeds the engine's max_tokens of 8"),
         ({}, {"capture_prompt": False}, "make the engine with capture_prompt=True"),
     ],
     ids=str,
 )
 def test_what_cannot_be_done_is_refused_before_any_work(
-    changes: dict[str, Any], kwargs: dict[str, Any], message: str
+    changes: dict[str, Any], kwargs: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(continuous_batching, "compile_slots", pytest.fail)
     items = [workload()[0], dataclasses.replace(workload()[1], **changes)]
     with pytest.raises(ValueError, match=message):
-        engine(built()[0], None, **kwargs).run(items)
+        engine(*built(), **kwargs).run(items)
 
 
 def test_no_items_are_no_work():
-    assert list(engine(built()[0], None).run([])) == []
+    assert list(engine(*built()).run([])) == []
