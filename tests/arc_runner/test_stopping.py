@@ -183,7 +183,7 @@ def test_a_signal_in_the_last_moment_is_never_what_the_run_died_of(
     number: str, when: str, code: int, uninterrupted: Uninterrupted
 ):
     process = start_python(IN_THE_END, number, when, *arguments(uninterrupted.folder, **uninterrupted.flags))
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == code
     assert err == (STOPPED if code else "")
     assert run_main(uninterrupted.folder, **uninterrupted.flags).code == DONE
@@ -265,7 +265,7 @@ def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
     )
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n"
+        assert "importing\n" in iter(process.stdout.readline, "")  # reads up to it
         process.send_signal(signal.SIGINT)
         return process.wait(timeout=20), process.communicate()[1]
 
