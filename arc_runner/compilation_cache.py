@@ -17,11 +17,16 @@ def use_compilation_cache(directory: str) -> None:
     Makes the directory, for this user alone, if it does not exist.
 
     Raises:
-        UsageError: other users may write there; a program found there is run.
+        UsageError: it cannot be made, or other users may write there; a program found there is run.
     """
-    path = Path(directory).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
+    path = Path(directory)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise UsageError(
+            f"--compilation_cache_dir: {path} cannot be made a directory: {error.strerror}"
+        ) from error
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UsageError(
             f"--compilation_cache_dir: {path} may be written by other users, whose programs would be run; "

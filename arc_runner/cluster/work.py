@@ -16,7 +16,7 @@ from arc_runner.signals import StopRequest
 from qwen2_core.requests import SequenceRequest
 
 POLL_SECONDS = 2.0
-_QUIET_SECONDS = 30.0
+_FIRST_SECONDS, _QUIET_SECONDS = 2.0, 30.0  # until it says what it waits for, and between two lines then
 
 
 class Unit(NamedTuple):
@@ -108,7 +108,7 @@ class Shared:
         yield from self._not_done(claimed)
 
     def wait(self, units: Sequence[Unit]) -> bool:
-        said = time.monotonic()
+        due = time.monotonic() + _FIRST_SECONDS
         while not self._stop.requested:
             self._writer.raise_pending()
             self._refresh()
@@ -121,10 +121,11 @@ class Shared:
             holders = {self._claims.holder(name) for name in names}
             if None in holders:
                 return True
-            if time.monotonic() - said >= _QUIET_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() >= due:
+                due = time.monotonic() + _QUIET_SECONDS
                 others = ", ".join(sorted(map(str, holders)))
-                say(f"{self._process}: {len(units)} units left, waiting for process {others}")
+                whom = f"process {others}" if others else "its own last shards"
+                say(f"{self._process}: {len(units)} units left, waiting for {whom}")
             time.sleep(POLL_SECONDS)
         return False
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import pytest
+from runner_cases import run_python
 
 from arc_runner.command_line import parse_options
 from arc_runner.errors import UsageError
@@ -149,3 +150,27 @@ def test_version_names_the_package_and_jax(capsys: pytest.CaptureFixture[str]):
     assert re.fullmatch(
         rf"qwen2-jax-activations \S.*, jax {re.escape(jax.__version__)}\n", capsys.readouterr().out
     )
+
+
+AT_ONCE = """
+import runpy, sys
+try:
+    runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
+except SystemExit as ended:
+    heavy = {"jax", "flax", "transformers", "huggingface_hub", "fsspec"} & sys.modules.keys()
+    print("ended", ended.code, sorted(heavy))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("--batch_size 0", 2),
+        ("--no_such_flag", 2),
+        ("--output_filepath a/", 2),
+    ],
+)
+def test_what_needs_no_jax_is_answered_before_it_is_imported(words: str, code: int):
+    assert run_python(AT_ONCE, *words.split()).splitlines()[-1] == f"ended {code} []"

@@ -79,3 +79,9 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path: Path, no_weights: None):
 def test_a_cache_behind_a_url_is_refused(tmp_path: Path, no_weights: None):
     outcome = run_main(four(tmp_path), compilation_cache_dir="gs://bucket/cache")
     assert_refused(outcome, "is not a local directory")
+
+
+def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path):
+    (tmp_path / "file").touch()
+    outcome = run_main(four(tmp_path), compilation_cache_dir=tmp_path / "file" / "cache")
+    assert_refused(outcome, "file/cache cannot be made a directory: Not a directory")

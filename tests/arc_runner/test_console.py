@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runner_cases import PYTHON, environment, four, run_main
+from runner_cases import COMMAND, PYTHON, arguments, copy_small, environment, four, run_main
 
 import distributed_kv_cached_inference
 from arc_runner import job
@@ -137,3 +137,24 @@ def test_a_pipe_that_does_not_block_and_is_full_ends_nothing(monkeypatch: pytest
         for _ in range(50):
             say("x" * 10_000)
     os.close(reader)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_terminal_of_few_characters_or_none_ends_as_any_other(tmp_path: Path):
+    model = copy_small(tmp_path / "modèle 👩")
+    words = arguments(four(tmp_path), model_path=model)
+    codes, outs = [], []
+    for redirections in ("", ">&-", "> /dev/full"):
+        done = subprocess.run(
+            ["bash", "-c", f'"$@" {redirections}', "bash", *COMMAND, *words],
+            env=environment() | {"PYTHONIOENCODING": "ascii", "LANG": "C"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        codes.append((done.returncode, done.stderr))
+        outs.append(done.stdout)
+    assert codes == [(0, "")] * 3
+    assert "model             " in outs[0]
+    assert r"mod\xe8le \U0001f469" in outs[0]
+    assert outs[1:] == ["", ""]

@@ -32,6 +32,7 @@ from spoil import (
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
+from arc_runner import job
 from arc_runner.loaded_model import LoadedModel
 from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
 
@@ -219,11 +220,12 @@ def test_a_task_whose_prompt_and_answer_exceed_the_context_fails(tmp_path: Path)
 
 
 def test_a_store_made_with_other_settings_is_refused_and_left_as_it_is(
-    tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     assert run_main(tmp_path).code == DONE
     request.getfixturevalue("no_weights")
+    monkeypatch.setattr(job, "checkpoint_fingerprint", lambda _: pytest.fail("the weights are hashed"))
     before = digests(tmp_path), (tmp_path / "submission.json").read_bytes()
     for flag, value, difference in [
         ("max_output_tokens", 9, "max_output_tokens is 8 there and 9 here"),
@@ -249,3 +251,16 @@ def test_a_store_that_another_run_writes_is_refused(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(distributed_kv_cached_inference, "generate_missing", generate)
     run_main(tmp_path)
     assert_refused(second[0], "is in use: another run writes to this directory")
+
+
+def test_a_data_set_that_has_changed_since_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_tasks(tmp_path / "tasks.json", kept=puzzle(1, 2), corrected=puzzle(3, 4))
+    outcome = run_main(tmp_path)
+    assert (outcome.code, outcome.err) == (DONE, "")
+    write_tasks(tmp_path / "tasks.json", kept=puzzle(1, 2), corrected=puzzle(3, 5))
+    monkeypatch.setattr(distributed_kv_cached_inference, "generate_missing", lambda *_: None)
+    assert run_main(tmp_path).err.startswith(
+        "2 of 4 sequences are in the store with other prompts, of the tasks corrected: the data set has"
+    )

@@ -106,11 +106,8 @@ def test_sigterm_lets_the_running_call_end_and_the_same_command_continues(
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={6})
 
 
-WARNINGS = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
-
-
 @pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
-@pytest.mark.parametrize("number", WARNINGS)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])  # the others: test_signals
 def test_what_schedulers_and_terminals_send_lets_the_running_call_end(
     uninterrupted: Uninterrupted, number: signal.Signals, tmp_path: Path
 ):
@@ -178,13 +175,16 @@ runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize(("when", "code"), [("answering", RESUMABLE), ("exit", DONE), ("teardown", DONE)])
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
+@pytest.mark.parametrize(
+    ("number", "when", "code"),
+    [("SIGTERM", "answering", RESUMABLE), ("SIGUSR1", "exit", DONE), ("SIGTERM", "teardown", DONE)],
+)
 def test_a_signal_in_the_last_moment_is_never_what_the_run_died_of(
     number: str, when: str, code: int, uninterrupted: Uninterrupted
 ):
     process = start_python(IN_THE_END, number, when, *arguments(uninterrupted.folder, **uninterrupted.flags))
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == code
     assert err == (STOPPED if code else "")
     assert run_main(uninterrupted.folder, **uninterrupted.flags).code == DONE
@@ -192,7 +192,7 @@ def test_a_signal_in_the_last_moment_is_never_what_the_run_died_of(
 
 def test_a_signal_in_the_first_moments_is_a_sentence_once_python_runs_the_command(tmp_path: Path):
     codes = set()
-    for delay in (0.15, 0.3, 0.6, 1.2):
+    for delay in (0.0, 0.5):
         process = subprocess.Popen(
             [*PYTHON, "-m", "distributed_kv_cached_inference", *arguments(four(tmp_path))],
             env=environment(),
@@ -266,7 +266,7 @@ def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:
     )
     with process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "importing\n"
+        assert "importing\n" in iter(process.stdout.readline, "")  # reads up to it
         process.send_signal(signal.SIGINT)
         return process.wait(timeout=20), process.communicate()[1]
 
