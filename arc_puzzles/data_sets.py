@@ -122,7 +122,9 @@ class _Found:
 
     def _names(self) -> str:
         more = len(self.skipped) - _NAMED
-        return ", ".join(map(shown, self.skipped[:_NAMED])) + (f" and {more} more" if more > 0 else "")
+        return ", ".join(map(shown, sorted(self.skipped)[:_NAMED])) + (
+            f" and {more} more" if more > 0 else ""
+        )
 
 
 # --- Directories --------------------------------------------------------------------------------------------
@@ -175,7 +177,6 @@ def _json_files(path: Path, found: _Found) -> list[Path]:
                 found.skipped.append(str(file.relative_to(path)))
             elif lower.endswith(_JSON):
                 files.append(file)
-    found.skipped.sort()
     return sorted(files)
 
 

@@ -295,7 +295,7 @@ def test_values_beside_the_tasks_of_an_object_are_skipped_and_named(tmp_path: Pa
     path = write(tmp_path / "t.json", {"version": 1.5, "a": GOOD, "source\x1b[31m": "x", "final": True})
     assert ids(path) == ["a"]
     assert load_tasks(path).notices == (
-        r"skipped 3 keys of the data set that are no tasks: version, source\x1b[31m, final",
+        r"skipped 3 keys of the data set that are no tasks: final, source\x1b[31m, version",
     )
 
 

@@ -233,3 +233,34 @@ def test_solutions_of_another_data_set_are_refused_before_the_weights_are_read(
         run_main(tmp_path, **solutions), "holds solutions, not tasks; name the file of the challenges"
     )
     assert_refused(run_main(tmp_path, **flags, solutions_path=""), "--solutions_path is empty")
+
+
+# --- Data as it lies about ----------------------------------------------------------------------------------
+
+
+def test_files_that_are_no_tasks_leave_the_exit_code_alone(answered: Path, tmp_path: Path, no_weights: None):
+    data = tmp_path / "data"
+    (data / "training").mkdir(parents=True)
+    for task_id in ("00576224", "12997ef3"):
+        (data / "training" / f"{task_id}.json").write_text(json.dumps(CHALLENGES[task_id]))
+    (data / "training" / "._00576224.json").write_bytes(b"\0\5\x16\7")
+    (data / "dataset_info.json").write_text('{"splits": {}}')
+    (data / ".DS_Store").touch()
+    outcome = run_main(tmp_path, dataset_path=data, activations_dir=answered / "activations")
+    assert (outcome.code, outcome.err) == (DONE, "")
+    names = "dataset_info.json, training/._00576224.json"
+    assert outcome.out.count(f"skipped 2 files of the data set that are no tasks: {names}\n") == 1
+    assert list(json.loads(submission(tmp_path))) == ["00576224", "12997ef3"]
+
+
+def test_hostile_ids_are_escaped_for_a_person_and_whole_in_the_submission(
+    answered: Path, tmp_path: Path, no_weights: None
+):
+    ids = ["\ud800", "\x1b[2J", "a\nb", "../../etc", "x" * 100_000, "\u202e"]
+    tasks = {"00576224": CHALLENGES["00576224"]} | {task_id: puzzle(1, 2) for task_id in ids}
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    outcome = run_main(tmp_path, activations_dir=answered / "activations")
+    assert (outcome.code, outcome.err) == (TASKS_FAILED, "")
+    assert all(line.isprintable() and len(line) < 3000 for line in outcome.out.split("\n"))
+    assert list(json.loads(submission(tmp_path))) == ["00576224", *ids]
+    assert [one["task_id"] for one in report(tmp_path)["tasks_failed"]] == ids

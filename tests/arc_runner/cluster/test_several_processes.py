@@ -31,6 +31,7 @@ from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import Shared, Unit
 from arc_runner.command_line import parse_options
 from arc_runner.options import RunOptions
+from arc_runner.report import FIGURES
 
 pytestmark = pytest.mark.slow
 
@@ -255,6 +256,19 @@ def test_two_processes_share_calls(threads: None, tmp_path: Path, monkeypatch: p
 def test_with_more_processes_than_work_all_end_well(threads: None, alone: Path, tmp_path: Path):
     assert run_threads(four(tmp_path), 6) == [DONE] * 6
     assert_whole(tmp_path, alone)
+
+
+def test_processes_that_find_everything_done_keep_the_figures_of_those_that_worked(
+    threads: None, alone: Path, tmp_path: Path
+):
+    assert run_threads(four(tmp_path), 2) == [DONE, DONE]
+    worked = report(tmp_path)
+    assert worked["made_at"]
+    assert run_threads(tmp_path, 2) == [DONE, DONE]
+    assert run_main(tmp_path, merge=True, n_tasks=1, **FLAGS).code == DONE
+    assert_whole(tmp_path, alone)
+    figures = report(tmp_path)
+    assert {name: figures[name] for name in FIGURES} == {name: worked[name] for name in FIGURES}
 
 
 def test_a_process_that_has_met_no_other_in_the_store_says_so(
