@@ -9,6 +9,7 @@ Exit codes: 0 all well, 1 findings or an error, 2 bad usage, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -201,7 +202,8 @@ def _stale(store: ActivationStore, options: argparse.Namespace) -> list[Sequence
     path = options.model_path or str(store.provenance.get("model_id", ""))
     if not path or not (options.model_path or Path(path).is_dir()):
         return None
-    now = sequences_now(store, load_tasks(options.dataset).tasks, load_tokenizer(path))
+    with contextlib.closing(load_tokenizer(path)) as tokenizer:
+        now = sequences_now(store, load_tasks(options.dataset).tasks, tokenizer)
     return stale_sequences(store.index, store.settings, now)
 
 

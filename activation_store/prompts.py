@@ -13,6 +13,7 @@ import numpy as np
 from activation_store.format import SequenceId, SequenceRecord, StoreError, StoreSettings, sequence_key
 from activation_store.reader import ActivationStore
 from arc_puzzles import ArcTask, Augmentation, build_messages, create_grid_encoder, encode_prompt
+from qwen2_core.chat_template import BoundedTokenizer
 
 
 def sequences_now(store: ActivationStore, tasks: Iterable[ArcTask], tokenizer: Any) -> dict[str, SequenceId]:
@@ -44,15 +45,15 @@ def sequences_now(store: ActivationStore, tasks: Iterable[ArcTask], tokenizer: A
     return now
 
 
-def load_tokenizer(model_path: str | os.PathLike[str]) -> Any:
-    """Loads a checkpoint's tokenizer; raises StoreError where it cannot be."""
+def load_tokenizer(model_path: str | os.PathLike[str]) -> BoundedTokenizer:
+    """Loads a checkpoint's tokenizer, to be closed after use; raises StoreError where it cannot be."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn that torch is missing
     from transformers import AutoTokenizer  # takes seconds
 
     directory = Path(model_path).expanduser()
     source = directory if directory.is_dir() else model_path
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return BoundedTokenizer(AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     except Exception as error:  # many kinds
         reason = " ".join(str(error).split())
         raise StoreError(f"the tokenizer of {model_path} cannot be used: {reason}") from error

@@ -105,7 +105,8 @@ def say_changed_prompts(requests: Sequence[SequenceRequest], committed: Sequence
         say_error(
             f"{len(changed)} of {len(requests)} sequences are in the store with other prompts, of the tasks "
             f"{', '.join(tasks[:_TASKS_NAMED])}{more}: the data set has changed since, or the tokenizer's "
-            "chat template; they are made anew, and the old ones stay"
+            "chat template; they are made anew, and the old ones stay until "
+            "`python -m activation_store verify ... --dataset ... --repair` drops them"
         )
 
 

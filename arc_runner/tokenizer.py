@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from arc_puzzles import encode_prompt
-from arc_runner.chat_template import BoundedTokenizer
+from qwen2_core.chat_template import BoundedTokenizer
 from qwen2_core.checkpoint_files import optional_file, read_json_object, resolve_file
 from qwen2_jax import CheckpointError
 

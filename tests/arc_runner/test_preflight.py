@@ -201,7 +201,7 @@ def test_the_files_beside_the_submission_replace_no_input_either(name: str, tmp_
 AS_NOBODY = """
 import json, os, sys
 from runner_cases import run_main
-from arc_runner.chat_template import BoundedTokenizer
+from qwen2_core.chat_template import BoundedTokenizer
 def render(self, messages, add_generation_prompt=True, clock=None):  # nobody may not start this Python
     return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 BoundedTokenizer.render = render

@@ -33,6 +33,11 @@ class Tensor:
         return self.values
 
 
+def named(value: Any) -> str:
+    """Names a value in a test's name without its address in memory, which differs between processes."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def assert_one_sentence(error: BaseException) -> None:
     text = str(error)
     assert "\n" not in text
@@ -44,7 +49,7 @@ def assert_one_sentence(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [3, 3.0, np.int64(3), np.uint8(3), np.float32(3), jnp.int32(3), Tensor(3)], ids=repr
+    "value", [3, 3.0, np.int64(3), np.uint8(3), np.float32(3), jnp.int32(3), Tensor(3)], ids=named
 )
 def test_a_whole_number_of_any_kind_is_taken(value: Any):
     assert as_int(value) == 3
@@ -69,7 +74,7 @@ def test_a_whole_number_of_any_kind_is_taken(value: Any):
         3 + 0j,
         np.array([3]),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_what_is_no_whole_number_is_refused(value: Any):
     assert as_int(value) is None
@@ -78,7 +83,7 @@ def test_what_is_no_whole_number_is_refused(value: Any):
     assert_one_sentence(caught.value)
 
 
-@pytest.mark.parametrize("value", ["0.7", None, True, NAN, np.float32("nan"), [0.7], 10**400, 1j], ids=repr)
+@pytest.mark.parametrize("value", ["0.7", None, True, NAN, np.float32("nan"), [0.7], 10**400, 1j], ids=named)
 def test_what_is_no_number_is_none(value: Any):
     assert as_float(value) is None
 
@@ -108,7 +113,7 @@ def test_a_number_of_any_kind_is_a_float():
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": "0.9"}, "top_p"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_sampling_refuses_what_is_out_of_range_or_no_number(settings: dict[str, Any], word: str):
     with pytest.raises(ValueError, match=f"^{word} must be ") as caught:
@@ -146,7 +151,7 @@ def test_sampling_takes_numbers_of_numpy_and_jax_and_is_equal_to_pythons():
         ({"eos_token_ids": 512}, "EOS token id 512 is outside the vocabulary of 512"),
         ({"eos_token_ids": [2**40]}, "EOS token id 1099511627776 is outside"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_sampling_arguments_that_cannot_be_are_refused(changes: dict[str, Any], message: str):
     arguments: dict[str, Any] = {"sampling": Sampling(), "seed": 0, "eos_token_ids": ()} | changes
@@ -171,7 +176,7 @@ def test_sampling_arguments_that_cannot_be_are_refused(changes: dict[str, Any], 
         (Tensor([4, 5]), [4, 5]),
         (iter([6]), [6]),
     ],
-    ids=str,
+    ids=named,
 )
 def test_eos_ids_of_any_kind_are_taken_also_a_single_one_or_none(given: Any, ids: list[int]):
     params = sampling_params(Sampling(), np.int64(3), given, vocab_size=512)
@@ -179,7 +184,7 @@ def test_eos_ids_of_any_kind_are_taken_also_a_single_one_or_none(given: Any, ids
     assert params.seed == 3
 
 
-@pytest.mark.parametrize("value", ["no", 1, 0, None, [], "True"], ids=repr)
+@pytest.mark.parametrize("value", ["no", 1, 0, None, [], "True"], ids=named)
 def test_a_flag_is_true_or_false_and_nothing_that_merely_counts_as_such(value: Any):
     with pytest.raises(ValueError, match="extract_prompt must be True or False, not "):
         yes_or_no("extract_prompt", value)
@@ -212,7 +217,7 @@ def test_the_caches_dtype_may_be_said_in_every_way_and_is_one_that_a_cache_can_h
         ([12.0], (12,)),
         (jnp.arange(2), (0, 1)),
     ],
-    ids=str,
+    ids=named,
 )
 def test_layers_may_be_named_in_every_way(given: Any, layers: tuple[int, ...]):
     assert layer_numbers(given, 24) == layers
@@ -235,7 +240,7 @@ def test_layers_may_be_named_in_every_way(given: Any, layers: tuple[int, ...]):
         (24, r"\[24\] are out of range"),
         ([], "at least one layer"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_layers_that_cannot_be_are_refused(given: Any, message: str):
     with pytest.raises(ValueError, match=message) as caught:
@@ -312,7 +317,7 @@ TEXT = r"token ids, not text such as .*: tokenizer\(text\).input_ids gives them"
         ([np.array(["a"], object)], "must be integers .* not object"),
         ({"ids": [1]}, "must have input_ids, and has ids"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_are_no_prompts_is_refused(prompts: Any, message: str):
     with pytest.raises(ValueError, match=message) as caught:
@@ -388,7 +393,7 @@ def test_masks_and_lengths_that_do_not_fit_are_refused(ids: Any, lengths: Any, m
         ([[*[0] * 8, 5]], "left"),
         (np.array([[5, 6, 500, 500], [7, 8, 9, 500]]), "right"),
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_looks_padded_without_a_mask_is_read_and_warned_of(ids: Any, side: str):
     with pytest.warns(UserWarning, match=f"look padded on the {side}, .* give attention_mask= or prompt_len"):
@@ -406,7 +411,7 @@ def test_what_looks_padded_without_a_mask_is_read_and_warned_of(ids: Any, side: 
         [[5, 6, 1], [5, 7, 1], [5, 8, 2]],
         [[4, 4, 4, 5, 6, 7]],
     ],
-    ids=str,
+    ids=named,
 )
 def test_what_only_repeats_a_token_is_not_taken_for_padding(ids: Any):
     with warnings.catch_warnings():
