@@ -15,6 +15,8 @@ from arc_puzzles.data_sets import load_tasks
 from arc_puzzles.grids import ArcFormatError
 from arc_puzzles.tasks import TaskFailure
 
+CUT_GZIP = gzip.compress(json.dumps({"a": GOOD}).encode(), mtime=0)[:-9].decode("latin-1")
+
 
 def write_dict(folder: Path, tasks: dict[str, object]) -> Path:
     return write(folder / "tasks.json", tasks)
@@ -338,11 +340,7 @@ def test_the_outline_names_every_task_with_its_number_of_tests(tmp_path: Path):
         ("t.zip", "PK\3\4rest", "is a zip archive, not JSON; unpack it"),
         ("t.parquet", "PAR1rest", "is a Parquet file, not JSON; write it as JSON Lines"),
         ("t.json.gz", "\x1f\x8brest", "cannot read"),
-        (
-            "t.json.gz",
-            gzip.compress(json.dumps({"a": GOOD}).encode(), mtime=0)[:-9].decode("latin-1"),
-            "cannot read",
-        ),
+        ("t.json.gz", CUT_GZIP, "cannot read"),
         ("t.jsonl", '{"' + "x" * 10**6 + '": 1, "' + "x" * 10**6 + '": 2}', "twice in one object"),
     ],
 )

@@ -108,7 +108,8 @@ def test_prompts_that_have_changed_are_counted_and_their_tasks_named(
     other = activation_fakes.sequence("other").id.prompt_token_ids
     assert said(tmp_path, requests_of(made, a=other), capsys) == (
         "2 of 10 sequences are in the store with other prompts, of the tasks a: the data set has changed "
-        "since, or the tokenizer's chat template; they are made anew, and the old ones stay\n"
+        "since, or the tokenizer's chat template; they are made anew, and the old ones stay until "
+        "`python -m activation_store verify ... --dataset ... --repair` drops them\n"
     )
     every = dict.fromkeys("abcde", other)
     assert "10 of 10 sequences are" in (line := said(tmp_path, requests_of(made, **every), capsys))
