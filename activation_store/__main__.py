@@ -144,7 +144,7 @@ def _place(text: str) -> str:
     """Returns the path of a directory, or a URL."""
     path = _path(text)
     if "://" not in path and not Path(path).is_dir():
-        raise argparse.ArgumentTypeError(f"there is no directory {masked(path)}{did_you_mean(path)}")
+        raise argparse.ArgumentTypeError(_shown(f"there is no directory {path}{did_you_mean(path)}"))
     return path
 
 

@@ -80,7 +80,7 @@ def _compare(
     try:
         sha256 = shard_sha256(store.files, where, status.size)
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}", ()
+        return f"cannot be read ({error.strerror or error})", ()
     true = [line for line in of_size if line.record.shard_sha256 == sha256]
     if not true:
         return "its bytes are not those that were written (checksum)", ()

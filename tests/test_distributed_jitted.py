@@ -41,7 +41,7 @@ from arc_runner.report import FIGURES
 from qwen2_engine import ContinuousEngine
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
-DONE, RESUMABLE = 0, 75
+DONE = 0
 FLOAT32_ERROR = 1e-4
 BFLOAT16_ERROR = 0.1  # a lively model's own rounding in other orders of summation
 
@@ -96,7 +96,7 @@ def test_activation_extraction_and_save(tmp_path: Path):
 def test_every_augmentation_of_every_task_is_stored_and_the_store_verifies(finished: Path):
     store = store_of(finished)
     assert list(verify_store(store)) == []
-    assert list(verify_coverage(store, [(f"task-{i}", 0) for i in range(4)], "tasks.json")) == []
+    assert list(verify_coverage(store, [(f"task-{i}", 0) for i in range(4)])) == []
     assert set(tokens(finished)) == {
         (f"task-{i}", 0, augmentation, 0) for i in range(4) for augmentation in ("identity", "rot90")
     }
@@ -350,14 +350,13 @@ def test_the_command_line_prints_the_report_alone_and_exits_with_its_code(finish
     run = [*COMMAND, *arguments(finished)]
     process = subprocess.run(run, env=environment(), capture_output=True, text=True, timeout=100)
     assert (process.returncode, process.stderr) == (DONE, "")
-    assert process.stdout.startswith(
-        "4 tasks, 8 sequences (each test input in 2 augmentations x 1 samples), 8"
-    )
-    assert "\ndone\n" in process.stdout
+    told = [line for line in process.stdout.splitlines() if " s so far" not in line]  # of a slow machine
+    assert told[0].startswith("4 tasks, 8 sequences (each test input in 2 augmentations x 1 samples), 8")
+    assert "done" in told
 
 
-def test_a_closed_output_pipe_stops_the_run_without_a_traceback(finished: Path):
-    """As in ``... | head -1``."""
+def test_a_closed_output_pipe_neither_stops_the_run_nor_brings_a_traceback(finished: Path):
+    """As in ``... | head -1``: nobody reads what it says, and the work is done."""
     reading, writing = os.pipe()
     os.close(reading)
     run = [*COMMAND, *arguments(finished)]
@@ -365,4 +364,4 @@ def test_a_closed_output_pipe_stops_the_run_without_a_traceback(finished: Path):
         run, env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True, timeout=100
     )
     os.close(writing)
-    assert (process.returncode, process.stderr) == (RESUMABLE, "")
+    assert (process.returncode, process.stderr) == (DONE, "")

@@ -158,7 +158,7 @@ def changed(arguments: list[str], flag: str, value: str) -> list[str]:
         (changed(EXPORT, "--context_size", "-3"), "is no whole number from 1"),
         (changed(EXPORT, "--context_size", "1e3"), "is no whole number from 1"),
         (changed(EXPORT, "--context_size", "9" * 5000), "is no whole number from 1"),
-        (changed(EXPORT, "--context_size", "999999999"), "fewer than 999999999 such rows"),
+        (changed(EXPORT, "--context_size", "999999999"), "is no whole number from 1 to 1048576"),
         (changed(EXPORT, "--context_size", "\N{SUPERSCRIPT TWO}"), "is no whole number from 1"),
         (changed(EXPORT, "--layer", "3"), "layer 3 is not in"),
         (changed(EXPORT, "--layer", "-1"), "is no whole number from 0"),
@@ -299,11 +299,14 @@ PATH_ARGUMENTS = [
 
 @pytest.mark.parametrize("words", PATH_ARGUMENTS, ids=" ".join)
 def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("acts", "x"):
+        (tmp_path / folder).mkdir()
     options = _parser().parse_args([word.replace("PATH", "~/acts") for word in words])
-    assert "/home/me/acts" in vars(options).values()
+    assert f"{tmp_path}/acts" in vars(options).values()
     for bad in ("a\0b", "\udcc3", ""):
         with pytest.raises(SystemExit) as raised:
             main([word.replace("PATH", bad) for word in words])
@@ -312,6 +315,10 @@ def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
 
 
 def test_what_a_store_quotes_cannot_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["stats", str(tmp_path / "\x1b[2J")])
+    assert f"there is no directory {tmp_path}/\\x1b[2J\n" in capsys.readouterr().err
+    (tmp_path / "\x1b[2J").mkdir()
     assert main(["stats", str(tmp_path / "\x1b[2J")]) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path}/\\x1b[2J is not an activation store: it has no manifest.json\n"
@@ -319,5 +326,7 @@ def test_what_a_store_quotes_cannot_reach_the_terminal(tmp_path: Path, capsys: p
 
 
 def test_a_misspelt_store_brings_the_one_that_is_there(directory: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["stats", f"{directory}x"]) == 1
-    assert f"it has no manifest.json; did you mean {directory}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        main(["stats", f"{directory}x"])
+    assert raised.value.code == 2
+    assert f"there is no directory {directory}x; did you mean {directory}?" in capsys.readouterr().err

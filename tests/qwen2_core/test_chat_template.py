@@ -15,9 +15,9 @@ from spoil import template
 from transformers import AutoTokenizer
 
 from arc_puzzles import encode_prompt
-from arc_runner import chat_template
 from arc_runner.data import EXAMPLE_MODEL
 from arc_runner.loaded_model import LoadedModel
+from qwen2_core import chat_template
 from qwen2_core.chat_template import BoundedTokenizer
 from qwen2_core.errors import CheckpointError
 
