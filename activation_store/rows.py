@@ -87,6 +87,7 @@ class RowFilter:
         if self.stop_position is not None:
             stop_position = min(stop_position, self.stop_position)
         start = max(self.first_position - first_stored, 0 if self.prompt else record.prompt_rows)
+        start = min(start, record.n_rows)
         stop = min(stop_position - first_stored, record.n_rows if self.generated else record.prompt_rows)
         return start, max(start, stop)
 

@@ -254,7 +254,7 @@ def test_a_record_that_was_changed_is_refused(store: ActivationStore):
         record._replace(row_start=-3),
         record._replace(row_start=10**6),
     ):
-        with pytest.raises(StoreError, match=r"shard-000000\.safetensors has \d+ rows, not those from"):
+        with pytest.raises(StoreError, match=r"its rows or prompt tokens end outside .*shard-000000\.safetensors"):
             store.rows(changed, 11)
 
 
@@ -317,3 +317,17 @@ def test_columns_are_a_pytree_of_jax(store: ActivationStore):
     doubled = jax.tree.map(lambda leaf: leaf * 2, store.columns(first(store)))
     np.testing.assert_array_equal(doubled.norms[11], 2 * store.columns(first(store), 11).norms)
     assert "norms={10:" in repr(jax.tree.map(lambda leaf: leaf.shape, doubled))
+
+
+@pytest.mark.parametrize("first_position", [9, 10, 25, 10**6])
+def test_a_filter_past_the_end_of_short_sequences_leaves_them_out(tmp_path: Path, first_position: int):
+    with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
+        writer.submit([sequence("long", prompt=20), sequence("short", prompt=4)])
+    store, chosen = ActivationStore(tmp_path), RowFilter(first_position=first_position)
+    long, short = store
+    expected = np.arange(first_position, 26)
+    found = [(record, columns.positions) for _, columns, record in store.iterate(10, rows=chosen)]
+    assert [record for record, _ in found] == [long, short][: 2 if first_position < 10 else len(expected[:1])]
+    if len(expected):
+        np.testing.assert_array_equal(found[0][1], expected)
+    assert chosen.row_range(short) == ((9, 10) if first_position == 9 else (10, 10))
