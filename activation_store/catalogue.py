@@ -18,7 +18,7 @@ from activation_store.format import (
 from activation_store.index import SequenceIndex
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.open_shards import OpenShards
-from activation_store.outcomes import read_outcomes
+from activation_store.outcomes import read_outcomes, truth
 from activation_store.remote_files import open_files
 from activation_store.shard import Shard
 from activation_store.store_files import FileStatus
@@ -126,6 +126,8 @@ class SequenceCatalogue:
             where: keeps those for which it returns True.
             failed: yields only the sequences that failed, which have no rows, instead of the others.
         """
+        failed = truth(failed, "failed")
+        solved = None if solved is None else truth(solved, "solved")
         outcomes = self.outcomes() if solved is not None else {}
         tasks, kept_augmentations = _names(task_ids), _names(augmentations)
         for record in self:
