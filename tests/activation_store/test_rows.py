@@ -254,7 +254,7 @@ def test_a_record_that_was_changed_is_refused(store: ActivationStore):
         record._replace(row_start=-3),
         record._replace(row_start=10**6),
     ):
-        with pytest.raises(StoreError, match=r"end outside .*shard-000000\.safetensors|is no record of"):
+        with pytest.raises(StoreError, match=r"end outside .*shard-000000|is no record of|not those from"):
             store.rows(changed, 11)
 
 
