@@ -222,8 +222,8 @@ def _stats(options: argparse.Namespace) -> int:
     print("layer  group      rows        mean norm   rms of a value   rms without the mean")
     for layer in store.layers:
         for group in ("generated", "prompt"):
-            of_layer = store.statistics(layer, group)
-            if of_layer.count:
+            with contextlib.suppress(StoreUsageError):  # no such rows
+                of_layer = store.statistics(layer, group)
                 spread = of_layer.variance.mean()
                 print(
                     f"{layer:5d}  {group:9s}  {of_layer.count:<10d}  {of_layer.mean_norm:<10.4g}  "
