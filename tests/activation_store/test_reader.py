@@ -147,9 +147,7 @@ def test_statistics_merge_over_shards_and_hosts(store: ActivationStore, submitte
         np.testing.assert_allclose(merged.mean_norm, np.linalg.norm(rows, axis=1).mean(), rtol=1e-6)
 
 
-def test_statistics_of_no_rows_are_refused_and_not_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_statistics_of_no_rows_are_refused_and_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     without_prompts = settings(capture_prompt=False)
     with ActivationWriter(tmp_path / "b", without_prompts, provenance={}) as writer:
         writer.submit(batch("a", of=without_prompts))
