@@ -22,6 +22,7 @@ from activation_store.rows import (
     choose_layers,
     in_dtype,
     part,
+    row_filter,
 )
 from activation_store.shard import GROUPS, Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
@@ -138,7 +139,7 @@ class ActivationStore(SequenceCatalogue):
         """
         choice = choose_layers(layer, self.layers, self.files.location)
         check_row_dtype(dtype)
-        return self._iterate(choice, choice.hooks, sequences, rows or RowFilter(), dtype)
+        return self._iterate(choice, choice.hooks, sequences, row_filter(rows), dtype)
 
     def to_dataframe(
         self,
@@ -157,7 +158,7 @@ class ActivationStore(SequenceCatalogue):
             StoreError: pandas is not installed.
         """
         choice = self.choose_layers(layer)
-        found = self._iterate(choice, [], sequences, rows or RowFilter(), STORED)
+        found = self._iterate(choice, [], sequences, row_filter(rows), STORED)
         return token_table(((columns, record) for _, columns, record in found), choice)
 
     def _iterate(

@@ -18,6 +18,7 @@ from activation_store import (
     FinishedSequence,
     RowFilter,
     SequenceRecord,
+    ShuffledBatches,
     StoreError,
 )
 
@@ -285,10 +286,27 @@ def test_a_position_counts_from_the_start(wrong: Any):
 
 
 def test_a_norm_is_a_number():
-    for wrong in (-1.0, float("nan")):
+    for wrong in (-1.0, float("nan"), "a", "3", True, [1.0], {}):
         with pytest.raises(StoreError, match="max_norm must be a number of at least 0"):
-            RowFilter(max_norm=wrong)
+            RowFilter(max_norm=wrong)  # type: ignore[arg-type]
     assert dataclasses.replace(RowFilter(), max_norm=float("inf"), first_position=np.int64(1)).max_norm
+
+
+def test_what_is_no_filter_is_one_sentence(store: ActivationStore):
+    asked: Any = store
+    for wrong in ({"prompt": False}, RowFilter, 5, "prompt", 0):
+        for read in (
+            lambda wrong=wrong: asked.iterate(11, rows=wrong),
+            lambda wrong=wrong: asked.to_dataframe(11, rows=wrong),
+            lambda wrong=wrong: ShuffledBatches(asked, 11, 5, rows=wrong),
+        ):
+            with pytest.raises(StoreError, match=r"rows must be a RowFilter, such as"):
+                read()
+    for wrong in ({"task_ids": 5}, {"task_ids": [5]}, {"augmentations": 5}, {"task_ids": [["a"]]}):
+        with pytest.raises(StoreError, match="must be a text or several, not"):
+            list(asked.sequences(**wrong))
+    with pytest.raises(StoreError, match="where must be a function of a record, not 'x'"):
+        list(asked.sequences(where="x"))
 
 
 # --- Short texts --------------------------------------------------------------------------------------------
