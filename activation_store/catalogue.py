@@ -54,8 +54,9 @@ class SequenceCatalogue:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Memory maps and open files do not travel. The reader may be in another directory.
-        is_path = "://" not in self.directory and isinstance(self.files, LocalFiles)
-        return type(self), (str(self.files.root) if is_path else self.directory,)
+        if isinstance(self.files, LocalFiles) and "://" not in self.directory:
+            return type(self), (str(self.files.root),)
+        return type(self), (self.directory,)
 
     def __repr__(self) -> str:
         """Says in a line what there is."""
@@ -211,7 +212,7 @@ def _names(names: Collection[str] | str | None, argument: str) -> frozenset[str]
     try:
         found = frozenset([names] if isinstance(names, str) else names)
     except TypeError:
-        found = frozenset([None])
-    if not all(isinstance(name, str) for name in found):
+        found = None
+    if found is None or not all(isinstance(name, str) for name in found):
         raise StoreError(f"{argument} must be a text or several, not {names!r:.100}")
     return found

@@ -7,11 +7,12 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.utils.data
+from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from activation_store.format import StoreError
 
-LOADER = torch.utils.data._utils.fetch.__name__  # the module that iterates over a DataLoader's dataset
+LOADER = fetch.__name__  # the module that iterates over a DataLoader's dataset
 
 
 class Batches(Protocol):

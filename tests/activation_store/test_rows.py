@@ -294,7 +294,8 @@ def test_a_norm_is_a_number():
 
 def test_what_is_no_filter_is_one_sentence(store: ActivationStore):
     asked: Any = store
-    for wrong in ({"prompt": False}, RowFilter, 5, "prompt", 0):
+    others: list[Any] = [{"prompt": False}, RowFilter, 5, "prompt", 0]
+    for wrong in others:
         for read in (
             lambda wrong=wrong: asked.iterate(11, rows=wrong),
             lambda wrong=wrong: asked.to_dataframe(11, rows=wrong),
