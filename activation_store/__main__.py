@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
 
@@ -31,11 +31,16 @@ from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
 from qwen2_core.messages import did_you_mean, masked, printable
 
+if TYPE_CHECKING:
+    from arc_puzzles import ArcTask
+
 Item = TypeVar("Item")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    if sys.stdout is None:  # it was closed, as in `... >&-`
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot print is no error
             stream.reconfigure(errors="backslashreplace")
@@ -95,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
     verify.set_defaults(run=_verify)
     verify.add_argument("directory", type=_place)
-    verify.add_argument("--dataset", type=_path, help="ARC data set whose puzzles the store should cover")
+    verify.add_argument("--dataset", type=_existing, help="ARC data set whose puzzles the store should cover")
     verify.add_argument(
         "--replay", type=_whole(0, 10**9), metavar="N", default=0, help="recompute N random sequences"
     )
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="which sequences --replay draws")
     verify.add_argument(
-        "--report", type=_path, help="a run's report, to be checked with the answers beside it"
+        "--report", type=_existing, help="a run's report, to be checked with the answers beside it"
     )
     verify.add_argument(
         "--repair",
@@ -144,24 +149,33 @@ def _place(text: str) -> str:
     """Returns the path of a directory, or a URL."""
     path = _path(text)
     if "://" not in path and not Path(path).is_dir():
-        raise argparse.ArgumentTypeError(_shown(f"there is no directory {path}{did_you_mean(path)}"))
+        raise argparse.ArgumentTypeError(f"there is no directory {_shown(path + did_you_mean(path))}")
+    return path
+
+
+def _existing(text: str) -> str:
+    """Returns the path of a file or directory that is there."""
+    path = _path(text)
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f"there is no file {_shown(path + did_you_mean(path))}")
     return path
 
 
 def _verify(options: argparse.Namespace) -> int:
     if options.replay and not options.model_path:
         raise StoreUsageError("--replay needs --model_path")
+    tasks = _tasks(options)  # before anything is changed
     if options.repair:
         for finding in repair_store(options.directory, _bar):
             print(f"repaired: {_shown(finding)}")
     store = ActivationStore(options.directory)
-    if options.repair and (stale := _stale(store, options)):
+    if options.repair and (stale := _stale(store, options, tasks)):
         drop_sequences(options.directory, {record.key for record in stale})
         for text in _tell_stale(stale, options.dataset):
             print(f"dropped: {_shown(text)}")
         store = ActivationStore(options.directory)
     findings = 0
-    for finding in _findings(store, options):
+    for finding in _findings(store, options, tasks):
         tqdm.write(_shown(finding))  # beside the progress bars of a terminal
         sys.stdout.flush()
         findings += 1
@@ -171,15 +185,23 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
-def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[str]:
-    yield from verify_store(store, _bar)
-    if options.dataset:
-        from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
+def _tasks(options: argparse.Namespace) -> "tuple[ArcTask, ...] | None":
+    """Returns the tasks of --dataset."""
+    if not options.dataset:
+        return None
+    from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
 
-        tasks = load_tasks(options.dataset).tasks
+    return load_tasks(options.dataset).tasks
+
+
+def _findings(
+    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+) -> Iterator[str]:
+    yield from verify_store(store, _bar)
+    if tasks is not None:
         expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
         yield from verify_coverage(store, expected)
-        stale = _stale(store, options)
+        stale = _stale(store, options, tasks)
         if stale is None:
             yield from verify_prompts(store)
         else:
@@ -192,18 +214,19 @@ def _findings(store: ActivationStore, options: argparse.Namespace) -> Iterator[s
         yield from verify_report(options.report, store.settings)
 
 
-def _stale(store: ActivationStore, options: argparse.Namespace) -> list[SequenceRecord] | None:
+def _stale(
+    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+) -> list[SequenceRecord] | None:
     """Returns the sequences of prompts that the data set does not give now; None if that is not known."""
-    if not options.dataset:
+    if tasks is None:
         return None
     from activation_store.prompts import load_tokenizer, sequences_now  # needs transformers
-    from arc_puzzles.data_sets import load_tasks
 
     path = options.model_path or str(store.provenance.get("model_id", ""))
     if not path or not (options.model_path or Path(path).is_dir()):
         return None
     with contextlib.closing(load_tokenizer(path)) as tokenizer:
-        now = sequences_now(store, load_tasks(options.dataset).tasks, tokenizer)
+        now = sequences_now(store, tasks, tokenizer)
     return stale_sequences(store.index, store.settings, now)
 
 
@@ -222,8 +245,8 @@ def _stats(options: argparse.Namespace) -> int:
     print("layer  group      rows        mean norm   rms of a value   rms without the mean")
     for layer in store.layers:
         for group in ("generated", "prompt"):
-            of_layer = store.statistics(layer, group)
-            if of_layer.count:
+            with contextlib.suppress(StoreUsageError):  # no such rows
+                of_layer = store.statistics(layer, group)
                 spread = of_layer.variance.mean()
                 print(
                     f"{layer:5d}  {group:9s}  {of_layer.count:<10d}  {of_layer.mean_norm:<10.4g}  "

@@ -16,9 +16,10 @@ from activation_store.format import (
     layers_text,
 )
 from activation_store.index import SequenceIndex
+from activation_store.local_files import LocalFiles
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.open_shards import OpenShards
-from activation_store.outcomes import read_outcomes
+from activation_store.outcomes import read_outcomes, truth
 from activation_store.remote_files import open_files
 from activation_store.shard import Shard
 from activation_store.store_files import FileStatus
@@ -52,7 +53,10 @@ class SequenceCatalogue:
         self._checksums: dict[str, str] = {}  # of shards, by path, as the index has them
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.directory,)  # memory maps and open files do not travel
+        # Memory maps and open files do not travel. The reader may be in another directory.
+        if isinstance(self.files, LocalFiles) and "://" not in self.directory:
+            return type(self), (str(self.files.root),)
+        return type(self), (self.directory,)
 
     def __repr__(self) -> str:
         """Says in a line what there is."""
@@ -126,8 +130,12 @@ class SequenceCatalogue:
             where: keeps those for which it returns True.
             failed: yields only the sequences that failed, which have no rows, instead of the others.
         """
+        failed = truth(failed, "failed")
+        solved = None if solved is None else truth(solved, "solved")
         outcomes = self.outcomes() if solved is not None else {}
-        tasks, kept_augmentations = _names(task_ids), _names(augmentations)
+        tasks, kept_augmentations = _names(task_ids, "task_ids"), _names(augmentations, "augmentations")
+        if where is not None and not callable(where):
+            raise StoreError(f"where must be a function of a record, not {where!r:.100}")
         for record in self:
             if (
                 record.failed == failed
@@ -197,6 +205,14 @@ class SequenceCatalogue:
             raise StoreError(f"{record.label}: its rows end outside {where}")
 
 
-def _names(names: Collection[str] | str | None) -> frozenset[str] | None:
+def _names(names: Collection[str] | str | None, argument: str) -> frozenset[str] | None:
     """Returns a set of names; one that stands alone is not taken for its letters."""
-    return None if names is None else frozenset([names] if isinstance(names, str) else names)
+    if names is None:
+        return None
+    try:
+        found = frozenset([names] if isinstance(names, str) else names)
+    except TypeError:
+        found = None
+    if found is None or not all(isinstance(name, str) for name in found):
+        raise StoreError(f"{argument} must be a text or several, not {names!r:.100}")
+    return found

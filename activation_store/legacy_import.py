@@ -6,7 +6,8 @@ containers, numbers and strings, and numpy arrays of numbers, and refuses everyt
 Accepted in each file: a list of items, or a dict with one item per task id. An item is an array of rows
 [rows, hidden] (also [1, rows, hidden]), or a dict with that array under `activation` or `activations` and
 optionally `task_id` (also `task_idx`) and `sample_index` (also `sample_idx`). Every layer of a batch must
-hold the same items in the same order.
+hold the same items in the same order. Where the sample indices tell all items of a task apart they are kept,
+otherwise its n-th item is sample n.
 
 The files do not say which tokens the rows belong to. So the imported sequences have token ids of -1, no
 prompt, NaN log-probabilities and finish_reason "imported"; they cannot be replayed or resumed.
@@ -17,8 +18,7 @@ import io
 import pickle
 import pickletools
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,19 @@ import numpy as np
 
 from activation_store.format import (
     DTYPES,
+    MANIFEST,
     FinishedSequence,
     SequenceId,
     StoreError,
     StoreSettings,
+    StoreUsageError,
     hook_name,
     sequence_key,
 )
+from activation_store.manifest import MANIFEST_BYTES, decode_manifest
+from activation_store.remote_files import open_files
 from activation_store.writer import ActivationWriter
+from qwen2_core.messages import masked
 
 _FILE = re.compile(r"layer_([0-9]{1,6})_batch_([0-9]{1,12})\.pkl")
 _ALLOWED = {
@@ -135,8 +140,10 @@ def _items(content: Any) -> Iterator[LegacyItem]:
             sample = item.get("sample_index", item.get("sample_idx"))
             item = item.get("activation", item.get("activations"))
         # Nothing else is turned into text: a nested list of a few bytes can be gigabytes of it.
-        if not isinstance(task_id, str | int) or not isinstance(sample, int | np.integer | None):
+        if not _is_text_or_number(task_id) or not (sample is None or _is_number(sample)):
             raise StoreError(f"item {place} has a task id or sample index that is neither text nor number")
+        if sample is not None and not 0 <= sample < 1 << 31:
+            raise StoreError(f"item {place} has the sample index {sample}; they count from 0")
         if not isinstance(item, np.ndarray) or item.dtype not in DTYPES.values():
             raise StoreError(f"the item of task {str(task_id)!r} has no array of {', '.join(DTYPES)}")
         rows = item[0] if item.ndim == 3 and len(item) == 1 else item
@@ -145,6 +152,14 @@ def _items(content: Any) -> Iterator[LegacyItem]:
                 f"the activations of task {str(task_id)!r} have shape {item.shape}, not [rows, hidden]"
             )
         yield LegacyItem(str(task_id), None if sample is None else int(sample), rows)
+
+
+def _is_text_or_number(value: Any) -> bool:
+    return isinstance(value, str) or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -> int:
@@ -159,19 +174,21 @@ def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -
         hidden_size: the model's; rows of any other width are refused.
 
     Returns:
-        How many sequences of the pickles are in the store. Those whose rows are not finite are not among
-        them: the store has them as failed.
+        How many sequences of the pickles are in the store. Those with a row that is not finite, or all zero,
+        are not among them: the store has them as failed.
 
     Raises:
+        StoreUsageError: the source is a URL.
         StoreError: there are no such files, one holds anything else, their layers do not hold the same
             sequences, or the store is one of anything else.
     """
+    if "://" in str(source):
+        raise StoreUsageError(f"pickles are read from a local directory, not from {masked(str(source))}")
     batches = _find_batches(Path(source))
     layers = sorted(batches[min(batches)])
     longest, dtype = 0, None
     digest = hashlib.sha256()
-    ids: list[SequenceId] = []
-    seen: Counter[str] = Counter()
+    named: dict[str, list[int | None]] = {}  # the sample indices of each task's items, in order
     for batch, of_batch in sorted(batches.items()):
         if sorted(of_batch) != layers:
             numbers = f"layers {sorted(of_batch)}, batch {min(batches)} has {layers}"
@@ -181,8 +198,10 @@ def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -
             for item in items:
                 dtype = dtype or item.rows.dtype
                 _check_rows(path, item, hidden_size, dtype)
-        longest = max(longest, *(len(item.rows) for item in read[0][1]))
-        ids += [one.id for one in _sequences(read, seen)]
+        _check_layers(read)
+        for item in read[0][1]:
+            longest = max(longest, len(item.rows))
+            named.setdefault(item.task_id, []).append(item.sample_index)
     settings = StoreSettings(
         model_fingerprint="unknown",
         hook_names=tuple(map(hook_name, layers)),
@@ -197,11 +216,14 @@ def import_legacy(source: str | Path, directory: str | Path, hidden_size: int) -
         # Which pickles, so that no others are taken for the rest of an interrupted import.
         prompt={"imported": "layer_batch_pickles", "pickles_sha256": digest.hexdigest()},
     )
+    samples = {task_id: _samples(indices) for task_id, indices in named.items()}
+    ids = [_id(task_id, sample) for task_id, of_task in samples.items() for sample in of_task]
     keys = {sequence_key(settings, one) for one in ids}  # raises where a task id cannot be stored
-    seen.clear()
+    _check_same_pickles(directory, settings)
+    left = {task_id: iter(of_task) for task_id, of_task in samples.items()}
     with ActivationWriter(directory, settings, provenance={"imported_from": str(source)}) as writer:
         for _, of_batch in sorted(batches.items()):
-            sequences = _sequences(_read_batch(of_batch), seen)
+            sequences = _sequences(_read_batch(of_batch), left)
             writer.submit(
                 [one for one in sequences if sequence_key(settings, one.id) not in writer.committed]
             )
@@ -235,28 +257,59 @@ def _check_rows(path: Path, item: LegacyItem, hidden_size: int, dtype: np.dtype)
         raise StoreError(f"{where} are {item.rows.dtype}, those before them {dtype}")
 
 
-def _sequences(layers: list[tuple[Path, list[LegacyItem]]], seen: Counter[str]) -> list[FinishedSequence]:
-    """Returns the items of a batch, one list a layer, as sequences; a task's n-th item is its sample n."""
+def _samples(indices: list[int | None]) -> list[int]:
+    """Returns the sample index of each item of a task: as the files say, where that tells all of them apart.
+
+    Otherwise the n-th item is sample n.
+    """
+    said = [index for index in indices if index is not None]
+    return said if len(set(said)) == len(indices) else list(range(len(indices)))
+
+
+def _id(task_id: str, sample: int) -> SequenceId:
+    return SequenceId(task_id, 0, sample, "identity", np.empty(0, np.int32))
+
+
+def _check_layers(layers: list[tuple[Path, list[LegacyItem]]]) -> None:
+    """Raises StoreError unless all layers of a batch hold the same items in the same order."""
     first_path, first_items = layers[0]
-    sequences = []
-    for place, item in enumerate(first_items):
-        rows = []
-        for path, items in layers:
-            if len(items) != len(first_items) or items[place][:2] != item[:2]:
-                raise StoreError(f"{path} and {first_path} do not hold the same sequences")
-            if items[place].rows.shape != item.rows.shape:
+    for path, items in layers[1:]:
+        if [item[:2] for item in items] != [item[:2] for item in first_items]:
+            raise StoreError(f"{path} and {first_path} do not hold the same sequences")
+        for item, first in zip(items, first_items, strict=True):
+            if item.rows.shape != first.rows.shape:
                 raise StoreError(f"{path} and {first_path} have different shapes for task {item.task_id}")
-            rows.append(items[place].rows)
+
+
+def _check_same_pickles(directory: str | Path, settings: StoreSettings) -> None:
+    """Raises StoreError where the store was imported from other pickles; the writer sees all the rest."""
+    files = open_files(directory)
+    try:
+        data = files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
+    except OSError:
+        return
+    there = decode_manifest(data, f"{files.location}/{MANIFEST}")[0].prompt
+    if there.get("imported") == settings.prompt["imported"] and there != settings.prompt:
+        raise StoreError(
+            f"these pickles are not those that {files.location} was imported from; name another --output"
+        )
+
+
+def _sequences(
+    layers: list[tuple[Path, list[LegacyItem]]], samples: Mapping[str, Iterator[int]]
+) -> list[FinishedSequence]:
+    """Returns the items of a batch, one list a layer, as sequences; `samples` has each task's next index."""
+    _check_layers(layers)  # also the second time they are read
+    sequences = []
+    for place, item in enumerate(layers[0][1]):
         count = len(item.rows)
         sequences.append(
             FinishedSequence(
-                # Task ids collide in these files: what tells their sequences apart is the order.
-                SequenceId(item.task_id, 0, seen[item.task_id], "identity", np.empty(0, np.int32)),
+                _id(item.task_id, next(samples[item.task_id])),
                 np.full(count, -1, np.int32),
                 np.full(count, np.nan, np.float32),
                 "imported",
-                np.stack(rows),
+                np.stack([items[place].rows for _, items in layers]),
             )
         )
-        seen[item.task_id] += 1
     return sequences

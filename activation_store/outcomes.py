@@ -7,6 +7,9 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from activation_store.format import MANIFEST, StoreError, StoreWriteError
 from activation_store.local_files import LocalFiles
@@ -49,9 +52,10 @@ def write_outcomes(directory: str | os.PathLike[str], outcomes: Mapping[str, boo
     aside with a warning.
 
     Raises:
-        StoreError: there is no store.
+        StoreError: there is no store, a key is no text, or an outcome is neither True nor False.
         StoreWriteError: the outcomes cannot be written.
     """
+    checked = _checked(outcomes)
     files = open_files(directory)
     try:
         files.read(MANIFEST, 0, 1)
@@ -65,7 +69,26 @@ def write_outcomes(directory: str | os.PathLike[str], outcomes: Mapping[str, boo
         _logger.warning("%s/%s was damaged; it is made anew", files.location, OUTCOMES)
         _set_aside(files)
         earlier = {}
-    files.replace(OUTCOMES, json.dumps(earlier | dict(outcomes), indent=0, sort_keys=True).encode())
+    files.replace(OUTCOMES, json.dumps(earlier | checked, indent=0, sort_keys=True).encode())
+
+
+def _checked(outcomes: Mapping[str, bool]) -> dict[str, bool]:
+    """Returns the outcomes as JSON has them; True and False of numpy are as good."""
+    if not isinstance(outcomes, Mapping):
+        raise StoreError(f"outcomes are {{key: True or False}}, not {outcomes!r:.100}")
+    checked: dict[str, bool] = {}
+    for key, solved in outcomes.items():
+        if not isinstance(key, str):
+            raise StoreError(f"{key!r:.100} is no key of a sequence, which is a text: give record.key")
+        checked[key] = truth(solved, f"the outcome of sequence {key!r:.100}")
+    return checked
+
+
+def truth(value: Any, name: str) -> bool:
+    """Returns True or False, of Python or numpy, as a bool; raises StoreError for anything else."""
+    if not isinstance(value, bool | np.bool_):
+        raise StoreError(f"{name} must be True or False, not {value!r:.100}")
+    return bool(value)
 
 
 def _require_file(files: StoreFiles) -> None:

@@ -202,7 +202,10 @@ def _rows_of_group(sequence: FinishedSequence, layer: int, group: str) -> np.nda
 def _failures(
     settings: StoreSettings, batch: Sequence[FinishedSequence], norms: np.ndarray
 ) -> dict[int, str]:
-    """Returns where the first non-finite value of each sequence that has one is, by position in `batch`."""
+    """Returns where the first non-finite value of each sequence that has one is, by position in `batch`.
+
+    Of imported rows also where the first is that is all zero.
+    """
     failures = {}
     end = 0
     for place, sequence in enumerate(batch):
@@ -214,7 +217,12 @@ def _failures(
         if len(bad_rows):
             row, layer = bad_rows[0]
             failures[place] = f"{settings.hook_names[layer]} is not finite at position {first_position + row}"
-        elif len(bad_tokens) and sequence.finish_reason != "imported":
+        elif sequence.finish_reason == "imported":  # a model's rows are never all zero, unlike old files'
+            if len(zero_rows := np.argwhere(norms[:, start:end].T == 0)):
+                row, layer = zero_rows[0]
+                hook = settings.hook_names[layer]
+                failures[place] = f"{hook} is all zero at position {first_position + row}"
+        elif len(bad_tokens):
             failures[place] = f"the log-probability is not finite at position {prompt_length + bad_tokens[0]}"
     return failures
 

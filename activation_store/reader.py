@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from activation_store.catalogue import SequenceCatalogue
-from activation_store.format import DTYPES, SequenceRecord, StoreError
+from activation_store.format import DTYPES, SequenceRecord, StoreError, StoreUsageError
 from activation_store.open_shards import SHARDS_AHEAD, ahead
 from activation_store.rows import (
     STORED,
@@ -22,6 +22,7 @@ from activation_store.rows import (
     choose_layers,
     in_dtype,
     part,
+    row_filter,
 )
 from activation_store.shard import GROUPS, Shard
 from activation_store.statistics import LayerStatistics, measure_pieces
@@ -138,7 +139,7 @@ class ActivationStore(SequenceCatalogue):
         """
         choice = choose_layers(layer, self.layers, self.files.location)
         check_row_dtype(dtype)
-        return self._iterate(choice, choice.hooks, sequences, rows or RowFilter(), dtype)
+        return self._iterate(choice, choice.hooks, sequences, row_filter(rows), dtype)
 
     def to_dataframe(
         self,
@@ -157,7 +158,7 @@ class ActivationStore(SequenceCatalogue):
             StoreError: pandas is not installed.
         """
         choice = self.choose_layers(layer)
-        found = self._iterate(choice, [], sequences, rows or RowFilter(), STORED)
+        found = self._iterate(choice, [], sequences, row_filter(rows), STORED)
         return token_table(((columns, record) for _, columns, record in found), choice)
 
     def _iterate(
@@ -263,6 +264,9 @@ class ActivationStore(SequenceCatalogue):
         """Returns statistics of a layer over all stored "generated" or "prompt" rows.
 
         The first token of a prompt is an attention sink that outweighs the others in the "prompt" group.
+
+        Raises:
+            StoreUsageError: the layer is not stored, or there are no such rows.
         """
         if group not in GROUPS:
             raise StoreError(f"there are statistics of {' and '.join(GROUPS)} rows, not of {group!r}")
@@ -286,6 +290,8 @@ class ActivationStore(SequenceCatalogue):
                 for name in ("mean", "variance", "norm")
             )
             merged = merged.merge(LayerStatistics(count, mean, variance * count, float(norm) * count))
+        if not merged.count:
+            raise StoreUsageError(f"{self.files.location} has no {group} rows to take statistics of")
         return merged
 
     def _place(self, record: SequenceRecord) -> tuple[Shard, int, int]:

@@ -41,11 +41,13 @@ def open_files(directory: str | os.PathLike[str]) -> StoreFiles:
     if not is_path:
         raise StoreError(f"{location!a} is no path: it has a NUL byte or half of a character in it")
     if "://" not in url:
-        return LocalFiles(Path(os.path.expanduser(url)), location)  # noqa: PTH111 - raises for no user
+        # Absolute, so that it stays the same place when the process changes its directory.
+        return LocalFiles(Path(os.path.expanduser(url)).absolute(), location)  # noqa: PTH111 - raises for no user
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
-    except (ValueError, ImportError) as error:
-        raise StoreError(f"{location} cannot be opened: {masked(str(error))}") from error
+    except Exception as error:  # each kind of URL has its own library, with errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"{location} cannot be opened: {masked(reason)[:500]}") from error
     if isinstance(filesystem, LocalFileSystem):  # file:// or local://
         return LocalFiles(Path(path), location)
     return RemoteFiles(filesystem, path.rstrip("/"), location)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from activation_store.checked_json import canonical_json, unseal
@@ -33,10 +33,20 @@ def verify_report(path: str | Path, settings: StoreSettings) -> Iterator[str]:
     if source.get("settings_sha256") != settings_sha256(settings):
         yield f"{path} is of a store with other settings"
     for name, digest in hashes.items():
-        beside = path.with_name(Path(str(name)).name)
+        beside = path.with_name(_name_now(name, path, hashes))
         content = _read(beside)
         if content is None or hashlib.sha256(content).hexdigest() != digest:
             yield f"{beside} is not what {path.name} says: run the same command again, it is made anew"
+
+
+def _name_now(name: str, report: Path, names: Iterable[str]) -> str:
+    """Returns what a file is called beside a report that may have been renamed with it, as when set aside."""
+    before = min(
+        (Path(one).stem for one in names), key=len
+    )  # the submission's; the predictions have a word more
+    now = report.name.removesuffix(".report.json")
+    name = Path(name).name
+    return now + name.removeprefix(before) if now != report.name and name.startswith(before) else name
 
 
 def settings_sha256(settings: StoreSettings) -> str:

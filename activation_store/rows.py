@@ -77,7 +77,7 @@ class RowFilter:
             value = getattr(self, name)
             if value is not None and not (_is_whole(value) and value >= 0):
                 raise StoreError(f"{name} counts from 0, the first token of the prompt; it is {value!r}")
-        if self.max_norm is not None and not self.max_norm >= 0:
+        if self.max_norm is not None and not _is_norm(self.max_norm):
             raise StoreError(f"max_norm must be a number of at least 0, not {self.max_norm!r}")
 
     def row_range(self, record: SequenceRecord) -> tuple[int, int]:
@@ -87,6 +87,7 @@ class RowFilter:
         if self.stop_position is not None:
             stop_position = min(stop_position, self.stop_position)
         start = max(self.first_position - first_stored, 0 if self.prompt else record.prompt_rows)
+        start = min(start, record.n_rows)
         stop = min(stop_position - first_stored, record.n_rows if self.generated else record.prompt_rows)
         return start, max(start, stop)
 
@@ -169,6 +170,20 @@ def _is_whole(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _is_norm(value: Any) -> bool:
+    try:
+        return not isinstance(value, str | bytes | bool) and bool(float(value) >= 0)
+    except (TypeError, ValueError):
+        return False
+
+
+def row_filter(rows: Any) -> RowFilter:
+    """Returns the filter given, or that of all rows for None; raises StoreError for anything else."""
+    if rows is not None and not isinstance(rows, RowFilter):
+        raise StoreError(f"rows must be a RowFilter, such as RowFilter(prompt=False), not {rows!r:.100}")
+    return rows or RowFilter()
 
 
 def check_row_dtype(dtype: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from activation_store.format import StoreError, StoreUsageError, StoreWriteError, hook_name
 from activation_store.local_files import LocalFiles
 from activation_store.reader import ActivationStore
-from activation_store.rows import STORED, RowFilter
+from activation_store.rows import STORED, RowFilter, row_filter, whole
 
 
 def export_saelens(
@@ -41,7 +41,7 @@ def export_saelens(
     Args:
         store: the store to read.
         layer: which layer's rows.
-        output: a directory that does not exist yet.
+        output: a directory that does not exist yet; a leading `~` is the home directory.
         context_size: rows in a window.
         rows: which rows to take, by default all.
 
@@ -55,18 +55,19 @@ def export_saelens(
         StoreError: the store is damaged, or the library `datasets` is not installed.
     """
     store.require_layer(layer)
+    context_size = whole(context_size, "context_size")
     if not 1 <= context_size < 1 << 31:
         raise StoreUsageError(f"context_size must be at least 1 and below 2**31, not {context_size}")
     if "://" in os.fspath(output):
         raise StoreUsageError(f"an export is written to a local directory, not to {output}")
-    target = Path(output)
+    target = Path(os.path.expanduser(output))  # noqa: PTH111 - raises for no user
     _check_target(store, target)
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise StoreError("the export needs Hugging Face datasets: pip install datasets") from error
     # Counted before a window's memory is asked for; fewer may pass where they are chosen by their norm.
-    ranges = ((rows or RowFilter()).row_range(record) for record in store.sequences())
+    ranges = (row_filter(rows).row_range(record) for record in store.sequences())
     windows = sum(stop - start for start, stop in ranges) // context_size
     if not windows or next(_windows(store, layer, context_size, rows), None) is None:
         raise StoreUsageError(f"the store has fewer than {context_size} such rows: not one window")

@@ -25,6 +25,7 @@ from activation_store.rows import (
     check_row_dtype,
     choose_layers,
     in_dtype,
+    row_filter,
     shapes_text,
     whole,
 )
@@ -114,7 +115,7 @@ class ShuffledBatches:
         self.layer = self._choice.layers[0] if self._choice.alone else self._choice.layers
         self._framework, self._dtype = framework, dtype
         found = store.sequences() if sequences is None else sequences
-        self._rows = RowPools(store, self._choice, found, rows or RowFilter(), BLOCK_ROWS)
+        self._rows = RowPools(store, self._choice, found, row_filter(rows), BLOCK_ROWS)
         self._place = _Place()
         self._shares: tuple[tuple[int, int], ...] = ()  # (part, parts) of each `split` that led here
         torch = _torch(framework == "torch")
@@ -164,7 +165,11 @@ class ShuffledBatches:
         return {**self._identity(), **asdict(self._place)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()`; raises StoreError for a state of other rows, seed or reader."""
+        """Goes on from `state_dict()`.
+
+        Raises:
+            StoreError: the state is of other rows, seed or reader, or its place is none of its epoch.
+        """
         if not isinstance(state, dict):
             raise StoreError(f"{state!r} is no saved state, which state_dict() gives")
         known = {"shares": [], "stop": None} | state  # as they are where an earlier version wrote none
@@ -174,7 +179,25 @@ class ShuffledBatches:
                     f"the saved state is of other batches: {name} was {known.get(name)}, is {value}"
                 )
         epoch, pool, row = (whole(known.get(name), name) for name in ("epoch", "pool", "row"))
-        self._go_to(_Place(epoch, pool, row, known["stop"] and whole(known["stop"], "stop")))
+        place = _Place(epoch, pool, row, None if known["stop"] is None else whole(known["stop"], "stop"))
+        if place != _Place(epoch):
+            self._check_place(place)
+        self._go_to(place)
+
+    def _check_place(self, place: _Place) -> None:
+        """Raises StoreError for a place that its epoch does not have."""
+        there = copy.copy(self)
+        there._place = place
+        ends = there._rows.ends(there._pools()).tolist()
+        last = ends[-1] if ends else 0
+        pool_end = ends[place.pool] if place.pool < len(ends) else last
+        position = there._position(np.array(ends))
+        stop = last if place.stop is None else place.stop
+        if place.pool > len(ends) or position > pool_end or not position <= stop <= last:
+            raise StoreError(
+                f"the saved state is damaged: epoch {place.epoch}, of {last} rows, has no place at pool "
+                f"{place.pool}, row {place.row}, stop {place.stop}"
+            )
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -249,12 +272,15 @@ class ShuffledBatches:
 
     def __iter__(self) -> Iterator[RowBatch]:
         torch = _torch(load=False)
-        if torch is not None:
-            torch.register(ShuffledBatches, RowBatch)
-            worker = torch.this_worker()
-            if worker is not None and not self._is_workers:
-                return self._of_worker(worker)._read()
-        return self._read()
+        if torch is None:
+            return self._read()
+        torch.register(ShuffledBatches, RowBatch)
+        worker = torch.this_worker()
+        mine = self if worker is None or self._is_workers else self._of_worker(worker)
+        # A DataLoader makes tensors of numpy's arrays, but for those in bfloat16.
+        caller = sys._getframe(1).f_globals.get("__name__")
+        for_loader = self._framework == "numpy" and caller == torch.LOADER
+        return torch.as_tensors(mine._read()) if for_loader else mine._read()
 
     def _of_worker(self, worker: Any) -> Self:
         """Returns a DataLoader worker's share of the epoch that all workers of the iteration read."""

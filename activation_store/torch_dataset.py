@@ -7,9 +7,12 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.utils.data
+from torch.utils.data._utils import fetch
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from activation_store.format import StoreError
+
+LOADER = fetch.__name__  # the module that iterates over a DataLoader's dataset
 
 
 class Batches(Protocol):
@@ -40,7 +43,7 @@ class TorchBatches(torch.utils.data.IterableDataset[Any]):
         self.batches.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        return map(_as_tensors, iter(self.batches))
+        return as_tensors(iter(self.batches))
 
 
 class Worker(NamedTuple):
@@ -73,6 +76,11 @@ def as_tensor(column: Any) -> torch.Tensor:
     if column.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(column.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(column)
+
+
+def as_tensors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Returns the batches with their arrays as tensors."""
+    return map(_as_tensors, batches)
 
 
 def _as_tensors(batch: Any) -> Any:

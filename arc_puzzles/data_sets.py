@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from arc_puzzles.data_files import parse_json, read_json, read_text, shown
 from arc_puzzles.grids import ArcFormatError
@@ -206,16 +207,42 @@ def _file_entries(path: Path, found: _Found) -> Iterator[tuple[str, object]]:
     ):
         return iter([(_stem(path), content)])
     if isinstance(content, dict) and isinstance(content.get("rows"), list):
-        rows = [row.get("row", row) if isinstance(row, dict) else row for row in content["rows"]]
-        return _listed(((f"row {i}", row) for i, row in enumerate(rows)), where)
+        return _row_entries(content, where, found)
     if isinstance(content, list) and content:
         return _listed(((f"item {i}", item) for i, item in enumerate(content)), where)
     if not isinstance(content, dict):
         raise ArcFormatError(f"{where} is not a JSON object of the form {{task_id: task}}")
     _refuse_other_contents(content, where)
     found.what = "key"
-    found.skipped += [key for key, value in content.items() if isinstance(value, str | int | float)]
-    return ((key, value) for key, value in content.items() if not isinstance(value, str | int | float))
+    tasks = {key: value for key, value in content.items() if not _is_beside_tasks(value)}
+    found.skipped += [key for key in content if key not in tasks]
+    return iter(tasks.items())
+
+
+def _is_beside_tasks(value: object) -> bool:
+    """Tells whether a value beside tasks says something of them; a list, or {}, is a malformed task."""
+    if isinstance(value, dict):
+        return bool(value) and not is_meant_as_task(value)
+    return not isinstance(value, list)
+
+
+def _row_entries(content: dict[str, Any], where: str, found: _Found) -> Iterator[tuple[str, object]]:
+    """Yields the tasks of a page of Hugging Face rows; those of which cells were cut off are failures."""
+    rows, total = content["rows"], content.get("num_rows_total")
+    if isinstance(total, int) and total > len(rows):
+        found.notices.append(
+            f"{where} has {len(rows)} of the data set's {total} rows; ask for the others with offset= and "
+            "length="
+        )
+    whole = [row.get("row", row) if isinstance(row, dict) else row for row in rows]
+    tasks = _listed(((f"row {i}", row) for i, row in enumerate(whole)), where)
+    for (task_id, task), row in zip(tasks, rows, strict=True):
+        cut = row.get("truncated_cells")
+        yield task_id, ArcFormatError(f"the server cut off its {_cells(cut)}") if cut else task
+
+
+def _cells(cut: object) -> str:
+    return shown(", ".join(map(str, cut)) if isinstance(cut, list) else str(cut))
 
 
 def _refuse_other_contents(content: dict[str, object], where: str) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,16 @@ def source_of(options: RunOptions, settings: StoreSettings) -> dict[str, str]:
 
     A local store is named from the folder of the answers, so that both can be moved together.
     """
-    store = options.activations_dir
-    if "://" not in store:
-        store = os.path.relpath(Path(store).resolve(), Path(options.output_filepath).parent.resolve())
+    store, local = options.activations_dir, local_store(options)
+    if local is not None:
+        store = os.path.relpath(local.resolve(), Path(options.output_filepath).parent.resolve())
     return {"activations_dir": store, "settings_sha256": settings_sha256(settings)}
+
+
+def local_store(options: RunOptions) -> Path | None:
+    """Returns the directory of the store; None where it is behind a URL of another machine."""
+    location = re.sub(r"^(file|local)://", "", options.activations_dir)
+    return None if "://" in location else Path(location).expanduser()
 
 
 def read_earlier(files: AnswerFiles, source: Mapping[str, str]) -> Earlier:
@@ -150,13 +157,13 @@ def json_bytes(value: object) -> bytes:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all.
+    """Writes a file, whole or not at all; where it is a link, the file that it leads to.
 
     Raises:
         StoreWriteError: the file cannot be written.
     """
     try:
-        write_atomic(path, [data])
+        write_atomic(os.path.realpath(path), [data])
     except OSError as error:
         raise StoreWriteError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from arc_puzzles.solutions import solutions_beside
-from arc_runner.answer_files import answer_files
+from arc_runner.answer_files import answer_files, local_store
 from arc_runner.console import say
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.errors import UsageError
@@ -87,7 +87,7 @@ def check_places(options: RunOptions) -> None:
     output, dataset, store = (
         Path(options.output_filepath),
         Path(options.dataset_path),
-        _local_store(options),
+        local_store(options),
     )
     for path in answer_files(options):
         _check_answer_file(path, options)
@@ -99,12 +99,14 @@ def check_places(options: RunOptions) -> None:
     for path in (store, *store.parents) if store is not None else ():
         if path.is_file():
             raise UsageError(f"--activations_dir: {path} is a file; name a directory")
+    folder = output.parent
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
+        folder.mkdir(parents=True, exist_ok=True)
+        for folder in {Path(os.path.realpath(path)).parent for path in answer_files(options)}:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
-        raise UsageError(f"--output_filepath: cannot write in {output.parent}: {error.strerror}") from error
+        raise UsageError(f"--output_filepath: cannot write in {folder}: {error.strerror}") from error
 
 
 def _check_answer_file(path: Path, options: RunOptions) -> None:
@@ -120,7 +122,7 @@ def _check_answer_file(path: Path, options: RunOptions) -> None:
     beside = solutions_beside(Path(options.dataset_path))
     if beside is not None and _is_same(path, beside):
         raise UsageError(f"--output_filepath: {path} is the file of the solutions; name another file")
-    dataset, model, store = Path(options.dataset_path), Path(options.model_path), _local_store(options)
+    dataset, model, store = Path(options.dataset_path), Path(options.model_path), local_store(options)
     if dataset.is_dir() and _is_within(path, dataset):
         raise UsageError(
             f"--output_filepath: in {dataset}, the data set, every .json file is a task; "
@@ -130,12 +132,6 @@ def _check_answer_file(path: Path, options: RunOptions) -> None:
         raise UsageError(f"--output_filepath: {path} lies in the store {store}; name a place outside of it")
     if model.is_dir() and _is_within(path, model):
         raise UsageError(f"--output_filepath: {path} lies in the model's directory; name another directory")
-
-
-def _local_store(options: RunOptions) -> Path | None:
-    """Returns the directory of the store; None where it is behind a URL."""
-    location = options.activations_dir
-    return Path(location.removeprefix("file://")) if "://" not in location.removeprefix("file://") else None
 
 
 def _is_same(path: Path, other: Path) -> bool:

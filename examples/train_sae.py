@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from activation_store import ActivationStore, RowFilter, ShuffledBatches
+from activation_store import ActivationStore, RowFilter, ShuffledBatches, StoreError
 from distributed_kv_cached_inference import main as run
 
 SPARSITY = 0.5
@@ -82,7 +82,10 @@ def main() -> None:
             where = ["--activations_dir", directory, "--output_filepath", f"{scratch}/submission.json"]
             run([*where, "--max_output_tokens", "64", "--temperature", "1.0"])
         store = ActivationStore(directory)
-        rows = store.statistics(options.layer).count
+        try:
+            rows = store.statistics(options.layer).count
+        except StoreError as error:  # there is no such layer, or no row of it
+            parser.error(str(error))
         if rows < options.batch_size:
             parser.error(f"{directory} has {rows} generated rows of layer {options.layer}: not one batch")
         losses = train(store, options.layer, options.steps, options.batch_size, options.features)

@@ -184,7 +184,7 @@ def test_an_import_does_not_mix_with_what_is_there(tmp_path: Path):
     import_legacy(tmp_path / "old", tmp_path / "new", 16)
     (tmp_path / "old" / "layer_10_batch_2.pkl").write_bytes(pickle.dumps([rows(0, 2)]))
     (tmp_path / "old" / "layer_11_batch_2.pkl").write_bytes(pickle.dumps([rows(1, 2)]))
-    with pytest.raises(StoreError, match="was made with other settings"):
+    with pytest.raises(StoreError, match=r"these pickles are not those that .*new was imported from; name"):
         import_legacy(tmp_path / "old", tmp_path / "new", 16)
     with pytest.raises(StoreError, match=r"has no layer_<l>_batch_<n>\.pkl"):
         import_legacy(tmp_path, tmp_path / "other", 16)
@@ -257,6 +257,54 @@ def test_rows_that_are_not_finite_are_named_and_the_others_imported(
         assert count == f"1 sequences in {tmp_path / 'new'}"
 
 
+def test_a_row_of_zeros_is_named_and_the_others_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    bad = rows(0, 3)
+    bad[2] = 0
+    (tmp_path / "layer_3_batch_0.pkl").write_bytes(pickle.dumps({"good": rows(1, 2), "bad": bad}))
+    output = str(tmp_path / "new")
+    assert main(["import-legacy", str(tmp_path), "--output", output, "--hidden_size", "16"]) == 1
+    named, count = capsys.readouterr().out.splitlines()
+    assert named.endswith("is not imported: blocks.3.hook_resid_post is all zero at position 2")
+    assert count == f"1 sequences in {output}"
+    assert list(verify_store(ActivationStore(output))) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([5, 3, 9], [5, 3, 9]),
+        ([5, 3, 3], [0, 1, 2]),
+        ([5, None, 9], [0, 1, 2]),
+        ([None, None, None], [0, 1, 2]),
+        ([np.int64(2), 1, 0], [2, 1, 0]),
+    ],
+)
+def test_sample_indices_are_kept_where_they_tell_a_tasks_items_apart(
+    tmp_path: Path, said: list[Any], expected: list[int]
+):
+    """Also over several files; other tasks, numbered or not, have no part in it."""
+
+    def item(task: Any, sample: Any, seed: int) -> dict[str, Any]:
+        named = {} if sample is None else {"sample_index": sample}
+        return {"task_id": task, "activation": rows(seed, 2), **named}
+
+    first = [item(np.int64(7), said[0], 0), item("u", 3, 8), item(7, said[1], 1)]
+    (tmp_path / "layer_0_batch_0.pkl").write_bytes(pickle.dumps(first))
+    (tmp_path / "layer_0_batch_1.pkl").write_bytes(pickle.dumps([item("7", said[2], 2), item("u", 3, 9)]))
+    for _ in range(2):
+        assert import_legacy(tmp_path, tmp_path / "new", 16) == 5
+    store = ActivationStore(tmp_path / "new")
+    found = {(one.task_id, one.sample_index): store.rows(one, 0) for one in store}
+    assert set(found) == {("u", 0), ("u", 1), *(("7", sample) for sample in expected)}
+    for seed, sample in enumerate(expected):
+        np.testing.assert_array_equal(found["7", sample], rows(seed, 2))
+
+
+def test_pickles_behind_a_url_are_refused(tmp_path: Path):
+    with pytest.raises(StoreError, match="are read from a local directory, not from gs://bucket/old"):
+        import_legacy("gs://bucket/old", tmp_path / "new", 16)
+
+
 def test_rows_of_the_other_byte_order_are_read_right(tmp_path: Path):
     (tmp_path / "layer_0_batch_0.pkl").write_bytes(pickle.dumps([rows(0, 3).astype(">f4")]))
     import_legacy(tmp_path, tmp_path / "new", 16)
@@ -295,6 +343,9 @@ FEW = bytes(64)
         (pickle.dumps([None]), "has no array of"),
         (pickle.dumps([{"task_id": [1], "activation": rows(0, 3)}]), "neither text nor number"),
         (pickle.dumps([{"task_id": "a", "sample_idx": "0", "activation": rows(0, 3)}]), "neither text nor"),
+        (pickle.dumps([{"task_id": True, "activation": rows(0, 3)}]), "neither text nor"),
+        (pickle.dumps([{"task_id": "a", "sample_idx": True, "activation": rows(0, 3)}]), "neither text nor"),
+        (pickle.dumps([{"task_id": "a", "sample_idx": -1, "activation": rows(0, 3)}]), "they count from 0"),
         (pickle.dumps({"a\x1b[2J": rows(0, 3)}), "cannot be stored as"),
         (pickle.dumps({"\ud800": rows(0, 3)}), "cannot be stored as"),
         (pickle.dumps({"a": rows(0, 3), "b" * 3000: rows(0, 3)}), "cannot be stored as"),

@@ -83,7 +83,6 @@ def test_the_module_runs_as_a_command(directory: Path):
     [
         (["verify", "{directory}/host-00000"], "is not an activation store"),
         (["verify", "{directory}", "--replay", "2", "--model_path", "{directory}"], "config.json"),
-        (["verify", "{directory}", "--dataset", "{directory}/none.json"], "cannot read"),
         (["stats", "{directory}/host-00000"], "is not an activation store"),
         (["import-legacy", "{directory}", "--output", "x", "--hidden_size", "4"], "has no layer_"),
     ],
@@ -150,6 +149,18 @@ def changed(arguments: list[str], flag: str, value: str) -> list[str]:
         (["verify", "a\udcffb"], "is no path"),
         (["verify", ""], "is no path"),
         (["stats", "{directory}/nothing"], "there is no directory"),
+        (
+            ["verify", "{directory}", "--repair", "--dataset", "{directory}/none.json"],
+            "there is no file",
+        ),
+        (
+            ["verify", "{directory}", "--report", "{directory}/../store/manifest.jsn"],
+            "; did you mean",
+        ),
+        (
+            ["verify", "{directory}", "--dataset", "gs://bucket/tasks.json"],
+            "there is no file gs://bucket/tasks.json",
+        ),
         (["verify", "{directory}", "--replay", "2"], "--replay needs --model_path"),
         (["verify", "{directory}", "--replay", "-1"], "is no whole number from 0"),
         (["verify", "{directory}", "--replay", "1" * 23], "is no whole number from 0"),
@@ -158,7 +169,7 @@ def changed(arguments: list[str], flag: str, value: str) -> list[str]:
         (changed(EXPORT, "--context_size", "-3"), "is no whole number from 1"),
         (changed(EXPORT, "--context_size", "1e3"), "is no whole number from 1"),
         (changed(EXPORT, "--context_size", "9" * 5000), "is no whole number from 1"),
-        (changed(EXPORT, "--context_size", "999999999"), "is no whole number from 1 to 1048576"),
+        (changed(EXPORT, "--context_size", "1048576"), "fewer than 1048576 such rows"),
         (changed(EXPORT, "--context_size", "\N{SUPERSCRIPT TWO}"), "is no whole number from 1"),
         (changed(EXPORT, "--layer", "3"), "layer 3 is not in"),
         (changed(EXPORT, "--layer", "-1"), "is no whole number from 0"),
@@ -299,14 +310,14 @@ PATH_ARGUMENTS = [
 
 @pytest.mark.parametrize("words", PATH_ARGUMENTS, ids=" ".join)
 def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path)
-    for folder in ("acts", "x"):
-        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
     options = _parser().parse_args([word.replace("PATH", "~/acts") for word in words])
-    assert f"{tmp_path}/acts" in vars(options).values()
+    assert str(tmp_path / "acts") in vars(options).values()
     for bad in ("a\0b", "\udcc3", ""):
         with pytest.raises(SystemExit) as raised:
             main([word.replace("PATH", bad) for word in words])
@@ -315,18 +326,47 @@ def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
 
 
 def test_what_a_store_quotes_cannot_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    name = tmp_path / "\x1b[2J"
     with pytest.raises(SystemExit):
-        main(["stats", str(tmp_path / "\x1b[2J")])
-    assert f"there is no directory {tmp_path}/\\x1b[2J\n" in capsys.readouterr().err
-    (tmp_path / "\x1b[2J").mkdir()
-    assert main(["stats", str(tmp_path / "\x1b[2J")]) == 1
+        main(["stats", str(name)])
+    assert capsys.readouterr().err.endswith(f"there is no directory {tmp_path}/\\x1b[2J\n")
+    name.mkdir()
+    assert main(["stats", str(name)]) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path}/\\x1b[2J is not an activation store: it has no manifest.json\n"
     )
 
 
-def test_a_misspelt_store_brings_the_one_that_is_there(directory: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as raised:
-        main(["stats", f"{directory}x"])
-    assert raised.value.code == 2
-    assert f"there is no directory {directory}x; did you mean {directory}?" in capsys.readouterr().err
+def test_a_misspelt_place_brings_the_one_that_is_there(directory: Path, capsys: pytest.CaptureFixture[str]):
+    for words in (["stats", f"{directory}x"], ["verify", str(directory), "--dataset", f"{directory}x"]):
+        with pytest.raises(SystemExit) as raised:
+            main(words)
+        assert raised.value.code == 2
+        assert f"{directory}x; did you mean {directory}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_nothing_is_repaired_where_the_data_set_cannot_be_read(
+    directory: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+):
+    damage(directory)
+    (tmp_path / "tasks.json").write_text(content)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    assert main(["verify", str(directory), "--repair", "--dataset", str(tmp_path / "tasks.json")]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["verify", "stats"])
+def test_an_output_that_is_closed_is_no_error(directory: Path, command: str):
+    words = f'exec "$0" -m activation_store {command} "$1" >&-'
+    done = subprocess.run(
+        ["sh", "-c", words, sys.executable, str(directory)],
+        cwd=Path(activation_store.__file__).parents[1],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -5,8 +5,10 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import activation_fakes
+import numpy as np
 import pytest
 
 from activation_store import ActivationStore, ActivationWriter, StoreError, outcomes, write_outcomes
@@ -111,3 +113,32 @@ def test_outcomes_of_what_is_no_store_are_refused(store: Path):
     with pytest.raises(StoreError, match=r"is not an activation store: it has no manifest\.json"):
         write_outcomes(store, {FIRST: True})
     assert list(store.iterdir()) == []
+
+
+def test_true_and_false_of_numpy_are_as_good(store: Path):
+    write_outcomes(store, {FIRST: np.True_, SECOND: np.False_})  # type: ignore[dict-item]
+    assert ActivationStore(store).outcomes() == {FIRST: True, SECOND: False}
+    assert not list(store.glob("outcomes.json.damaged*"))
+
+
+@pytest.mark.parametrize("given", [{FIRST: 1}, {FIRST: None}, {FIRST: "True"}, {1: True}, [FIRST], None])
+def test_what_is_no_outcome_is_refused_before_anything_is_touched(store: Path, given: Any):
+    (store / "outcomes.json").write_text("[]")  # damaged
+    with pytest.raises(StoreError, match=r"must be True or False|is no key|\{key: True or False\}"):
+        write_outcomes(store, given)
+    assert (store / "outcomes.json").read_text() == "[]"
+    assert not list(store.glob("outcomes.json.damaged*"))
+
+
+def test_sequences_take_true_and_false_of_numpy_and_nothing_else(store: Path):
+    with ActivationWriter(store, activation_fakes.settings(), provenance={}) as writer:
+        writer.submit(activation_fakes.batch("a"))
+    opened: Any = ActivationStore(store)
+    right, wrong = (record.key for record in opened)
+    write_outcomes(store, {right: True, wrong: False})
+    assert [record.key for record in opened.sequences(solved=np.True_)] == [right]
+    assert [record.key for record in opened.sequences(solved=np.False_, failed=np.False_)] == [wrong]
+    assert list(opened.sequences(failed=np.True_)) == []
+    for other in ({"solved": 1}, {"solved": "0"}, {"failed": "0"}, {"failed": 0}, {"failed": None}):
+        with pytest.raises(StoreError, match="must be True or False, not"):
+            list(opened.sequences(**other))

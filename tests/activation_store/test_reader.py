@@ -18,6 +18,7 @@ from activation_store import (
     sequence_key,
     write_outcomes,
 )
+from activation_store.__main__ import main
 from activation_store.statistics import LayerStatistics, measure
 
 
@@ -144,6 +145,23 @@ def test_statistics_merge_over_shards_and_hosts(store: ActivationStore, submitte
         np.testing.assert_allclose(merged.mean, rows.mean(axis=0), atol=1e-6)
         np.testing.assert_allclose(merged.variance, rows.var(axis=0), rtol=1e-5)
         np.testing.assert_allclose(merged.mean_norm, np.linalg.norm(rows, axis=1).mean(), rtol=1e-6)
+
+
+def test_statistics_of_no_rows_are_refused_and_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    without_prompts = settings(capture_prompt=False)
+    with ActivationWriter(tmp_path / "b", without_prompts, provenance={}) as writer:
+        writer.submit(batch("a", of=without_prompts))
+    with ActivationWriter(tmp_path / "c", settings(), provenance={}):
+        pass
+    answers = ActivationStore(tmp_path / "b")
+    assert answers.statistics(12).count == sum(record.n_rows for record in answers)
+    for store, group in ((answers, "prompt"), (ActivationStore(tmp_path / "c"), "generated")):
+        with pytest.raises(StoreError, match=f"has no {group} rows to take statistics of"):
+            store.statistics(12, group)
+    assert main(["stats", str(tmp_path / "b")]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["generated"] * 3
+    assert main(["stats", str(tmp_path / "c")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_statistics_do_not_depend_on_how_rows_are_grouped():

@@ -1,5 +1,6 @@
 """A store behind an fsspec URL: the same store, in objects that are created once and never changed."""
 
+import pickle
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -263,3 +264,35 @@ def test_an_object_that_a_store_does_not_write_is_never_read_or_removed(url: str
 def test_a_url_that_names_local_files_is_a_local_directory(tmp_path: Path):
     work(f"local://{tmp_path}/store", "a")
     assert (tmp_path / "store" / "host-00000" / "index.jsonl").exists()
+
+
+def test_a_store_opened_by_a_relative_path_outlives_a_change_of_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    work("acts", "a")
+    store = ActivationStore("acts")
+    with ActivationWriter("acts", SETTINGS, provenance={}) as writer:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        writer.submit(batch("bb"))
+    assert store.files.location == "acts"
+    assert store.index.refresh() == 2
+    expected = [store.rows(record, 11) for record in store]
+    other = pickle.loads(pickle.dumps(store))
+    for record, rows in zip(other, expected, strict=True):
+        np.testing.assert_array_equal(other.rows(record, 11), rows)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no\nhost"), TypeError("bad option"), KeyError("x"), OSError(5, "no")]
+)
+def test_whatever_a_file_system_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fail(url: str) -> None:
+        raise error
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", fail)
+    with pytest.raises(StoreError, match="memory://x cannot be opened: ") as raised:
+        ActivationStore("memory://x")
+    assert "\n" not in str(raised.value)

@@ -11,11 +11,12 @@ import pytest
 from activation_store import ActivationWriter
 from activation_store.__main__ import main
 from activation_store.report_check import verify_report
-from arc_runner.answer_files import AnswerFiles, read_earlier, source_of, write_all
+from arc_runner.answer_files import AnswerFiles, Earlier, read_earlier, set_aside, source_of, write_all
 from arc_runner.options import RunOptions
 from arc_runner.predictions import Book, Predicted, TaskPredictions
 
 SETTINGS = activation_fakes.settings()
+NONE = Earlier(Book(), {}, None, ())
 BOOK = Book({"t": TaskPredictions("p", (None,), ((Predicted("k", "identity", 0, ((1,),), -1.0),),))})
 
 
@@ -75,3 +76,16 @@ def test_verify_checks_the_report_it_is_given(
     files.submission.write_text("{}")
     assert main(words) == 1
     assert "submission.json is not what submission.report.json says" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["submission.json", "run.v1.json", "x.predictions.json"])
+def test_a_report_that_was_set_aside_is_checked_with_what_was_set_aside_with_it(tmp_path: Path, name: str):
+    files = AnswerFiles(tmp_path / name)
+    for tokens in (7, 8):  # the second run's files take the names of the first's
+        write_all(files, {}, BOOK, {"tokens_generated": tokens}, NONE)
+        aside = set_aside(files)
+        assert [finding for finding in findings(aside) if "other settings" not in finding] == []
+    write_all(files, {}, BOOK, {"tokens_generated": 9}, NONE)
+    aside.predictions.write_text("{}")
+    (finding,) = (finding for finding in findings(aside) if "other settings" not in finding)
+    assert finding.startswith(f"{aside.predictions} is not what {aside.report.name} says")

@@ -18,6 +18,7 @@ from activation_store import (
     FinishedSequence,
     RowFilter,
     SequenceRecord,
+    ShuffledBatches,
     StoreError,
 )
 
@@ -254,7 +255,7 @@ def test_a_record_that_was_changed_is_refused(store: ActivationStore):
         record._replace(row_start=-3),
         record._replace(row_start=10**6),
     ):
-        with pytest.raises(StoreError, match=r"is no record of|end outside|has \d+ rows"):
+        with pytest.raises(StoreError, match=r"end outside .*shard-000000|is no record of|not those from"):
             store.rows(changed, 11)
 
 
@@ -285,10 +286,28 @@ def test_a_position_counts_from_the_start(wrong: Any):
 
 
 def test_a_norm_is_a_number():
-    for wrong in (-1.0, float("nan")):
+    for wrong in (-1.0, float("nan"), "a", "3", True, [1.0], {}):
         with pytest.raises(StoreError, match="max_norm must be a number of at least 0"):
-            RowFilter(max_norm=wrong)
+            RowFilter(max_norm=wrong)  # type: ignore[arg-type]
     assert dataclasses.replace(RowFilter(), max_norm=float("inf"), first_position=np.int64(1)).max_norm
+
+
+def test_what_is_no_filter_is_one_sentence(store: ActivationStore):
+    asked: Any = store
+    others: list[Any] = [{"prompt": False}, RowFilter, 5, "prompt", 0]
+    for wrong in others:
+        for read in (
+            lambda wrong=wrong: asked.iterate(11, rows=wrong),
+            lambda wrong=wrong: asked.to_dataframe(11, rows=wrong),
+            lambda wrong=wrong: ShuffledBatches(asked, 11, 5, rows=wrong),
+        ):
+            with pytest.raises(StoreError, match=r"rows must be a RowFilter, such as"):
+                read()
+    for wrong in ({"task_ids": 5}, {"task_ids": [5]}, {"augmentations": 5}, {"task_ids": [["a"]]}):
+        with pytest.raises(StoreError, match="must be a text or several, not"):
+            list(asked.sequences(**wrong))
+    with pytest.raises(StoreError, match="where must be a function of a record, not 'x'"):
+        list(asked.sequences(where="x"))
 
 
 # --- Short texts --------------------------------------------------------------------------------------------
@@ -317,3 +336,17 @@ def test_columns_are_a_pytree_of_jax(store: ActivationStore):
     doubled = jax.tree.map(lambda leaf: leaf * 2, store.columns(first(store)))
     np.testing.assert_array_equal(doubled.norms[11], 2 * store.columns(first(store), 11).norms)
     assert "norms={10:" in repr(jax.tree.map(lambda leaf: leaf.shape, doubled))
+
+
+@pytest.mark.parametrize("first_position", [9, 10, 25, 10**6])
+def test_a_filter_past_the_end_of_short_sequences_leaves_them_out(tmp_path: Path, first_position: int):
+    with ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer:
+        writer.submit([sequence("long", prompt=20), sequence("short", prompt=4)])
+    store, chosen = ActivationStore(tmp_path), RowFilter(first_position=first_position)
+    long, short = store
+    expected = np.arange(first_position, 26)
+    found = [(record, columns.positions) for _, columns, record in store.iterate(10, rows=chosen)]
+    assert [record for record, _ in found] == [long, short][: 2 if first_position < 10 else len(expected[:1])]
+    if len(expected):
+        np.testing.assert_array_equal(found[0][1], expected)
+    assert chosen.row_range(short) == ((9, 10) if first_position == 9 else (10, 10))

@@ -159,3 +159,17 @@ def test_a_missing_library_is_one_sentence(
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(StoreError, match=r"pip install datasets"):
         export_saelens(store, 11, tmp_path / "out", 7)
+
+
+def test_home_is_expanded_and_the_window_is_a_whole_number(
+    tmp_path: Path, store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+):
+    for wrong in (7.0, "7", True, None, np.float32(7)):
+        with pytest.raises(StoreError, match="context_size must be a whole number"):
+            export_saelens(store, 11, tmp_path / "out", wrong)  # type: ignore[arg-type]
+    pytest.importorskip("datasets", reason="the export needs the extra `sae`")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert export_saelens(store, 11, "~/out", np.int64(7)) > 0  # type: ignore[arg-type]
+    assert (tmp_path / "out").is_dir()
+    assert not (tmp_path / "~").exists()

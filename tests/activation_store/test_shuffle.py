@@ -390,3 +390,30 @@ def test_rows_are_float32_by_default(bfloat16_store: ActivationStore, framework:
 def test_torch_is_imported_only_when_it_is_used(tmp_path: Path):
     program = "import sys, activation_store; assert 'torch' not in sys.modules and 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(shuffle.__file__).parents[1])
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"row": 100, "stop": 5},
+        {"row": 10**9},
+        {"pool": 99},
+        {"row": 10**30, "pool": 10**30},
+        {"stop": 10**9},
+        {"pool": "last", "row": 1},
+    ],
+)
+@pytest.mark.parametrize("rows", [None, RowFilter(max_norm=2000.0)])
+def test_a_place_that_an_epoch_does_not_have_is_one_sentence(
+    store: ActivationStore, place: dict[str, Any], rows: RowFilter | None
+):
+    batches = ShuffledBatches(store, 11, 50, rows=rows)
+    if place.get("pool") == "last":
+        place = place | {"pool": len(batches._pools())}
+    before = batches.state_dict()
+    with pytest.raises(StoreError, match="the saved state is damaged: epoch 0, of"):
+        batches.load_state_dict(before | place)
+    assert batches.state_dict() == before
+    for good in ({"pool": len(batches._pools())}, {"stop": 0}, {"row": 1, "stop": 1}, {"pool": 1, "row": 2}):
+        batches.load_state_dict(before | good)
+        assert len(list(batches)) < len(batches)

@@ -167,3 +167,26 @@ def test_workers_read_every_row_once_an_epoch(store: ActivationStore, tmp_path: 
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert [path.name for path in tmp_path.glob("batches-*")] == []  # nothing is left behind
+
+
+@pytest.mark.parametrize("layer", [11, [11, 12]])
+def test_stored_rows_are_bfloat16_tensors_in_a_loader_of_the_batches_themselves(
+    store: ActivationStore, layer: Any
+):
+    batches: Any = ShuffledBatches(store, layer, 500, dtype="stored")
+    expected = list(batches)
+    batches.set_epoch(0)
+    found = list(DataLoader(batches, batch_size=None))
+    assert len(found) == len(expected)
+    for one in found:
+        for rows in one.rows.values() if isinstance(one.rows, dict) else [one.rows]:
+            assert rows.dtype == torch.bfloat16
+    rows = [row.float() for one in found for row in first_layer(one)]
+    numbers = [int(abs(row[0]) * 128 + abs(row[1])) for row in rows]
+    assert sorted(numbers) == list(range(ROWS))
+    batches.set_epoch(0)
+    assert isinstance(first_layer(next(iter(batches))), np.ndarray)  # outside of a loader
+
+
+def first_layer(batch: Any) -> Any:
+    return batch.rows[11] if isinstance(batch.rows, dict) else batch.rows

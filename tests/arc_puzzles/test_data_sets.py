@@ -301,6 +301,39 @@ def test_values_beside_the_tasks_of_an_object_are_skipped_and_named(tmp_path: Pa
     )
 
 
+def test_metadata_beside_the_tasks_of_an_object_is_skipped_and_named(tmp_path: Path):
+    meta = {"_meta": {"v": 1}, "note": None, "splits": {"all": ["a"]}, "a": GOOD, "b": GOOD}
+    path = write(tmp_path / "t.json", meta)
+    assert ids(path) == ["a", "b"]
+    assert load_tasks(path).notices == (
+        "skipped 3 keys of the data set that are no tasks: _meta, note, splits",
+    )
+    bad = {"a": GOOD, "no-test": {"train": None}, "empty": {}, "list": [], "note": None}
+    loaded = load_tasks(write(tmp_path / "bad.json", bad))
+    assert [failure.task_id for failure in loaded.failures] == ["no-test", "empty", "list"]
+    assert loaded.notices == ("skipped 1 key of the data set that is no task: note",)
+
+
+def test_a_page_of_rows_that_is_not_the_whole_data_set_is_said(tmp_path: Path):
+    rows = [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(named("a", "b"))]
+    page = {"features": [], "rows": rows, "num_rows_total": 400, "num_rows_per_page": 100}
+    path = write(tmp_path / "page.json", page)
+    assert ids(path) == ["a", "b"]
+    (notice,) = load_tasks(path).notices
+    assert notice == f"{path} has 2 of the data set's 400 rows; ask for the others with offset= and length="
+    for total in (2, None, "400"):
+        assert load_tasks(write(path, page | {"num_rows_total": total})).notices == ()
+
+
+def test_rows_that_the_server_cut_off_are_failures(tmp_path: Path):
+    rows: list[dict[str, Any]] = [{"row": row} for row in named("a", "b", "c")]
+    rows[1]["truncated_cells"] = ["train", "te\x1bst"]
+    loaded = load_tasks(write(tmp_path / "page.json", {"rows": rows}))
+    assert [task.task_id for task in loaded.tasks] == ["a", "c"]
+    (failure,) = loaded.failures
+    assert (failure.task_id, failure.reason) == ("b", r"the server cut off its train, te\x1bst")
+
+
 def test_of_re_arc_only_four_pairs_of_a_task_are_used_and_it_is_said(tmp_path: Path):
     (tmp_path / "tasks").mkdir()
     pairs = [{"input": [[i % 10]], "output": [[i % 9]]} for i in range(50)]

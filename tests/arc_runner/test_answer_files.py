@@ -187,6 +187,19 @@ def test_store_and_answers_that_are_moved_together_still_belong_together(tmp_pat
     assert other["settings_sha256"] != source_of(url, activation_fakes.settings())["settings_sha256"]
 
 
+@pytest.mark.parametrize("scheme", ["file://", "local://"])
+def test_a_store_is_one_store_by_path_and_by_file_url(tmp_path: Path, scheme: str):
+    paths = [str(tmp_path / "acts"), f"{scheme}{tmp_path}/acts", f"{scheme}{tmp_path}/out/../acts/"]
+    sources = [
+        source_of(
+            RunOptions(activations_dir=path, output_filepath=str(tmp_path / "out" / "s.json")),
+            activation_fakes.settings(),
+        )
+        for path in paths
+    ]
+    assert [source["activations_dir"] for source in sources] == ["../acts"] * 3
+
+
 # --- Writing ------------------------------------------------------------------------------------------------
 
 
@@ -238,3 +251,17 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(files: AnswerFiles):
     for path in files:
         os.mkfifo(path)
     assert read_earlier(files, SOURCE) == NONE
+
+
+def test_answers_that_are_links_stay_links_to_the_files_that_are_written(files: AnswerFiles, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    targets = [tmp_path / "results" / f"{number}.json" for number in range(3)]
+    for path, target in zip(files, targets, strict=True):
+        path.symlink_to(target)
+    for content in (ONE, TWO):
+        made = written(files, content)
+        assert [path.readlink() for path in files] == targets
+        assert [target.read_bytes() for target in targets] == list(made.values())
+        assert read_earlier(files, SOURCE).strangers == ()
+    assert json.loads(targets[0].read_text())["t"][0] == {"attempt_1": [[2]], "attempt_2": [[3]]}
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["0.json", "1.json", "2.json"]
