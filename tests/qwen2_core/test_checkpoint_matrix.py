@@ -202,6 +202,7 @@ LOADED: dict[str, Make] = {
         use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 2
     ),
     "dropout": saved(attention_dropout=0.5),
+    "causal, and said to be": saved(is_causal=True),
     "no architectures": saved(architectures=None),
     "architectures of a classifier": saved(architectures=["Qwen2ForSequenceClassification"]),
     "dtype float32": saved(torch_dtype=None, dtype="float32"),
@@ -314,6 +315,8 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "settings of single layers": (saved(per_layer_config={"0": {"hidden_act": "gelu"}}), "per_layer_config"),
     "weights of another name": (saved(transformers_weights="model.safetensors"), "transformers_weights"),
+    "not causal": (saved(is_causal=False), "is_causal False is not implemented"),
+    "causal, but as a number": (saved(is_causal=1), "is_causal 1 is not implemented"),
     "quantized": (
         saved(quantization_config={"quant_method": "gptq", "bits": 4}),
         "quantization_config is not implemented",
