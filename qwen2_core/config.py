@@ -278,8 +278,8 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     causal = hf.get("is_causal")
     if causal is not None and causal is not True:
         raise CheckpointError(
-            f"is_causal {_shown(causal)} is not implemented: attention here is always causal. Use a checkpoint "
-            "that generates text."
+            f"is_causal {_shown(causal)} is not implemented: attention here is always causal. Use a "
+            "checkpoint that generates text."
         )
     for name in ("per_layer_config", "transformers_weights"):
         if hf.get(name) is not None:
