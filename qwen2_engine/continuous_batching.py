@@ -149,7 +149,7 @@ class ContinuousEngine:
         return generate()
 
     def order(self, requests: Any) -> list[SequenceRequest]:
-        """Checks an iterable of requests and sorts them from short prompts to long, those of one prompt together.
+        """Checks requests, of any iterable, and sorts them from short prompts to long, equal ones together.
 
         So a prompt is read once, and prompts of similar length share the slots: a step costs what the longest
         of its prompts costs.
