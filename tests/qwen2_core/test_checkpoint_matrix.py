@@ -211,6 +211,9 @@ LOADED: dict[str, Make] = {
     "no dtype, the index names one": sharded(
         BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="float32"))
     ),
+    "no dtype, the index names torch's": sharded(
+        BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="torch.float32"))
+    ),
     "float32 said, bfloat16 stored": saved(BASE, cast(jnp.bfloat16)),
     "float32 said, float16 stored": saved(BASE, cast(np.float16)),
     "float32 said, float64 stored": saved(BASE, cast(np.float64)),
@@ -320,6 +323,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "quantized": (
         saved(quantization_config={"quant_method": "gptq", "bits": 4}),
         "quantization_config is not implemented",
+    ),
+    "an index of another dtype": (
+        sharded(BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="junk"))),
+        r"index\.json says the dtype 'junk', which is not one of",
     ),
     "dtype float64": (saved(torch_dtype="float64"), "dtype float64 is not one of"),
     "dtype auto": (saved(torch_dtype="auto"), "dtype auto is not one of"),
