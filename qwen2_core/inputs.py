@@ -191,10 +191,9 @@ def integer_row(name: str, given: Any, count: int, each: str) -> Integer[np.ndar
     return array
 
 
-Tokens, Mask = Integer[np.ndarray, " tokens"], Bool[np.ndarray, " tokens"]
-
-
-def token_rows(name: str, given: Any) -> tuple[list[Tokens], list[Mask] | None]:
+def token_rows(
+    name: str, given: Any
+) -> tuple[list[Integer[np.ndarray, " tokens"]], list[Bool[np.ndarray, " tokens"]] | None]:
     """Returns prompts as one array of integers each, and the attention masks that came with them, if any.
 
     Args:
@@ -227,7 +226,7 @@ def token_rows(name: str, given: Any) -> tuple[list[Tokens], list[Mask] | None]:
     return rows, [np.ones(len(row), bool) if one is None else mask_rows(one, [row])[0] for row, one in pairs]
 
 
-def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Mask]:
+def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Bool[np.ndarray, " tokens"]]:
     """Returns an attention mask as one array for each prompt, True where a token is to be read.
 
     Raises:

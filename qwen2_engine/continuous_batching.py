@@ -160,7 +160,7 @@ class ContinuousEngine:
         groups: dict[bytes, list[SequenceRequest]] = {}
         if not isinstance(requests, Iterable):
             raise ValueError(
-                "requests must be a list, or another iterable, of SequenceRequest, not a single "
+                "requests must be a list, or another iterable, of SequenceRequest, not "
                 f"{type(requests).__name__}."
             )
         for request in requests:
