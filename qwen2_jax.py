@@ -359,6 +359,10 @@ def check_model(model: Any) -> None:
             "model must be a QwenModel, such as create_model_with_hooks(config) with the config of "
             f"load_qwen2, not a {type(model).__name__}."
         )
+    if model.scope is not None:
+        raise ValueError(
+            "model is bound to variables: give the model itself, as before model.bind, and params."
+        )
 
 
 class _Embedding(nn.Module):

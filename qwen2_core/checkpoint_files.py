@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,6 +49,7 @@ _SMALL = (
 )
 _JSON_BYTES = 1 << 26  # more than any config or index has
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ADDRESS = re.compile(r"(?:https?://[^/]+/)?(\w[\w.-]*/\w[\w.-]*)(?:/|/tree/.*)?")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -102,7 +104,9 @@ def checkpoint_folder(source: str | Path, *, revision: str | None = None) -> Pat
     if not is_hub_id(source):
         near = _near_folder(folder)
         hub = f" (For the hub's, first run `hf download {source}`.)" if _HUB_ID.fullmatch(str(source)) else ""
-        hint = f"; did you mean {near}?{hub}" if near else "."
+        meant = _HUB_ADDRESS.fullmatch(str(source))
+        on_the_hub = f"; for the hub's, give {meant[1]}." if meant else "."
+        hint = f"; did you mean {near}?{hub}" if near else on_the_hub
         raise CheckpointError(f"There is no model directory {folder}{hint}")
     cached = cached_snapshot(str(source), revision)
     return cached or _fetch_small(str(source), revision)
@@ -217,7 +221,13 @@ def weights_dtype(source: str | Path, *, revision: str | None = None) -> str | N
     if paths[0].name != _SINGLE:
         metadata = read_json_object(paths[0].parent / _INDEX).get("metadata")
         if isinstance(metadata, dict) and "dtype" in metadata:
-            return str(metadata["dtype"])
+            dtype = str(metadata["dtype"]).removeprefix("torch.")
+            if dtype not in FLOATS.values():
+                raise CheckpointError(
+                    f"{paths[0].parent / _INDEX} says the dtype {dtype[:60]!r}, which is not one of "
+                    f"{', '.join(FLOATS.values())}: give dtype=."
+                )
+            return dtype
     with _open(paths[0]) as file:
         for name in file.keys():  # noqa: SIM118
             dtype = FLOATS.get(file.get_slice(name).get_dtype())
@@ -243,6 +253,8 @@ def checkpoint_fingerprint(source: str | Path, *, revision: str | None = None) -
 
 
 def _path(source: str | Path) -> Path:
+    if not isinstance(source, str | os.PathLike):
+        raise CheckpointError(f"A model is a directory or a hub id, not {source!r}.")
     try:
         path = Path(source).expanduser()
         path.exists()

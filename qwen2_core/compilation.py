@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -35,6 +36,7 @@ _FIXED = {
     "jax_error_checking_behavior_divide": "ignore",
     "jax_error_checking_behavior_oob": "ignore",
 }
+_FAST_MATH = "xla_cpu_enable_fast_math"
 _FIXED_ON_A_MESH = {"jax_use_shardy_partitioner": True}
 
 
@@ -133,6 +135,11 @@ def check_settings(*, mesh: bool = False) -> None:
                 f"JAX's setting {name} is {value!r}, with which results may differ; leave it at {needed!r} "
                 f"(jax.config.update, or the environment variable {name.upper()})."
             )
+    said = re.findall(rf"{_FAST_MATH}(?:=(\S*))?(?!\S)", os.environ.get("XLA_FLAGS", ""))
+    if said and said[-1].lower() not in ("false", "0", "f", "n", "no"):
+        raise ValueError(
+            f"XLA_FLAGS sets {_FAST_MATH}, with which the bytes of rows differ; start again without it."
+        )
 
 
 @defined_settings()

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from kvcache_utils import KVCacheConfig
 from qwen2_core.checkpoint_files import read_json_object, resolve_file
 from qwen2_core.errors import CheckpointError
+from qwen2_core.inputs import as_dtype
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # The largest values that are believed: far above every model, far below what would take minutes to refuse.
@@ -77,9 +77,11 @@ class QwenConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", np.dtype(self.dtype))
-        if self.dtype.name not in _DTYPES:
-            raise CheckpointError(f"dtype {self.dtype.name} is not one of {', '.join(_DTYPES)}.")
+        dtype = as_dtype(self.dtype)
+        if dtype is None or dtype.name not in _DTYPES:
+            shown = _shown(self.dtype) if dtype is None else dtype.name
+            raise CheckpointError(f"dtype {shown} is not one of {', '.join(_DTYPES)}.")
+        object.__setattr__(self, "dtype", dtype)
         for name, most in _SIZES.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
@@ -97,10 +99,9 @@ class QwenConfig:
             raise CheckpointError(
                 f"sliding_window must be an integer or null, not {_shown(self.sliding_window)}."
             )
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise CheckpointError(
-                f"tie_word_embeddings must be true or false, not {self.tie_word_embeddings!r}."
-            )
+        for name in ("tie_word_embeddings", "scan_layers", "use_fixed_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -275,6 +276,12 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         )
     if hf.get("quantization_config") is not None:
         raise CheckpointError("quantization_config is not implemented; use the unquantized checkpoint.")
+    causal = hf.get("is_causal")
+    if causal is not None and causal is not True:
+        raise CheckpointError(
+            f"is_causal {_shown(causal)} is not implemented: attention here is always causal. Use a "
+            "checkpoint that generates text."
+        )
     for name in ("per_layer_config", "transformers_weights"):
         if hf.get(name) is not None:
             raise CheckpointError(f"{name} is not implemented; use a checkpoint without it.")
@@ -283,6 +290,6 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
 def _as_dict(source: Any) -> Mapping[str, Any]:
     if isinstance(source, Mapping):
         return source
-    if not isinstance(source, str | Path):
+    if hasattr(source, "to_dict"):
         return source.to_dict()
     return read_json_object(resolve_file(source, "config.json"))

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Integer
 
@@ -19,12 +20,36 @@ _CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def plain(value: Any) -> Any:
-    """Returns an array of torch, jax or numpy as numpy's; anything else as it is."""
-    if hasattr(value, "detach"):  # torch, without importing it
-        value = value.detach().cpu()
-    if hasattr(value, "__array__"):
-        return jax.device_get(value) if isinstance(value, jax.Array) else np.asarray(value)
+    """Returns an array of torch, jax or numpy as numpy's, bfloat16 as float32; anything else as it is.
+
+    Raises:
+        ValueError: it has no plain numbers: a masked array, a random key, a sparse or abstract tensor.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError("Masked arrays are not read: give attention_mask= instead of a masked array.")
+    if isinstance(value, jax.Array):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            raise ValueError("A random key of JAX is no number: give seed= an integer.")
+        value = jax.device_get(value)
+    elif hasattr(value, "detach"):
+        value = _of_torch(value)
+    elif hasattr(value, "__array__"):
+        value = np.asarray(value)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype == jnp.bfloat16:
+        return value.astype(np.float32)  # numpy does not count bfloat16 among its floats
     return value
+
+
+def _of_torch(tensor: Any) -> np.ndarray:
+    """Returns a tensor of torch, without importing it, as numpy's."""
+    try:
+        tensor = tensor.detach().cpu()
+        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            "A tensor of torch has no plain numbers that numpy could hold (is it sparse, quantized or on the "
+            "meta device?): give a dense one."
+        ) from error
 
 
 def as_int(value: Any) -> int | None:
@@ -92,6 +117,16 @@ def yes_or_no(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def as_dtype(value: Any) -> np.dtype | None:
+    """Returns a dtype of numpy, jax or torch, or of its name, as numpy's; None where it is none."""
+    if str(value).startswith("torch."):
+        value = str(value).removeprefix("torch.")
+    try:
+        return np.dtype(value)
+    except (TypeError, ValueError, SyntaxError):  # numpy parses strings
+        return None
+
+
 def cache_dtype_of(value: Any) -> np.dtype | None:
     """Returns the dtype of a KV cache; None stays None.
 
@@ -100,10 +135,7 @@ def cache_dtype_of(value: Any) -> np.dtype | None:
     """
     if value is None:
         return None
-    try:
-        dtype = np.dtype(value)
-    except TypeError:
-        dtype = None
+    dtype = as_dtype(value)
     if dtype is None or dtype.name not in _CACHE_DTYPES:
         raise ValueError(f"cache_dtype must be one of {', '.join(_CACHE_DTYPES)}, not {_short(value)}.")
     return dtype
@@ -125,11 +157,13 @@ def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
         raise ValueError(f"extract_layers must be layer numbers such as (10, 11), not {_short(given)}.")
     numbers = []
-    for layer in sorted(given) if isinstance(given, Set) else given:
+    for layer in given:
         number = as_int(layer)
         if number is None:
             raise ValueError(f"extract_layers must be layer numbers, and {_short(layer)} is none.")
         numbers.append(number)
+    if isinstance(given, Set):
+        numbers.sort()
     outside = [layer for layer in numbers if not 0 <= layer < depth]
     if outside:
         raise ValueError(
@@ -140,8 +174,27 @@ def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def token_rows(name: str, given: Any) -> list[Integer[np.ndarray, " tokens"]]:
-    """Returns prompts as one array of integers each.
+def integer_row(name: str, given: Any, count: int, each: str) -> Integer[np.ndarray, " count"]:
+    """Returns an argument of one integer for each of ``count`` things, which ``each`` names.
+
+    Raises:
+        ValueError: other than that.
+    """
+    given = plain(given)
+    array = _array([plain(one) for one in given] if isinstance(given, list | tuple) else given)
+    array = array[None] if count == 1 and not array.ndim else array
+    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"{name} must be {count} integers, one a {each}, not {_short(given)} ({array.dtype} of shape "
+            f"{array.shape})."
+        )
+    return array
+
+
+def token_rows(
+    name: str, given: Any
+) -> tuple[list[Integer[np.ndarray, " tokens"]], list[Bool[np.ndarray, " tokens"]] | None]:
+    """Returns prompts as one array of integers each, and the attention masks that came with them, if any.
 
     Args:
         name: of the argument, for errors.
@@ -149,8 +202,9 @@ def token_rows(name: str, given: Any) -> list[Integer[np.ndarray, " tokens"]]:
             returns for it; or a single prompt's ids.
 
     Raises:
-        ValueError: text, anything but integers, or lists nested too deep.
+        ValueError: text, anything but integers, lists nested too deep, or a mask that does not fit.
     """
+    mask = _mask_of(given)
     given = _ids_of(plain(given))
     _refuse_text(name, given)
     if (
@@ -162,7 +216,14 @@ def token_rows(name: str, given: Any) -> list[Integer[np.ndarray, " tokens"]]:
     given = given if isinstance(given, np.ndarray) else list(given)
     if np.ndim(given) == 1 if isinstance(given, np.ndarray) else given and _is_scalar(given[0]):
         given = [given]  # one prompt
-    return [_integers(name, plain(row)) for row in given]
+    rows = [_integers(name, plain(row)) for row in given]
+    if mask is not None:
+        return rows, mask_rows(mask, rows)
+    own = [_mask_of(row) for row in given]
+    if all(one is None for one in own):
+        return rows, None
+    pairs = zip(rows, own, strict=True)
+    return rows, [np.ones(len(row), bool) if one is None else mask_rows(one, [row])[0] for row, one in pairs]
 
 
 def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Bool[np.ndarray, " tokens"]]:
@@ -172,7 +233,7 @@ def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Bool[np.ndarray, " 
         ValueError: another shape than the prompts', or other values than 0 and 1.
     """
     mask = plain(mask)
-    values = [np.asarray(plain(row)) for row in mask] if isinstance(mask, Iterable) else []
+    values = [_array(plain(row)) for row in mask] if isinstance(mask, Iterable) else []
     if len(rows) == 1 and values and values[0].ndim == 0:
         values = [np.asarray(values)]
     shapes = [row.shape for row in values]
@@ -185,6 +246,18 @@ def mask_rows(mask: Any, rows: Sequence[np.ndarray]) -> list[Bool[np.ndarray, " 
         if row.dtype != bool and not (np.issubdtype(row.dtype, np.number) and np.isin(row, (0, 1)).all()):
             raise ValueError("attention_mask must be 1 at tokens and 0 at padding, and holds other values.")
     return [row.astype(bool) for row in values]
+
+
+def _array(values: Any) -> np.ndarray:
+    """Returns what numpy makes of values; of lists of several lengths, or huge numbers, an array of None."""
+    try:
+        return np.asarray(values)
+    except (ValueError, OverflowError):
+        return np.asarray(None)
+
+
+def _mask_of(value: Any) -> Any:
+    return value.get("attention_mask") if isinstance(value, Mapping) else None
 
 
 def _ids_of(value: Any) -> Any:
@@ -209,10 +282,7 @@ def _integers(name: str, row: Any) -> np.ndarray:
     _refuse_text(name, ids)
     if isinstance(ids, Set) or not isinstance(ids, Iterable):
         raise ValueError(f"{name} must be integers [prompts, tokens], not {_short(ids)} among lists.")
-    try:
-        array = np.asarray([plain(one) for one in ids] if isinstance(ids, list) else ids)
-    except (ValueError, OverflowError):  # lists of several lengths, or a huge number
-        array = np.asarray(None)
+    array = _array([plain(one) for one in ids] if isinstance(ids, list) else ids)
     if array.ndim == 2 and len(array) == 1 and isinstance(row, Mapping):
         array = array[0]
     if array.shape == (0,):

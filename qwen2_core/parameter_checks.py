@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +38,12 @@ def check_params(config: QwenConfig, params: Any) -> None:
         tuple(str(getattr(key, "key", key)) for key in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+    for path, leaf in leaves.items():
+        if hasattr(leaf, "detach"):
+            raise ValueError(
+                f"params hold tensors of torch ({'/'.join(path)}): the tree is made by "
+                "convert_hf_to_jax_weights(state_dict, config)."
+            )
     expected = _expected_shapes(config)
     wrong = [f"{'/'.join(path)} is missing" for path in expected if path not in leaves]
     wrong += [f"{'/'.join(path)} is not of this model" for path in leaves if path not in expected]
@@ -58,17 +64,29 @@ def check_params(config: QwenConfig, params: Any) -> None:
             f"params hold {' and '.join(sorted(found))}, and the config says {config.dtype.name}: use "
             "load_qwen2(..., dtype=) or config.replace(dtype=)."
         )
-    _check_places(leaves.values())
+    check_places(leaves.values())
 
 
-def _check_places(leaves: Any) -> None:
-    for leaf in leaves:
-        sharding = getattr(leaf, "sharding", None)
+def check_places(leaves: Iterable[Any]) -> None:
+    """Checks that arrays lie on one device, or all on one mesh without explicit axes.
+
+    Raises:
+        ValueError: one sentence that says where they lie.
+    """
+    shardings = [leaf.sharding for leaf in leaves if getattr(leaf, "sharding", None) is not None]
+    for sharding in shardings:
         if isinstance(sharding, NamedSharding) and AxisType.Auto not in set(sharding.mesh.axis_types):
             raise ValueError(
                 f"params lie on a mesh with explicit axes {sharding.mesh.axis_names}: load them with "
                 "load_qwen2(..., mesh_shape=(data, model)), or put them on one device with jax.device_put."
             )
+    places = {frozenset(sharding.device_set) for sharding in shardings}
+    if len(places) > 1:
+        names = sorted({str(device) for place in places for device in place})
+        raise ValueError(
+            f"params lie apart, on {', '.join(names[:_LISTED])}: put them all on one device with "
+            "jax.device_put, or load them with load_qwen2(..., mesh_shape=(data, model))."
+        )
 
 
 def _expected_shapes(config: QwenConfig) -> dict[tuple[str, ...], tuple[int, ...]]:

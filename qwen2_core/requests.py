@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt32
 
 from qwen2_core.config import QwenConfig
-from qwen2_core.inputs import mask_rows, plain, token_rows
+from qwen2_core.inputs import integer_row, mask_rows, token_rows
 
+LEAST_SEQUENCE_ID, MOST_SEQUENCE_ID = -(2**31), 2**32 - 1  # random keys take 32 bits of them
+_MOST_SEQUENCES = 1 << 24  # in one call; far more than memory holds
 _LIKELY_PADDING = 8  # repetitions of one id at an end of a single prompt
 
 
@@ -36,7 +38,7 @@ class SequenceRequest:
 
     prompt_token_ids: Int32[np.ndarray, " prompt"]
     max_tokens: int
-    sampling_id: int  # random keys derive from (seed, sampling_id, step)
+    sampling_id: int  # -2**31 to 2**32 - 1; random keys derive from (seed, sampling_id, step)
     id: Any = None
     key: str | None = None
     capture_prompt: bool = False  # return the prompt's rows too
@@ -62,15 +64,12 @@ def pad_prompts(prompts: Any) -> tuple[Int32[np.ndarray, "prompts width"], Int32
 
     Args:
         prompts: a list of prompts, each token ids in any kind of list or array, or what a tokenizer returns
-            for one text. What it returns for several will do as well, also if it has padded them.
+            for one text. What it returns for several will do as well. Its masks say what is padding.
 
     Raises:
         ValueError: no prompts, an empty one, text, or anything else that is no token id.
     """
-    rows = token_rows("prompts", prompts)
-    mask = prompts.get("attention_mask") if isinstance(prompts, Mapping) else None
-    if mask is not None:
-        rows = [row[valid] for row, valid in zip(rows, _whole_masks(mask, rows), strict=True)]
+    rows = unpadded("prompts", prompts)
     if not rows:
         raise ValueError("There are no prompts.")
     for number, row in enumerate(rows):
@@ -81,6 +80,16 @@ def pad_prompts(prompts: Any) -> tuple[Int32[np.ndarray, "prompts width"], Int32
             column = int(np.argmax(outside))
             raise ValueError(f"Token id {row[column]} (prompt {number}, position {column}) can be no token.")
     return pad_to(rows, bucket_length(max(map(len, rows))))
+
+
+def unpadded(name: str, prompts: Any) -> list[np.ndarray]:
+    """Returns prompts as ``token_rows`` takes them, without what their own masks leave out.
+
+    Raises:
+        ValueError: as ``token_rows``, or a mask with a gap.
+    """
+    rows, masks = token_rows(name, prompts)
+    return rows if masks is None else _without_padding(rows, masks)
 
 
 def pad_to(prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> PromptBatch:
@@ -107,18 +116,18 @@ def check_prompts(
     Raises:
         ValueError: one sentence that says what is wrong.
     """
-    if isinstance(input_ids, Mapping) and input_ids.get("attention_mask") is not None:
-        if attention_mask is not None:
+    rows, masks = token_rows("input_ids", input_ids)
+    if attention_mask is not None:
+        if masks is not None:
             raise ValueError("attention_mask is given twice: by itself, and with the input_ids.")
-        attention_mask = input_ids["attention_mask"]
-    rows = token_rows("input_ids", input_ids)
+        masks = mask_rows(attention_mask, rows)
     if not rows:
         raise ValueError("input_ids holds no prompts.")
     widths = {len(row) for row in rows}
     width = max(widths) if len(widths) == 1 else bucket_length(max(widths))
     lengths = None if prompt_lengths is None else _lengths(prompt_lengths, rows)
-    if attention_mask is not None:
-        rows = [row[valid] for row, valid in zip(rows, _whole_masks(attention_mask, rows), strict=True)]
+    if masks is not None:
+        rows = _without_padding(rows, masks)
         for number, row in enumerate(rows):
             if lengths is not None and len(row) != lengths[number]:
                 raise ValueError(
@@ -149,12 +158,7 @@ def check_prompts(
 
 
 def _lengths(given: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
-    lengths = np.asarray(plain(given))
-    lengths = lengths[None] if not lengths.ndim and len(rows) == 1 else lengths
-    if lengths.shape != (len(rows),) or not np.issubdtype(lengths.dtype, np.integer):
-        raise ValueError(
-            f"prompt_lengths must be {len(rows)} integers, one a prompt, not of shape {lengths.shape}."
-        )
+    lengths = integer_row("prompt_lengths", given, len(rows), "prompt")
     for number, (length, row) in enumerate(zip(lengths, rows, strict=True)):
         if length < 1:
             raise ValueError(f"Prompt {number} is empty; every prompt needs at least one token.")
@@ -165,23 +169,23 @@ def _lengths(given: Any, rows: Sequence[np.ndarray]) -> np.ndarray:
     return lengths
 
 
-def _whole_masks(mask: Any, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns the prompts' masks, which may leave out padding at either end but nothing in the middle."""
-    masks = mask_rows(mask, rows)
+def _without_padding(rows: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the prompts without padding, which may be at either end but not in the middle."""
     for number, valid in enumerate(masks):
         if np.count_nonzero(np.diff(valid.astype(np.int8), prepend=0) == 1) > 1:
             raise ValueError(
                 f"The attention_mask of prompt {number} has a gap; it may leave out padding on the left or "
                 "on the right, and no token between others."
             )
-    return masks
+    return [row[valid] for row, valid in zip(rows, masks, strict=True)]
 
 
 def _warn_of_padding(ids: np.ndarray) -> None:
     """Warns of what looks like padding in prompts [P, P_len] of which nothing says that it is.
 
-    That is one id at the same end of several rows, repeated, more often in one than in another, and nowhere
-    else, where no other id is repeated at that end; in a single prompt, eight times or more.
+    That is one id at the same end of the rows, repeated, where no other id is repeated at that end: as often
+    in each row and nowhere else; more often in one than in another, and nowhere else or three times; in a
+    single prompt, eight times and nowhere else.
     """
     if not ids.size:
         return
@@ -189,9 +193,13 @@ def _warn_of_padding(ids: np.ndarray) -> None:
         repeated = np.logical_and.accumulate(rows == rows[:, :1], axis=1).sum(axis=1)
         longest = int(np.argmax(repeated))
         pad, runs = rows[longest, 0], np.where(rows[:, 0] == rows[longest, 0], repeated, 0)
-        ragged = runs.min() < runs.max() and runs.max() > 1 and (repeated[runs == 0] == 1).all()
-        alone = len(rows) == 1 and runs[0] >= _LIKELY_PADDING
-        if (ragged or alone) and runs.max() < rows.shape[1] and np.count_nonzero(ids == pad) == runs.sum():
+        most, ragged = runs.max(), runs.min() < runs.max()
+        nowhere_else = np.count_nonzero(ids == pad) == runs.sum()
+        if len(rows) == 1:
+            likely = most >= _LIKELY_PADDING and nowhere_else
+        else:
+            likely = (most >= 2 and nowhere_else) or (most >= 3 and ragged)
+        if likely and most < rows.shape[1] and (repeated[runs == 0] == 1).all():
             warnings.warn(
                 f"input_ids look padded on the {side}, and all of it is read as tokens: give attention_mask= "
                 "or prompt_lengths=.",
@@ -208,9 +216,17 @@ def check_sequence_ids(
         ValueError: one sentence that says what is wrong.
     """
     batch = prompts * samples_per_prompt
-    ids = np.arange(batch) if sequence_ids is None else np.asarray(plain(sequence_ids))
-    if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer):
+    if batch > _MOST_SEQUENCES:
         raise ValueError(
-            f"sequence_ids must be {batch} integers, one a sequence, not {ids.dtype} of shape {ids.shape}."
+            f"{batch} sequences in one call are too many (the most is {_MOST_SEQUENCES}); lower "
+            "samples_per_prompt."
+        )
+    if sequence_ids is None:
+        return np.arange(batch, dtype=np.uint32)
+    ids = integer_row("sequence_ids", sequence_ids, batch, "sequence")
+    outside = (ids < LEAST_SEQUENCE_ID) | (ids > MOST_SEQUENCE_ID)
+    if outside.any():
+        raise ValueError(
+            f"sequence_ids have 32 bits, and {ids[np.argmax(outside)]} is outside of -2**31 to 2**32 - 1."
         )
     return (ids.astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)

@@ -35,6 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 
 from qwen2_core.compilation import check_settings
 from qwen2_core.config import QwenConfig
+from qwen2_core.inputs import as_int
 
 DATA, MODEL = "data", "model"
 _LANES = 128  # of a TPU: what its minor axis is padded to
@@ -178,17 +179,20 @@ class Layout:
         return xla_layout.Format(xla_layout.Layout(axes.tpu_order), sharding)
 
 
-def make_layout(
-    config: QwenConfig, mesh_shape: tuple[int, int], devices: Sequence[Any] | None = None
-) -> Layout:
+def make_layout(config: QwenConfig, mesh_shape: Any, devices: Sequence[Any] | None = None) -> Layout:
     """Makes the layout of ``mesh_shape`` (data, model) devices of this process, the first ones by default.
 
     Raises:
-        ValueError: fewer devices than that, or nothing in the model that could be split so.
+        ValueError: no two numbers, fewer devices than that, or nothing in the model that could be split so.
     """
-    data, model = mesh_shape
+    given = [as_int(size) for size in mesh_shape] if isinstance(mesh_shape, tuple | list) else []
+    data, model = given if len(given) == 2 else (None, None)
+    if data is None or model is None:
+        raise ValueError(
+            f"mesh_shape must be two whole numbers (data, model), such as (1, 1), not {mesh_shape!r}."
+        )
     devices = jax.local_devices() if devices is None else devices
-    if min(mesh_shape) < 1 or data * model > len(devices):
+    if min(data, model) < 1 or data * model > len(devices):
         raise ValueError(
             f"a mesh of {data} x {model} devices cannot be: this process has {len(devices)} "
             f"({devices[0].device_kind})"

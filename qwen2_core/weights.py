@@ -29,9 +29,11 @@ from qwen2_core.checkpoint_files import (
     resolve_file,
     weights_dtype,
 )
+from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig, said_dtype
 from qwen2_core.errors import CheckpointError
 from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.inputs import yes_or_no
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.tensor_names import HEAD, TensorSpec, is_tied, locate, locate_stored, tensor_specs
 
@@ -40,6 +42,7 @@ _logger = logging.getLogger(__name__)
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
 
 
+@defined_settings()
 def convert_hf_to_jax_weights(hf_model_or_state_dict: Any, config: QwenConfig) -> Params:
     """Returns the parameter tree of a Hugging Face model, or of its state dict of torch or numpy arrays.
 
@@ -76,7 +79,8 @@ def load_qwen2(
     Args:
         path_or_hub_id: a directory in Hugging Face layout (``config.json`` and one or several
             ``.safetensors``), or a hub id such as ``Qwen/Qwen2.5-0.5B-Instruct``.
-        dtype: of the weights and of the computation; the checkpoint's own by default.
+        dtype: of the weights and of the computation, also as torch's or by name; the checkpoint's own by
+            default and for "auto".
         revision: branch, tag or commit of a hub model.
         scan_layers: stack the layers' weights, to be run as one ``lax.scan``; by default on TPUs only. On CPU
             unrolled layers run faster, and on GPUs a scan copies each layer's weights before it uses them.
@@ -91,7 +95,8 @@ def load_qwen2(
     Raises:
         CheckpointError: no checkpoint there, another architecture, a truncated file, or tensors missing,
             unexpected or mis-shaped (all of them listed).
-        ValueError: there are not so many devices, or the model cannot be split over them.
+        ValueError: there are not so many devices, the model cannot be split over them, or scan_layers is no
+            flag.
     """
     config = read_config(path_or_hub_id, dtype=dtype, revision=revision, scan_layers=scan_layers)
     _warn_of_unapplied_settings(path_or_hub_id, revision)
@@ -125,13 +130,16 @@ def read_config(
 
     Raises:
         CheckpointError: as ``load_qwen2``.
+        ValueError: scan_layers is no flag.
     """
+    scan_layers = scans_layers_by_default() if scan_layers is None else yes_or_no("scan_layers", scan_layers)
+    if not isinstance(revision, str | None):
+        raise CheckpointError(f"revision must be a branch, tag or commit, not {revision!r}.")
     if revision is not None and not is_hub_id(path_or_hub_id):
         raise CheckpointError(f"revision {revision!r} is for hub models; {path_or_hub_id} is none.")
     hf = read_json_object(resolve_file(path_or_hub_id, "config.json", revision=revision))
     config = QwenConfig.from_hf(hf)
-    if scan_layers is None:
-        scan_layers = scans_layers_by_default()
+    dtype = None if isinstance(dtype, str) and dtype == "auto" else dtype
     if dtype is None and said_dtype(hf) is None:
         dtype = weights_dtype(path_or_hub_id, revision=revision)
     config = config.replace(scan_layers=scan_layers, dtype=config.dtype if dtype is None else dtype)
@@ -155,6 +163,7 @@ def scans_layers_by_default() -> bool:
     return jax.default_backend() == "tpu"
 
 
+@defined_settings()
 def load_params(
     path_or_hub_id: str | Path, config: QwenConfig, layout: Layout, *, revision: str | None = None
 ) -> Params:

@@ -28,9 +28,16 @@ from jax import Array
 
 from activation_store.format import FinishedSequence
 from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan, to_host
-from qwen2_core.inputs import cache_dtype_of, token_rows, whole_number, yes_or_no
+from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
-from qwen2_core.requests import SequenceRequest, check_prompts, pad_to
+from qwen2_core.requests import (
+    LEAST_SEQUENCE_ID,
+    MOST_SEQUENCE_ID,
+    SequenceRequest,
+    check_prompts,
+    pad_to,
+    unpadded,
+)
 from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
 from qwen2_engine.decode_window import STEP_ALIGNMENT, PrefilledPrompt, SlotShape, SlotState, Window
@@ -103,12 +110,16 @@ class ContinuousEngine:
             capture_prompt=yes_or_no("capture_prompt", capture_prompt) and bool(model.capture_layers),
             eos_capacity=len(self._sampling.eos_token_ids),
         )
-        self._budget = device_memory_budget(self.layout.devices) if memory_budget is None else memory_budget
+        self._budget = (
+            device_memory_budget(self.layout.devices)
+            if memory_budget is None
+            else whole_number("memory_budget", memory_budget, 1)
+        )
         self._planner = MemoryPlanner(model, params, self.layout)
 
     def run(
         self,
-        requests: Iterable[SequenceRequest],
+        requests: Any,
         *,
         should_stop: Callable[[], bool] = lambda: False,
         on_window: Callable[[Occupancy], None] = lambda _: None,
@@ -116,7 +127,7 @@ class ContinuousEngine:
         """Generates all requests and yields each as it ends.
 
         Args:
-            requests: what to generate.
+            requests: an iterable of ``SequenceRequest``, what to generate.
             should_stop: asked before each window. Once it returns True, the sequences that have ended by then
                 are yielded, and no more.
             on_window: called with each window's use.
@@ -124,6 +135,7 @@ class ContinuousEngine:
         Raises:
             ValueError: at once, for a request that cannot be done, as ``generate_single_task_jitted``.
         """
+        check_surroundings(self.params)
         ordered = self.order(requests)
         stages = self.plan(ordered)
 
@@ -136,8 +148,8 @@ class ContinuousEngine:
 
         return generate()
 
-    def order(self, requests: Iterable[SequenceRequest]) -> list[SequenceRequest]:
-        """Checks requests and sorts them from short prompts to long, those of one prompt together.
+    def order(self, requests: Any) -> list[SequenceRequest]:
+        """Checks requests, of any iterable, and sorts them from short prompts to long, equal ones together.
 
         So a prompt is read once, and prompts of similar length share the slots: a step costs what the longest
         of its prompts costs.
@@ -146,6 +158,11 @@ class ContinuousEngine:
             ValueError: a request that cannot be done, as ``generate_single_task_jitted``.
         """
         groups: dict[bytes, list[SequenceRequest]] = {}
+        if not isinstance(requests, Iterable):
+            raise ValueError(
+                "requests must be a list, or another iterable, of SequenceRequest, not "
+                f"{type(requests).__name__}."
+            )
         for request in requests:
             request = self._checked(request)
             checked = request.prompt_token_ids
@@ -165,7 +182,7 @@ class ContinuousEngine:
         if not isinstance(request, SequenceRequest):
             raise ValueError(f"requests must be SequenceRequest, not {type(request).__name__}.")
         max_tokens = whole_number("max_tokens", request.max_tokens, 1)
-        rows = token_rows("prompt_token_ids", request.prompt_token_ids)
+        rows = unpadded("prompt_token_ids", request.prompt_token_ids)
         if len(rows) != 1:
             raise ValueError(f"A SequenceRequest has one prompt, not {len(rows)}.")
         prompts = check_prompts(self.model.config, rows, [len(rows[0])], max_tokens)
@@ -173,7 +190,7 @@ class ContinuousEngine:
             request,
             prompt_token_ids=prompts.input_ids[0],
             max_tokens=max_tokens,
-            sampling_id=whole_number("sampling_id", request.sampling_id, -(2**63)),
+            sampling_id=whole_number("sampling_id", request.sampling_id, LEAST_SEQUENCE_ID, MOST_SEQUENCE_ID),
             capture_prompt=yes_or_no("capture_prompt", request.capture_prompt),
         )
 

@@ -202,6 +202,7 @@ LOADED: dict[str, Make] = {
         use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 2
     ),
     "dropout": saved(attention_dropout=0.5),
+    "causal, and said to be": saved(is_causal=True),
     "no architectures": saved(architectures=None),
     "architectures of a classifier": saved(architectures=["Qwen2ForSequenceClassification"]),
     "dtype float32": saved(torch_dtype=None, dtype="float32"),
@@ -209,6 +210,9 @@ LOADED: dict[str, Make] = {
     "no dtype, float32 weights": saved(torch_dtype=None),
     "no dtype, the index names one": sharded(
         BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="float32"))
+    ),
+    "no dtype, the index names torch's": sharded(
+        BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="torch.float32"))
     ),
     "float32 said, bfloat16 stored": saved(BASE, cast(jnp.bfloat16)),
     "float32 said, float16 stored": saved(BASE, cast(np.float16)),
@@ -314,9 +318,15 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ),
     "settings of single layers": (saved(per_layer_config={"0": {"hidden_act": "gelu"}}), "per_layer_config"),
     "weights of another name": (saved(transformers_weights="model.safetensors"), "transformers_weights"),
+    "not causal": (saved(is_causal=False), "is_causal False is not implemented"),
+    "causal, but as a number": (saved(is_causal=1), "is_causal 1 is not implemented"),
     "quantized": (
         saved(quantization_config={"quant_method": "gptq", "bits": 4}),
         "quantization_config is not implemented",
+    ),
+    "an index of another dtype": (
+        sharded(BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="junk"))),
+        r"index\.json says the dtype 'junk', which is not one of",
     ),
     "dtype float64": (saved(torch_dtype="float64"), "dtype float64 is not one of"),
     "dtype auto": (saved(torch_dtype="auto"), "dtype auto is not one of"),

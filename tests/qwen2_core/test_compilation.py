@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from runner_cases import run_python
 import generate_jitted
 from generate_jitted import Sampling, generate_single_task_jitted
 from qwen2_core.compilation import check_settings, defined_settings
+from qwen2_core.parameter_checks import check_places
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.weights import load_qwen2
 from qwen2_engine import programs
@@ -210,6 +212,21 @@ def test_a_setting_that_nobody_but_the_user_can_change_is_refused_by_name(name: 
     assert jax.config.values[name] == before
 
 
+@pytest.mark.parametrize("flag", ["=true", "", "=1", "=false --xla_cpu_enable_fast_math=True"])
+def test_xla_flags_for_fast_math_are_refused_by_name(flag: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_other=1 --xla_cpu_enable_fast_math{flag}")
+    with pytest.raises(ValueError, match="XLA_FLAGS sets xla_cpu_enable_fast_math, with which"):
+        check_settings()
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--xla_cpu_enable_fast_math=false", "--xla_cpu_enable_fast_math=0", "--xla_other=true"]
+)
+def test_other_xla_flags_are_the_users(flags: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    check_settings()
+
+
 def test_the_partitioner_matters_on_a_mesh_alone():
     with setting({"jax_use_shardy_partitioner": False}):
         check_settings()
@@ -280,6 +297,13 @@ def test_deleted_parameters_are_refused():
         generate_single_task_jitted(model, donated, IDS, 4)
 
 
+class OfTorch:
+    shape, dtype = (32,), "torch.float32"
+
+    def detach(self) -> OfTorch:
+        return self
+
+
 # --- Parameters ---------------------------------------------------------------------------------------------
 
 
@@ -302,8 +326,9 @@ def test_deleted_parameters_are_refused():
             lambda p: jax.device_put(p, NamedSharding(jax.make_mesh((1,), ("x",)), PartitionSpec())),
             r"params lie on a mesh with explicit axes \('x',\): load them with",
         ),
+        (lambda p: p | {"norm": {"weight": OfTorch()}}, r"params hold tensors of torch \(norm/weight\)"),
     ],
-    ids=range(13),
+    ids=range(14),
 )  # fmt: skip
 def test_parameters_of_another_model_are_refused_before_anything_is_traced(
     change, message: str, monkeypatch: pytest.MonkeyPatch
@@ -335,6 +360,23 @@ def test_what_is_no_model_is_refused(model: Any):
 
 
 @pytest.mark.slow
+def test_a_bound_model_is_refused():
+    model, params = built()
+    bound = model.bind({"params": params})
+    with pytest.raises(ValueError, match=r"model is bound to variables: give the model itself"):
+        generate_single_task_jitted(bound, params, IDS, 4)
+
+
+def test_parameters_on_several_devices_are_refused():
+    first, second = (
+        types.SimpleNamespace(sharding=types.SimpleNamespace(device_set={place}))
+        for place in ("cpu:0", "cpu:1")
+    )
+    check_places([first, first, np.zeros(2)])
+    with pytest.raises(ValueError, match="params lie apart, on cpu:0, cpu:1: put them all on one device"):
+        check_places([first, second])
+
+
 def test_parameters_may_be_frozen_or_numpys():
     model, params = built()
     for given in (freeze(params), jax.tree.map(np.asarray, params)):

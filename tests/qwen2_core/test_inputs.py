@@ -7,6 +7,7 @@ import warnings
 from collections import UserDict
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -195,7 +196,7 @@ def test_the_caches_dtype_may_be_said_in_every_way_and_is_one_that_a_cache_can_h
     for given in ("bfloat16", jnp.bfloat16, np.dtype("bfloat16"), jnp.dtype("bfloat16")):
         assert cache_dtype_of(given) == np.dtype("bfloat16")
     assert cache_dtype_of(None) is None
-    for bad in ("int8", "float64", "junk", 5, float, [], "float8_e4m3fn", bool):
+    for bad in ("int8", "float64", "junk", "f,,", "torch.int8", 5, float, [], "float8_e4m3fn", bool):
         with pytest.raises(ValueError, match="cache_dtype must be one of float32, bfloat16, float16, not "):
             cache_dtype_of(bad)
 
@@ -234,6 +235,7 @@ def test_layers_may_be_named_in_every_way(given: Any, layers: tuple[int, ...]):
         (["12"], "'12' is none"),
         ([1.5], "1.5 is none"),
         ([True], "True is none"),
+        ({0, "a"}, "'a' is none"),
         ([[1]], r"\[1\] is none"),
         ([12, 12], r"none twice, not \[12, 12\]"),
         ([-1], r"\[-1\] are out of range: the model has 24 layers, 0 to 23"),
@@ -269,10 +271,16 @@ TOKENIZED = UserDict(input_ids=[[1, 2, 3], [4, 5]], attention_mask=[[1, 1, 1], [
         ((row for row in [[1], [2, 3]]), [[1], [2, 3]]),
         ([[np.int64(1), 2]], [[1, 2]]),
         ({"input_ids": [[0, 1, 2], [0, 0, 3]], "attention_mask": [[0, 1, 1], [0, 0, 1]]}, [[1, 2], [3]]),
+        (
+            [{"input_ids": [0, 0, 0, 5, 6, 7], "attention_mask": [0, 0, 0, 1, 1, 1]}, {"input_ids": [1, 2]}],
+            [[5, 6, 7], [1, 2]],
+        ),
+        ([UserDict(input_ids=np.array([[5, 0]]), attention_mask=np.array([[1, 0]])), [0, 1]], [[5], [0, 1]]),
     ],
     ids=[
         "lists", "tuples and ranges", "numpy", "jax", "torch", "a matrix", "one prompt", "one array",
         "a tokenizer's", "one a text", "a generator", "numpy integers", "padded by a tokenizer",
+        "padded one by one", "padded as a matrix each",
     ],
 )  # fmt: skip
 def test_prompts_of_any_kind_are_padded(prompts: Any, rows: list[list[int]]):
@@ -316,6 +324,11 @@ TEXT = r"token ids, not text such as .*: tokenizer\(text\).input_ids gives them"
         ([np.array([[1, 2], [3, 4]])], r"of shape \(2, 2\) a prompt"),
         ([np.array(["a"], object)], "must be integers .* not object"),
         ({"ids": [1]}, "must have input_ids, and has ids"),
+        ([{"input_ids": [1, 2], "attention_mask": [1]}], "attention_mask must have the shape"),
+        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}], "attention_mask of prompt 0 has a gap"),
+        (np.ma.array([[1, 2]], mask=[[False, True]]), "give attention_mask= instead of a masked array"),
+        ([np.ma.array([1, 2], mask=[False, True])], "give attention_mask= instead of a masked array"),
+        (jax.random.key(0), "A random key of JAX is no number"),
     ],
     ids=named,
 )
@@ -347,6 +360,9 @@ def test_padding_on_either_side_is_left_out_by_the_attention_mask(kind: Any):
     assert check(RIGHT, [2, 4], RIGHT != 0) == [[5, 6], [7, 8, 9, 3]]
     assert check(LEFT, [2, 4], LEFT != 0) == [[5, 6], [7, 8, 9, 3]]
     assert check([5, 6, 0], mask=[1, 1, 0]) == [[5, 6]]
+    assert check(RIGHT, mask=jnp.asarray(RIGHT != 0, jnp.bfloat16)) == [[5, 6], [7, 8, 9, 3]]
+    each = [UserDict(input_ids=row, attention_mask=row != 0) for row in LEFT]
+    assert check(each) == [[5, 6], [7, 8, 9, 3]]
 
 
 def test_lists_of_several_lengths_and_a_single_prompt_are_prompts():
@@ -369,13 +385,19 @@ def test_lists_of_several_lengths_and_a_single_prompt_are_prompts():
         (RIGHT, None, np.where(RIGHT != 0, 0, -1e9), "must be 1 at tokens and 0 at padding"),
         (RIGHT, None, 1, "must have the shape of input_ids"),
         (TOKENIZED, None, [[1, 1, 1], [1, 1]], "attention_mask is given twice"),
-        (RIGHT, [2.0, 4.0], None, "prompt_lengths must be 2 integers"),
+        (RIGHT, [2.0, 4.0], None, r"prompt_lengths must be 2 integers, .* not \[2.0, 4.0\] \(float64"),
+        ([5, 6], "3", None, "prompt_lengths must be 1 integers, .* not '3'"),
+        (RIGHT, [[2], [4, 1]], None, "prompt_lengths must be 2 integers"),
+        (RIGHT, None, [[[1], [1, 0]], [1, 1]], "must have the shape of input_ids"),
+        (RIGHT, np.ma.array([2, 4]), None, "instead of a masked array"),
+        (RIGHT, None, np.ma.array(RIGHT != 0), "instead of a masked array"),
+        ([UserDict(input_ids=[1], attention_mask=[1])], None, [[1]], "attention_mask is given twice"),
         (RIGHT, [True, True], None, "prompt_lengths must be 2 integers"),
         (RIGHT, 2, None, "prompt_lengths must be 2 integers"),
         ([[5, 6], [7]], [2, 2], None, "Prompt 1 is said to have 2 tokens, but input_ids is only 1 wide"),
         (["text"], None, None, TEXT),
     ],
-    ids=range(15),
+    ids=range(21),
 )
 def test_masks_and_lengths_that_do_not_fit_are_refused(ids: Any, lengths: Any, mask: Any, message: str):
     with pytest.raises(ValueError, match=message) as caught:
@@ -392,6 +414,10 @@ def test_masks_and_lengths_that_do_not_fit_are_refused(ids: Any, lengths: Any, m
         ([[5, 6, *[0] * 8]], "right"),
         ([[*[0] * 8, 5]], "left"),
         (np.array([[5, 6, 500, 500], [7, 8, 9, 500]]), "right"),
+        ([[0, 0, 0, 5, 6, 7], [0, 0, 0, 7, 8, 9]], "left"),
+        ([[5, 6, 0, 0], [7, 8, 0, 0], [9, 1, 0, 0]], "right"),
+        ([[3, 3, 3, 5, 6, 3, 7], [3, 5, 6, 3, 7, 8, 9]], "left"),  # the pad token ends turns too
+        ([[5, 3, 6, 3, 3, 3], [7, 3, 8, 9, 5, 6]], "right"),
     ],
     ids=named,
 )
@@ -410,6 +436,9 @@ def test_what_looks_padded_without_a_mask_is_read_and_warned_of(ids: Any, side: 
         [[0, 7, 0, 0], [5, 6, 7, 8]],  # 0 is a token elsewhere
         [[5, 6, 1], [5, 7, 1], [5, 8, 2]],
         [[4, 4, 4, 5, 6, 7]],
+        [[4, 4, 5, 4], [4, 4, 6, 7]],  # all begin alike, and 4 is a token elsewhere
+        [[4, 4, 4, 5, 4], [4, 4, 4, 7, 6]],
+        [[4, 4, 4, 5], [3, 3, 3, 5]],
     ],
     ids=named,
 )
@@ -419,9 +448,42 @@ def test_what_only_repeats_a_token_is_not_taken_for_padding(ids: Any):
         assert check(ids) == np.asarray(ids).tolist()
 
 
-def test_sequence_ids_may_be_negative_or_long_and_are_integers_of_any_kind():
-    for given in ([-1, 2**40 + 5], np.array([-1, 5]), Tensor([-1, 5])):
+def test_sequence_ids_have_32_bits_may_be_negative_and_are_integers_of_any_kind():
+    for given in (
+        [-1, 5],
+        np.array([-1, 5]),
+        Tensor([-1, 5]),
+        [2**32 - 1, 5],
+        np.array([2**32 - 1, 5], "u8"),
+    ):
         assert check_sequence_ids(2, 1, given).tolist() == [2**32 - 1, 5]
-    for bad in ([1.5, 2], ["1", "2"], [True, False], [2**70, 1], [[1, 2]], "12", 5):
+    assert check_sequence_ids(2, 2, None).tolist() == [0, 1, 2, 3]
+    for bad in ([1.5, 2], ["1", "2"], [True, False], [2**70, 1], [[1, 2]], [[1], [2, 3]], "12", 5, {1, 2}):
         with pytest.raises(ValueError, match=re.escape("sequence_ids must be 2 integers, one a sequence")):
             check_sequence_ids(2, 1, bad)
+
+
+@pytest.mark.parametrize("id_", [2**32, -(2**31) - 1, 2**63 - 1])
+def test_sequence_ids_that_would_be_cut_to_the_same_random_numbers_are_refused(id_: int):
+    with pytest.raises(ValueError, match=f"sequence_ids have 32 bits, and {id_} is outside") as caught:
+        check_sequence_ids(2, 1, [0, id_])
+    assert_one_sentence(caught.value)
+
+
+def test_more_sequences_than_memory_could_hold_are_refused():
+    with pytest.raises(ValueError, match="2000000000000 sequences in one call are too many"):
+        check_sequence_ids(2, 10**12, None)
+
+
+def test_tensors_of_torch_are_read_in_bfloat16_too_and_refused_where_they_hold_no_plain_numbers():
+    torch = pytest.importorskip("torch")
+    assert as_float(torch.tensor(0.5, dtype=torch.bfloat16)) == 0.5
+    assert as_int(torch.tensor(3, dtype=torch.bfloat16)) == 3
+    assert check(torch.tensor(RIGHT), mask=torch.tensor(RIGHT != 0).bfloat16()) == [[5, 6], [7, 8, 9, 3]]
+    assert cache_dtype_of(torch.bfloat16) == np.dtype("bfloat16")
+    with pytest.raises(ValueError, match="must be integers"):
+        check(torch.ones(1, 2, dtype=torch.bfloat16))
+    for bad in (torch.ones(1, 2, dtype=torch.int32, device="meta"), torch.tensor([[1, 2]]).to_sparse()):
+        with pytest.raises(ValueError, match="has no plain numbers that numpy could hold") as caught:
+            check(bad)
+        assert_one_sentence(caught.value)

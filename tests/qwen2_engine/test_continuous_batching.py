@@ -373,6 +373,12 @@ COMPILERS = (
         ({"sampling_id": "7"}, {}, "sampling_id must be a whole number, not '7'"),
         ({"prompt_token_ids": "text"}, {}, r"prompt_token_ids takes token ids, not text"),
         ({"prompt_token_ids": np.ones((2, 3), int)}, {}, "has one prompt, not 2"),
+        ({"sampling_id": 2**32}, {}, r"sampling_id must be between -2147483648 and 2\*\*32 - 1"),
+        ({}, {"memory_budget": "8GB"}, "memory_budget must be a whole number, not '8GB'"),
+        ({}, {"memory_budget": float("nan")}, "memory_budget must be a whole number, not nan"),
+        ({}, {"memory_budget": True}, "memory_budget must be a whole number, not True"),
+        ({}, {"memory_budget": 0}, "memory_budget must be at least 1, not 0"),
+        ({}, {"memory_budget": -1}, "memory_budget must be at least 1, not -1"),
         ({"max_tokens": 9}, {"max_tokens": 8}, "max_tokens [0-9]+ exceeds the engine's max_tokens of 8"),
         ({}, {"capture_prompt": False}, "make the engine with capture_prompt=True"),
     ],
@@ -385,6 +391,29 @@ def test_what_cannot_be_done_is_refused_before_any_work(
     items = [workload()[0], dataclasses.replace(workload()[1], **changes)]
     with pytest.raises(ValueError, match=message):
         engine(*built(), **kwargs).run(items)
+
+
+@pytest.mark.parametrize(
+    "requests", [None, SequenceRequest(np.array([1]), 4, 0), 5], ids=["none", "one", "5"]
+)
+def test_what_are_no_requests_is_refused(requests: Any):
+    for method in (engine(*built()).run, engine(*built()).order):
+        with pytest.raises(ValueError, match="requests must be a list, or another iterable, of SequenceReq"):
+            method(requests)
+
+
+def test_a_run_is_refused_whose_parameters_were_deleted_since():
+    model, params = built()
+    made = engine(model, jax.tree.map(jnp.copy, params))
+    jax.tree.map(lambda leaf: leaf.delete(), made.params)
+    with pytest.raises(ValueError, match="were deleted"):
+        made.run(workload()[:1])
+
+
+def test_a_requests_prompt_may_be_padded_where_its_own_mask_says_so():
+    padded: Any = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}
+    [ordered] = engine(*built()).order([SequenceRequest(padded, 4, 0)])
+    assert ordered.prompt_token_ids.tolist() == [5, 6]
 
 
 def test_no_items_are_no_work():
