@@ -211,9 +211,6 @@ LOADED: dict[str, Make] = {
     "no dtype, the index names one": sharded(
         BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="float32"))
     ),
-    "no dtype, the index names torch's": sharded(
-        BASE, config_is(torch_dtype=None), index(lambda i: i["metadata"].update(dtype="torch.float32"))
-    ),
     "float32 said, bfloat16 stored": saved(BASE, cast(jnp.bfloat16)),
     "float32 said, float16 stored": saved(BASE, cast(np.float16)),
     "float32 said, float64 stored": saved(BASE, cast(np.float64)),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from lively import SHALLOW
+from lively import SHALLOW, rewrite_json
 from runner_cases import run_python
 
 from qwen2_core.errors import CheckpointError
@@ -33,6 +33,13 @@ def test_a_dtype_may_be_torchs(checkpoint: Path):
     assert read_config(checkpoint, dtype=torch.bfloat16).dtype.name == "bfloat16"
     with pytest.raises(CheckpointError, match="dtype int8 is not one of"):
         read_config(checkpoint, dtype=torch.int8)
+
+
+def test_an_index_may_name_torchs_dtype_which_transformers_cannot_read(tmp_path: Path):
+    folder = SHALLOW.save(tmp_path / "model", max_shard_bytes=60_000)
+    rewrite_json(folder / "config.json", torch_dtype=None)
+    rewrite_json(folder / "model.safetensors.index.json", metadata={"dtype": "torch.float16"})
+    assert read_config(folder).dtype.name == "float16"
 
 
 # In a process of its own: the tests' own check the types of arguments.
