@@ -46,7 +46,8 @@ class AnswerFiles:
 
     def numbered(self, number: int) -> AnswerFiles:
         """Returns the names under which they are set aside: `NAME.1.json` and so on."""
-        name = f"{self.submission.stem}.{number}{self.submission.suffix}"
+        # With an ending in any case: the others' names begin with what comes before it.
+        name = f"{self.submission.stem}.{number}{self.submission.suffix or '.json'}"
         return AnswerFiles(self.submission.with_name(name))
 
 

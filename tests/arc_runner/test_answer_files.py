@@ -50,7 +50,8 @@ def test_the_files_lie_beside_each_other(tmp_path: Path):
     assert names == ["run.v1.json", "run.v1.predictions.json", "run.v1.report.json"]
     names = [path.name for path in AnswerFiles(tmp_path / "run.v1.json").numbered(3)]
     assert names == ["run.v1.3.json", "run.v1.3.predictions.json", "run.v1.3.report.json"]
-    assert AnswerFiles(tmp_path / "x").numbered(1).submission.name == "x.1"
+    names = [path.name for path in AnswerFiles(tmp_path / "x").numbered(1)]
+    assert names == ["x.1.json", "x.1.predictions.json", "x.1.report.json"]
 
 
 def test_what_a_run_wrote_is_known_again(files: AnswerFiles):
