@@ -73,12 +73,14 @@ def third_call(folder: Path, flags: dict[str, Any], something: str) -> Iterator[
 
 def assert_continues_to_the_same_bytes(folder: Path, expected: Uninterrupted, done: set[int]) -> None:
     assert len(digests(folder)) in done
-    assert list(verify_store(store_of(folder))) == []
+    # A kill may leave one shard whose index lines were not written yet.
+    assert all("no index line names it" in finding for finding in verify_store(store_of(folder)))
     outcome = run_main(folder, **expected.flags)
     assert (outcome.code, outcome.err) == (DONE, "")
     assert report(folder)["sequences_resumed"] in done
     assert digests(folder) == digests(expected.folder)
     assert submission(folder) == submission(expected.folder)
+    assert list(verify_store(store_of(folder))) == []
 
 
 # Calls are killed by benchmarks/crash_campaign.py.
@@ -140,7 +142,7 @@ def hung_up(owner, name):
         return original(*args, **kwargs)
     setattr(owner, name, call)
 hung_up(loaded_model.LoadedModel, "load")
-hung_up(answers, "write_json")
+hung_up(answers, "write_all")
 runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
@@ -164,8 +166,8 @@ class Last:
         sleep(0.2)
 if when == "answering":
     from arc_runner import answers
-    write_json = answers.write_json
-    answers.write_json = lambda *args: (write_json(*args), os.kill(os.getpid(), number))
+    write_all = answers.write_all
+    answers.write_all = lambda *args: (write_all(*args), os.kill(os.getpid(), number))
 elif when == "exit":
     import atexit
     atexit.register(os.kill, os.getpid(), number)
