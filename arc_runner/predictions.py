@@ -1,7 +1,7 @@
 """All predictions of a submission, task by task: what is kept, what the attempts are, what is right.
 
-Submission and score follow from the book. A later run adds to it: the predicted tasks that the run does not
-have stay, and so do the predictions that it did not ask for.
+Submission and score follow from the book. A later run adds to it: the tasks that the run does not have stay,
+and so do the predictions that it did not ask for.
 """
 
 from __future__ import annotations
@@ -75,17 +75,12 @@ class Book:
     tasks: Mapping[str, TaskPredictions] = dataclasses.field(default_factory=dict)
 
     def extended(self, earlier: Book) -> Book:
-        """Returns this book with what an earlier one of the same store has predicted besides.
-
-        An earlier task that has no prediction, such as a malformed one that is gone from the data set, does
-        not stay.
-        """
+        """Returns this book with what an earlier one of the same store has besides: nothing gets lost."""
         merged = {
             task_id: task.extended(earlier.tasks[task_id]) if task_id in earlier.tasks else task
             for task_id, task in self.tasks.items()
         }
-        kept = {name: task for name, task in earlier.tasks.items() if name not in merged and any(task.tests)}
-        return Book(merged | kept)
+        return Book(merged | {name: task for name, task in earlier.tasks.items() if name not in merged})
 
     def predictions(self) -> Iterator[tuple[str, int, Predicted]]:
         """Yields (task id, test index, prediction) of all."""
