@@ -36,8 +36,13 @@ def start(directory: Path, host: int, *step: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> int:
     """How many sequences a process has stored."""
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdin.close()
+    # Not by communicate, which misses what `wait_for` has read ahead.
+    out, errors = process.stdout.read(), process.stderr.read()
+    assert process.wait(timeout=120) == 0, errors
     return int(out.split()[-1])
 
 
