@@ -40,9 +40,9 @@ def finish(process: subprocess.Popen[str]) -> int:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdin.close()
-    # Not by communicate, which misses what `wait_for` has read ahead.
-    out, errors = process.stdout.read(), process.stderr.read()
-    assert process.wait(timeout=120) == 0, errors
+    with process:  # not communicate, which misses what `wait_for` has read ahead
+        out, errors = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0, errors
     return int(out.split()[-1])
 
 
