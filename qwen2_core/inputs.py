@@ -141,6 +141,20 @@ def cache_dtype_of(value: Any) -> np.dtype | None:
     return dtype
 
 
+def one_by_one(given: Any, refusal: str) -> Iterable[Any]:
+    """Returns what is to be integers; a single integer is one of them.
+
+    Raises:
+        ValueError: it is text, a mapping or nothing to go through; ``refusal`` is the sentence.
+    """
+    given = plain(given)
+    if as_int(given) is not None:
+        return [given]
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise ValueError(refusal)
+    return given
+
+
 def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
     """Returns the layers that are asked for, in the given order; a set's from the lowest on.
 
@@ -151,13 +165,9 @@ def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
     Raises:
         ValueError: none, one twice, one that the model does not have, or no integers.
     """
-    given = plain(given)
-    if as_int(given) is not None:
-        given = [given]
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"extract_layers must be layer numbers such as (10, 11), not {_short(given)}.")
     numbers = []
-    for layer in given:
+    refusal = f"extract_layers must be layer numbers such as (10, 11), not {_short(given)}."
+    for layer in one_by_one(given, refusal):
         number = as_int(layer)
         if number is None:
             raise ValueError(f"extract_layers must be layer numbers, and {_short(layer)} is none.")

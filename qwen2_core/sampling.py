@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float32, Int32, Key, UInt32
 
-from qwen2_core.inputs import as_float, as_int, plain, whole_number
+from qwen2_core.inputs import as_float, as_int, one_by_one, whole_number
 
 _EOS_MULTIPLE = 8  # EOS ids are padded to a multiple of it, so that sets of different sizes share a program
 _ROWS_AT_ONCE = 8
@@ -100,13 +100,9 @@ def sampling_params(sampling: Any, seed: Any, eos_token_ids: Any, vocab_size: in
 def _eos_ids(given: Any, vocab_size: int) -> list[int]:
     if given is None:
         return []
-    given = plain(given)
-    if as_int(given) is not None:
-        given = [given]
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise ValueError(f"eos_token_ids must be token ids, not {given!r}; tokenizer.eos_token_id is one.")
+    refusal = f"eos_token_ids must be token ids, not {given!r}; tokenizer.eos_token_id is one."
     ids = []
-    for token in given:
+    for token in one_by_one(given, refusal):
         number = as_int(token)
         if number is None:
             raise ValueError(f"EOS token id {token!r} is no integer; does the tokenizer have an EOS token?")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from activation_fakes import SETTINGS, batch, read_index, write_index
+from activation_fakes import SETTINGS, make_two_shards, read_index, write_index
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -34,11 +34,7 @@ NESTED = "[" * 200_000 + "]" * 200_000
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sound")
-    with ActivationWriter(directory, SETTINGS, provenance={"jax": "1.2"}) as writer:
-        writer.submit(batch("a", "bb"))
-        writer.submit(batch("ccc"))
-    return directory
+    return make_two_shards(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from activation_fakes import SETTINGS, batch, read_index, write_index
+from activation_fakes import SETTINGS, batch, make_two_shards, read_index, write_index
 from store_readers import problems, problems_of_reading, sentences
 
 from activation_store import (
@@ -26,11 +26,7 @@ INDEX = "host-00000/index.jsonl"
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("sound")
-    with ActivationWriter(directory, SETTINGS, provenance={}) as writer:
-        writer.submit(batch("a", "bb"))
-        writer.submit(batch("ccc"))
-    return directory
+    return make_two_shards(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture

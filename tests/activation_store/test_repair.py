@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from activation_fakes import SETTINGS, batch, read_index, write_index
+from activation_fakes import SETTINGS, batch, read_index, rewrite, write_index
 
 from activation_store import (
     ActivationStore,
@@ -210,20 +209,6 @@ def test_equal_prompts_do_not_hide_a_line_that_names_the_other_ones_tokens(store
 
 
 # --- Shards whose checksum fits -----------------------------------------------------------------------------
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    """Changes the tensors of the first shard and makes its size and checksum fit again."""
-    path = directory / HOST / "shard-000000.safetensors"
-    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
-    change(tensors)
-    data = safetensors.numpy.save(tensors)
-    path.write_bytes(data)
-    lines = read_index(directory)
-    for line in lines:
-        if line["shard"] == path.name:
-            line |= {"shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
-    write_index(directory, lines)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 0, 9])

@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-import safetensors.numpy
-from activation_fakes import EOS, SETTINGS, batch, read_index, sequence, settings, write_index
+from activation_fakes import EOS, SETTINGS, batch, read_index, rewrite, sequence, settings, write_index
 
 from activation_store import (
     ActivationStore,
@@ -33,20 +32,6 @@ def make(directory: Path, of: StoreSettings = SETTINGS) -> None:
 
 def findings(directory: Path) -> list[str]:
     return list(verify_store(ActivationStore(directory)))
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
-    """Change the tensors of the first shard and make its size and checksum fit again."""
-    path = directory / SHARD
-    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
-    change(tensors)
-    data = safetensors.numpy.save({name: np.ascontiguousarray(t) for name, t in tensors.items()})
-    path.write_bytes(data)
-    lines = read_index(directory)
-    for line in lines:
-        if line["shard"] == path.name:
-            line |= {"shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
-    write_index(directory, lines)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """Deterministic made-up sequences for the tests of the activation store."""
 
 import dataclasses
+import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
-from activation_store import FinishedSequence, SequenceId, StoreSettings, hook_name
+from activation_store import ActivationWriter, FinishedSequence, SequenceId, StoreSettings, hook_name
 from activation_store.checked_json import seal_line, unseal_line
 from activation_store.format import DTYPES
 
@@ -74,3 +77,25 @@ def write_index(directory: Path, lines: list[dict[str, Any]], host: int = 0) -> 
     """Writes index lines with checksums that fit, whatever they say."""
     sealed = (seal_line(json.dumps(line, separators=(",", ":")).encode()) + b"\n" for line in lines)
     (directory / f"host-{host:05d}" / "index.jsonl").write_bytes(b"".join(sealed))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    """Changes the tensors of the first shard and makes its size and checksum fit again."""
+    path = directory / "host-00000" / "shard-000000.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
+    change(tensors)
+    data = safetensors.numpy.save({name: np.ascontiguousarray(t) for name, t in tensors.items()})
+    path.write_bytes(data)
+    lines = read_index(directory)
+    for line in lines:
+        if line["shard"] == path.name:
+            line |= {"shard_bytes": len(data), "shard_sha256": hashlib.sha256(data).hexdigest()}
+    write_index(directory, lines)
+
+
+def make_two_shards(directory: Path) -> Path:
+    """Makes a sound store of two shards: two tasks, and one."""
+    with ActivationWriter(directory, SETTINGS, provenance={"jax": "1.2"}) as writer:
+        writer.submit(batch("a", "bb"))
+        writer.submit(batch("ccc"))
+    return directory
