@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -106,27 +105,26 @@ def test_a_disk_that_is_full_within_an_index_line_loses_no_earlier_batch(
     assert list(verify_store(ActivationStore(tmp_path))) == []
 
 
-def test_a_read_only_directory_is_found_before_any_work():
-    """In a process without root's privileges, which a mode would not stop."""
+def test_a_read_only_directory_is_found_before_any_work(tmp_path: Path):
     program = (
         "import os\n"
         "from activation_fakes import SETTINGS\n"
         "from activation_store import ActivationWriter, StoreError\n"
-        "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from file_modes import obey_file_modes\n"
+        "obey_file_modes()\n"
         "try: ActivationWriter(os.environ['STORE'], SETTINGS, provenance={})\n"
         "except StoreError as error: print(error)\n"
     )
-    with tempfile.TemporaryDirectory() as directory:  # tmp_path lies below folders that only we may enter
-        Path(directory).chmod(0o555)
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=ENVIRONMENT | {"STORE": directory},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-        )
-        assert done.stdout == f"cannot write to {directory}/host-00000: Permission denied\n"
+    tmp_path.chmod(0o555)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=ENVIRONMENT | {"STORE": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == f"cannot write to {tmp_path}/host-00000: Permission denied\n"
 
 
 def test_a_directory_that_turns_read_only_keeps_what_it_has(tmp_path: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -196,51 +195,38 @@ def test_the_files_beside_the_submission_replace_no_input_either(name: str, tmp_
     assert_refused(run_main(tmp_path, **flags), f"{tmp_path / name} lies in the store")
 
 
-# Each command line is run as nobody where root runs the tests. The first one is run as root: it gets as far
-# as to open the store and so imports what lies in root's home.
-AS_NOBODY = """
-import json, os, sys
+UNPRIVILEGED = """
+import json, sys
+from file_modes import obey_file_modes
 from runner_cases import run_main
-from qwen2_core.chat_template import BoundedTokenizer
-def render(self, messages, add_generation_prompt=True, clock=None):  # nobody may not start this Python
-    return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-BoundedTokenizer.render = render
-first, *others = json.loads(sys.argv[1])
-outcomes = [run_main(**first)]
-if os.getuid() == 0:
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-print(json.dumps(outcomes + [run_main(**flags) for flags in others]))
+obey_file_modes()
+print(json.dumps([run_main(**flags) for flags in json.loads(sys.argv[1])]))
 """
 
 
-def test_a_place_without_the_needed_permission_is_refused():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        data = write_tasks(folder / "tasks.json", task=puzzle(1, 2))
-        model, unreadable = copy_small(folder / "model"), copy_small(folder / "unreadable")
-        secret, locked = write_tasks(folder / "secret.json"), folder / "locked"
-        for path in (unreadable / "model.safetensors", secret):
-            path.chmod(0)
-        locked.mkdir(mode=0o555)
-        cases = [
-            ({"activations_dir": "/proc/x"}, "cannot write to /proc/x/host-00000"),
-            ({"output_filepath": locked / "s.json"}, f"cannot write in {locked}: Permission denied"),
-            ({"activations_dir": locked}, f"cannot write to {locked}/host-00000: Permission denied"),
-            ({"dataset_path": secret}, f"cannot read {secret}: Permission denied"),
-            ({"model_path": unreadable}, "model.safetensors cannot be read: Permission denied"),
-        ]
-        usual = {
-            "folder": folder,
-            "dataset_path": data,
-            "model_path": model,
-            "output_filepath": "/tmp/x.json",
-        }
-        calls = json.dumps([usual | flags for flags, _ in cases], default=str)
-        printed = run_python(AS_NOBODY, calls)
-    for outcome, (_, sentence) in zip(json.loads(printed), cases, strict=True):
+def test_a_place_without_the_needed_permission_is_refused(tmp_path: Path):
+    data = write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    model, unreadable = copy_small(tmp_path / "model"), copy_small(tmp_path / "unreadable")
+    secret, locked = write_tasks(tmp_path / "secret.json"), tmp_path / "locked"
+    for path in (unreadable / "model.safetensors", secret):
+        path.chmod(0)
+    locked.mkdir(mode=0o555)
+    cases = [
+        ({"activations_dir": "/proc/x"}, "cannot write to /proc/x/host-00000"),
+        ({"output_filepath": locked / "s.json"}, f"cannot write in {locked}: Permission denied"),
+        ({"activations_dir": locked}, f"cannot write to {locked}/host-00000: Permission denied"),
+        ({"dataset_path": secret}, f"cannot read {secret}: Permission denied"),
+        ({"model_path": unreadable}, "model.safetensors cannot be read: Permission denied"),
+    ]
+    usual = {
+        "folder": tmp_path,
+        "dataset_path": data,
+        "model_path": model,
+        "output_filepath": tmp_path / "x.json",
+    }
+    calls = json.dumps([usual | flags for flags, _ in cases], default=str)
+    outcomes = json.loads(run_python(UNPRIVILEGED, calls))
+    for outcome, (_, sentence) in zip(outcomes, cases, strict=True):
         assert_refused(Outcome(*outcome), sentence)
 
 
