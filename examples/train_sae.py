@@ -1,19 +1,26 @@
-"""Train a small sparse autoencoder on one stored layer and print its falling loss.
+"""Train a small sparse autoencoder on one stored layer, and save it as SAELens does.
 
 python examples/train_sae.py                       # makes a small store from the embedded example first
-python examples/train_sae.py activations --layer 12
+python examples/train_sae.py activations --layer 12 --output sae
+
+`SAE.load_from_disk("sae")` of SAELens loads what --output writes.
 """
 
 import argparse
 import itertools
+import json
 import tempfile
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Float32
+from safetensors.numpy import save_file
 
-from activation_store import ActivationStore, RowFilter, ShuffledBatches, StoreError
+from activation_store import ActivationStore, RowFilter, ShuffledBatches, StoreError, hook_name
 from distributed_kv_cached_inference import main as run
 
 SPARSITY = 0.5
@@ -40,10 +47,45 @@ def loss(params: Params, rows: jax.Array, sparsity: float) -> tuple[jax.Array, j
     return (error**2).mean() / (rows**2).mean() + penalty, (features > 0).sum(axis=1).mean()
 
 
-def train(store: ActivationStore, layer: int, steps: int, batch_size: int, features: int) -> list[float]:
-    """The loss of every step."""
+class SparseAutoencoder(NamedTuple):
+    """A trained autoencoder of the stored rows as they are, under SAELens' names."""
+
+    W_enc: Float32[np.ndarray, "hidden features"]
+    b_enc: Float32[np.ndarray, " features"]
+    W_dec: Float32[np.ndarray, "features hidden"]
+    b_dec: Float32[np.ndarray, " hidden"]
+
+    def encode(self, rows: Float32[np.ndarray, "n hidden"]) -> Float32[np.ndarray, "n features"]:
+        """Returns how strongly each feature is active in each row."""
+        return np.maximum((rows - self.b_dec) @ self.W_enc + self.b_enc, 0)
+
+    def save(self, folder: str | Path, layer: int) -> None:
+        """Writes the two files of which SAELens makes an SAE for ``layer``, in a folder made if needed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: np.ascontiguousarray(tensor) for name, tensor in self._asdict().items()}
+        save_file(tensors, folder / "sae_weights.safetensors")
+        hidden, features = self.W_enc.shape
+        configuration = {
+            "architecture": "standard",
+            "d_in": hidden,
+            "d_sae": features,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {"sae_lens_version": "6.0.0", "hook_name": hook_name(layer)},  # of this form
+        }
+        (folder / "cfg.json").write_text(json.dumps(configuration, indent=2) + "\n")
+
+
+def train(
+    store: ActivationStore, layer: int, steps: int, batch_size: int, features: int
+) -> tuple[SparseAutoencoder, list[float]]:
+    """Returns the autoencoder, and the loss of every step."""
     statistics = store.statistics(layer)
-    mean, scale = jnp.asarray(statistics.mean, jnp.float32), float(statistics.variance.mean()) ** 0.5
+    mean, scale = np.float32(statistics.mean), float(statistics.variance.mean()) ** 0.5
     batches = ShuffledBatches(store, layer, batch_size, rows=RowFilter(prompt=False), framework="jax")
     optimizer = optax.adam(1e-3)
     params = init(jax.random.key(0), store.settings.hidden_size, features)
@@ -57,14 +99,19 @@ def train(store: ActivationStore, layer: int, steps: int, batch_size: int, featu
         return optax.apply_updates(params, updates), state, value, in_use  # type: ignore[return-value]
 
     losses: list[float] = []
-    for batch in itertools.chain.from_iterable(itertools.repeat(batches)):  # each epoch is shuffled anew
+    epochs = itertools.chain.from_iterable(itertools.repeat(batches))  # each is shuffled anew
+    for batch in itertools.islice(epochs, steps):
         params, state, value, in_use = step(params, state, batch.rows)
         losses.append(float(value))
         if len(losses) % (steps // 10 or 1) == 0:
             print(f"step {len(losses):5d}   loss {value:.4f}   features in use {in_use:.1f} of {features}")
-        if len(losses) == steps:
-            return losses
-    return losses
+    trained = {name: np.asarray(value) for name, value in params.items()}
+    return SparseAutoencoder(  # of rows as they are stored: the scaling goes into the weights
+        trained["encoder"] / scale,
+        trained["encoder_bias"],
+        trained["decoder"] * scale,
+        trained["decoder_bias"] * scale + mean,
+    ), losses
 
 
 def main() -> None:
@@ -74,6 +121,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--features", type=int, default=256)
+    parser.add_argument("--output", help="folder to save the autoencoder in")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         directory = options.directory
@@ -88,7 +136,9 @@ def main() -> None:
             parser.error(str(error))
         if rows < options.batch_size:
             parser.error(f"{directory} has {rows} generated rows of layer {options.layer}: not one batch")
-        losses = train(store, options.layer, options.steps, options.batch_size, options.features)
+        autoencoder, losses = train(store, options.layer, options.steps, options.batch_size, options.features)
+        if options.output:
+            autoencoder.save(options.output, options.layer)
         print(f"loss {losses[0]:.4f} -> {losses[-1]:.4f} on {rows} rows of layer {options.layer}")
 
 
