@@ -4,11 +4,12 @@ A store may be of any size: shards are looked through one by one, and no more ro
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from activation_store.format import SequenceRecord, StoreUsageError
+from activation_store.format import MANIFEST, SequenceRecord, StoreUsageError
+from activation_store.local_files import LocalFiles
 from activation_store.reader import ActivationStore
 from activation_store.rows import STORED
 
@@ -34,8 +35,9 @@ class ShardUse:
 class Survey:
     """What the index says of a store, shard by shard."""
 
-    shards: dict[str, ShardUse] = field(default_factory=dict)  # by path, in stored order
-    failed: int = 0  # sequences, which have no shard
+    shards: dict[str, ShardUse]  # by path, in stored order
+    failed: int  # sequences, which have no shard
+    began: float | None  # seconds since 1970: when the manifest was written, None where that is not known
 
     @property
     def sequences(self) -> int:
@@ -60,7 +62,15 @@ def survey(store: ActivationStore) -> Survey:
         raise StoreUsageError(
             f"{store.files.location} has no sequence that could be shown{failures}: run the main job first"
         )
-    return Survey(shards, failed)
+    return Survey(shards, failed, _began(store, min(shard.seconds for shard in shards.values())))
+
+
+def _began(store: ActivationStore, first_shard: float) -> float | None:
+    """Returns the manifest's file time, unless the file was written anew or copied since."""
+    if not isinstance(store.files, LocalFiles):
+        return None
+    written = (store.files.root / MANIFEST).stat().st_mtime
+    return written if written <= first_shard else None
 
 
 def sample_sequences(store: ActivationStore, found: Survey, seed: int = 0) -> list[SequenceRecord]:

@@ -35,8 +35,10 @@ _KINDS = {
     "not solved": ("answer, not solved", "#D55E00", "x"),
     "solved": ("answer, solved", "#0072B2", "o"),
 }
+_SINK_COLOUR = "#D55E00"
+_SINK = 4  # times the median norm: what is beyond would leave no colours for the rest
 _LINES = {
-    "first token of a prompt": ("#D55E00", "o"),
+    "first token of a prompt": (_SINK_COLOUR, "o"),
     "other tokens of a prompt": ("#777777", "s"),
     "generated tokens": ("#0072B2", "^"),
 }
@@ -129,7 +131,10 @@ def _heading(figure: Any, what: str, title: str) -> None:
 
 
 def draw_norms(figure: Any, norms: Norms, layers: Sequence[int], title: str) -> Any:
-    """Draws mean norms by layer and position as colours on a logarithmic scale, and by layer as lines."""
+    """Draws mean norms by layer and position as colours, and by layer as lines, all on logarithmic scales.
+
+    Attention sinks, of a hundred times the norm of the rest, have a colour of their own.
+    """
     _heading(figure, "Norm of the residual stream", title)
     maps = [
         (values, label)
@@ -139,23 +144,36 @@ def draw_norms(figure: Any, norms: Norms, layers: Sequence[int], title: str) -> 
         )
         if values is not None
     ]
-    axes = figure.subplots(1, len(maps) + 1, width_ratios=[*(1.0 for _ in maps), 0.8])
+    widths = [*(1.0 for _ in maps), 0.8]
+    grid = figure.add_gridspec(2, len(widths), width_ratios=widths, height_ratios=[1, 0.045])
     positive = np.concatenate([values.means[values.means > 0] for values, _ in maps])
-    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    sinks = positive[positive > _SINK * np.median(positive)]
+    others = positive[positive <= _SINK * np.median(positive)]
+    low, high = (others.min(), others.max()) if len(others) else (1.0, 1.0)
     scale = importlib.import_module("matplotlib.colors").LogNorm(low, max(high, low * 1.01))
-    for number, (ax, (values, label)) in enumerate(zip(axes, maps, strict=False)):
-        mesh = ax.pcolormesh(np.maximum(values.means, low), norm=scale, cmap="viridis")
+    colours = importlib.import_module("matplotlib").colormaps["viridis"].with_extremes(over=_SINK_COLOUR)
+    mesh = None
+    for number, (values, label) in enumerate(maps):
+        ax = figure.add_subplot(grid[0, number])
+        mesh = ax.pcolormesh(np.maximum(values.means, low), norm=scale, cmap=colours)
         _name_columns(ax, values)
-        ax.set_xlabel(label)
+        widening = "; columns widen" if len(values.starts) - 1 < values.starts[-1] else ""
+        ax.set_xlabel(f"{label}{widening}")
+        ax.set_yticks([])
         if number == 0:
             ax.set_ylabel("layer")
             _name_layers(ax, layers)
-            bar = figure.colorbar(mesh, ax=list(axes[: len(maps)]), location="bottom", aspect=40, shrink=0.8)
-            bar.set_label("mean norm (logarithmic colours)")
-            _plain_numbers(bar.ax.xaxis)
-        else:
-            ax.set_yticks([])
-    _draw_lines(axes[-1], norms, layers)
+    if mesh is not None:
+        key = figure.add_subplot(grid[1, : len(maps)])
+        extend = "max" if len(sinks) else "neither"
+        bar = figure.colorbar(mesh, cax=key, orientation="horizontal", extend=extend)
+        beyond = f"; orange: attention sinks, up to {sinks.max():,.0f}" if len(sinks) else ""
+        bar.set_label(f"mean norm, in logarithmic colours{beyond}")
+        _plain_numbers(bar.ax.xaxis)
+    lines, key = figure.add_subplot(grid[0, -1]), figure.add_subplot(grid[1, -1])
+    _draw_lines(lines, norms, layers)
+    key.axis("off")
+    key.legend(*lines.get_legend_handles_labels(), loc="center", fontsize=9, frameon=False)
     return figure
 
 
@@ -169,7 +187,6 @@ def _draw_lines(ax: Any, norms: Norms, layers: Sequence[int]) -> None:
     ax.set_xticks(layers[:: max(1, len(layers) // 7)])
     _plain_numbers(ax.yaxis)
     ax.grid(alpha=0.3, which="both")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=9, frameon=False)
 
 
 def _name_layers(ax: Any, layers: Sequence[int]) -> None:
@@ -189,7 +206,7 @@ def _plain_numbers(axis: Any) -> None:
     ticker = importlib.import_module("matplotlib.ticker")
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
     low, high = sorted(axis.get_view_interval())
-    few = high / max(low, 1e-300) < 20  # too few powers of ten to read a value from
+    few = high / max(low, 1e-300) < 1_000  # too few powers of ten to read a value from
     axis.set_minor_locator(ticker.LogLocator(subs=(2, 5) if few else (1,)))
     axis.set_minor_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
@@ -230,33 +247,39 @@ def draw_timeline(figure: Any, found: Survey, title: str) -> Any:
     """Draws how many sequences and generated tokens were stored by when: a step for each shard."""
     _heading(figure, "Course of the run", title)
     shards = sorted(found.shards.values(), key=lambda shard: shard.seconds)
-    start = shards[0].seconds
+    start = shards[0].seconds if found.began is None else found.began
     unit, seconds = _time_unit(shards[-1].seconds - start)
     times = np.array([shard.seconds - start for shard in shards]) / seconds
-    hosts = sorted({shard.host for shard in shards})
+    locator = importlib.import_module("matplotlib.ticker").MaxNLocator
     axes = figure.subplots(2, 1, sharex=True)
     for ax, values, label in (
         (axes[0], [shard.sequences for shard in shards], "sequences"),
         (axes[1], [shard.tokens for shard in shards], "generated tokens"),
     ):
         total = np.cumsum(values)
-        ax.step(times, total, where="post", color="#0072B2")
+        ax.step([0, *times], [0, *total], where="post", color="#0072B2")
         if len(shards) <= 200:
             ax.plot(times, total, "o", color="#0072B2", markersize=4)
         ax.set_ylim(bottom=0)
         ax.set_ylabel(label)
+        ax.yaxis.set_major_locator(locator(nbins=5, integer=True))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         ax.grid(alpha=0.3)
     began = datetime.fromtimestamp(start, UTC)
-    axes[1].set_xlabel(f"{unit} since the first shard was written, {began:%Y-%m-%d %H:%M:%S} UTC")
-    failed = f"; {found.failed:,} sequences failed, which have no shard" if found.failed else ""
+    event = "the first shard was written" if found.began is None else "the store was made"
+    axes[1].set_xlabel(f"{unit} since {event}, {began:%Y-%m-%d %H:%M:%S} UTC")
+    of_hosts = f"{_count(len(shards), 'shard')} of {_count(len({shard.host for shard in shards}), 'host')}"
+    failed = f"; {found.failed:,} sequences failed and have no shard" if found.failed else ""
     axes[0].set_title(
-        f"stored by when, as the index notes it: {len(shards):,} shards of {len(hosts):,} "
-        f"host{'s' if len(hosts) > 1 else ''}{failed}",
+        f"what was stored by when, a step for each shard ({of_hosts}){failed}",
         fontsize=9,
         color="#555555",
     )
     return figure
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:
