@@ -147,10 +147,33 @@ def plot(options: argparse.Namespace) -> int:
     return 0
 
 
+def view(options: argparse.Namespace) -> int:
+    if options.sae and not options.feature:
+        raise StoreUsageError("--sae needs --feature: which of its features, such as --feature 3,17")
+    if options.feature and not options.sae:
+        raise StoreUsageError("--feature needs --sae, the folder of the SAE")
+    from activation_store.probes import load_directions, load_features
+    from activation_store.view import write_page
+    from activation_store.view_data import ViewChoice
+    from activation_store.view_text import open_reader
+
+    store = ActivationStore(options.directory)
+    hidden = store.settings.hidden_size
+    probes = [probe for path in options.direction for probe in load_directions(path, hidden, options.layer)]
+    if options.sae:
+        probes += load_features(options.sae, options.feature, hidden, options.layer)
+    with open_reader(store, options.model_path, options.dataset) as reader:
+        choice = ViewChoice(options.task, options.n, options.layers, tuple(probes))
+        size = write_page(store, options.output, reader, choice)
+    print(f"{shown(options.output)} ({size / 1e6:.1f} MB): open it in a browser")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "stats": stats,
     "plot": plot,
+    "view": view,
     "export": export,
     "import-legacy": import_legacy,
 }
