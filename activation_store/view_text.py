@@ -62,14 +62,14 @@ def _load_tasks(store: ActivationStore, dataset: str | None, notes: list[str]) -
     if dataset is not None:
         return {task.task_id: task for task in load_tasks(dataset).tasks}
     named = Path(str(store.provenance.get("dataset", "")))
-    missing = "right answers are not known: give --dataset, the data set of the store"
+    if _encoder(store) is None:
+        return {}
     try:
         if named.is_file() and named.stat().st_size <= _MOST_BYTES:
             return {task.task_id: task for task in load_tasks(named).tasks}
     except (ArcFormatError, OSError):
         pass
-    if _encoder(store) is not None:
-        notes.append(missing)
+    notes.append("right answers are not known: give --dataset, the data set of the store")
     return {}
 
 
@@ -100,9 +100,11 @@ class TextReader:
         The grids are those in the prompt's tokens, or the data set's where there is no tokenizer. None for
         what is no puzzle.
         """
+        if self._encoder is None:
+            return None
         known = self._task(record)
         read = None
-        if self._tokenizer is not None and self._encoder is not None:
+        if self._tokenizer is not None:
             read = read_puzzle(self._text(prompt), self._encoder)
         if read is None and known is None:
             return None

@@ -183,7 +183,7 @@ def _provenance(options: RunOptions) -> dict[str, Any]:
     return {
         **({"model_commit": checkpoint_folder(options.model_path).name} if hub else {}),
         "model_id": masked(options.model_path),
-        "dataset": str(Path(options.dataset_path).resolve()),
+        **({"dataset": str(Path(options.dataset_path).resolve())} if options.dataset_path else {}),
         "generation": options.generation,
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
     }

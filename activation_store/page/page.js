@@ -142,8 +142,7 @@ function drawGrids(prompt, sample) {
   place.replaceChildren();
   at("digits-line").hidden = prompt.puzzle === null;
   if (prompt.puzzle === null) {
-    const texts = sample.text === null ? [] : [make("p", {}, sample.text)];
-    place.append(...texts);
+    if (sample.text !== null) place.append(make("p", { class: "text" }, sample.text));
     return;
   }
   prompt.puzzle.train.forEach(([input, output], i) => {
@@ -251,6 +250,7 @@ function moveByKeys(list, lines, moved) {
 // --- Choosing ---------------------------------------------------------------------------------------------
 
 function drawTasks() {
+  at("tasks-title").textContent = data.prompts.some((prompt) => prompt.puzzle !== null) ? "Tasks" : "Prompts";
   data.prompts.forEach((prompt, i) => {
     const known = prompt.samples.filter((sample) => sample.solved !== null);
     const solved = known.filter((sample) => sample.solved).length;
