@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import activation_store
 from activation_store import ActivationWriter
 from activation_store.__main__ import main
 from activation_store.command_line import make_parser
+from activation_store.commands import COMMANDS
 
 
 @pytest.fixture
@@ -374,3 +376,45 @@ def test_an_output_that_is_closed_is_no_error(directory: Path, command: str):
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_and_version_are_answered_before_anything_large_is_imported():
+    script = (
+        "import sys; from activation_store.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print(sorted({'numpy', 'jax', 'matplotlib', 'fsspec'} & set(sys.modules)))"
+    )
+    for word in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, word],
+            cwd=Path(activation_store.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_in_its_group_and_every_default(capsys: pytest.CaptureFixture[str]):
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as raised:
+            main([*words])
+        assert raised.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    listed = said("--help")
+    for command in COMMANDS:
+        assert f" {command} " in listed
+        assert f"usage: python -m activation_store {command} [-h]" in said(command, "--help")
+    assert "look at a store: stats" in listed
+    assert re.search(r"--n N .* \(default: 50\)", said("view", "--help"))
+    assert said("--version").startswith("qwen2-jax-activations ")
+
+
+def test_every_exported_name_is_there():
+    names = {name: getattr(activation_store, name) for name in activation_store.__all__}
+    assert names["Patience"] is names["RetryPolicy"]
+    assert set(names) <= set(dir(activation_store))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = activation_store.nothing
