@@ -14,6 +14,7 @@ from activation_store.reader import ActivationStore
 from activation_store.rows import STORED
 
 MOST_SHARDS = 64  # that are opened
+MOST_SEQUENCES = 4_000  # that are read
 MOST_NORM_ROWS = 400_000  # whose norms are read, in all layers
 MOST_POINTS = 4_000  # of a scatter plot
 _SINGLE_POSITIONS = 16  # that have a column each, so that attention sinks can be told apart
@@ -76,13 +77,15 @@ def _began(store: ActivationStore, first_shard: float) -> float | None:
 def sample_sequences(store: ActivationStore, found: Survey, seed: int = 0) -> list[SequenceRecord]:
     """Returns sequences from at most MOST_SHARDS shards, spread over the store, in stored order.
 
-    They are all of the store's, or drawn with `seed` up to MOST_NORM_ROWS rows.
+    They are all of the store's, or drawn with `seed`: about MOST_SEQUENCES of MOST_NORM_ROWS rows at most.
     """
     paths = list(found.shards)
     if len(paths) > MOST_SHARDS:
         paths = [paths[place] for place in np.linspace(0, len(paths) - 1, MOST_SHARDS).round().astype(int)]
     chosen = set(paths)
-    share = min(1.0, MOST_NORM_ROWS / max(1, sum(found.shards[path].rows for path in chosen)))
+    rows = sum(found.shards[path].rows for path in chosen)
+    sequences = sum(found.shards[path].sequences for path in chosen)
+    share = min(1.0, MOST_SEQUENCES / sequences, MOST_NORM_ROWS / max(1, rows))
     rng = np.random.default_rng(seed)
     kept = [
         record

@@ -24,6 +24,7 @@ from activation_store.format import StoreError, StoreUsageError, hook_layer
 
 WEIGHTS, CONFIGURATION = "sae_weights.safetensors", "cfg.json"
 _MOST_DIRECTIONS = 64
+_LABEL_LETTERS = 80
 _MOST_BYTES = 1 << 20  # of a configuration
 _ENCODERS = ("standard", "jumprelu", "topk")
 
@@ -69,7 +70,7 @@ def load_directions(path: str | os.PathLike[str], hidden: int, layer: int | None
             if not (np.isfinite(length) and length > 0):
                 raise StoreUsageError(f"{path}: direction {number} of {name} has the length {length}")
             label = f"{Path(path).stem}: {name}" + (f" {number}" if tensor.ndim == 2 else "")
-            probes.append(Probe(label, "direction", of, _along(direction / length)))
+            probes.append(Probe(label[:_LABEL_LETTERS], "direction", of, _along(direction / length)))
     if len(probes) > _MOST_DIRECTIONS:
         raise StoreUsageError(f"{path} has {len(probes)} directions; at most {_MOST_DIRECTIONS} can be shown")
     return probes
