@@ -19,7 +19,14 @@ The prompt asks about the puzzle turned clockwise; the answer is turned back bef
 """
 
 from arc_puzzles.augmentations import Augmentation, choose_augmentations
-from arc_puzzles.chat import PROMPT_VERSIONS, PromptVersion, build_messages, encode_prompt, encode_prompts
+from arc_puzzles.chat import (
+    PROMPT_VERSIONS,
+    PromptVersion,
+    build_messages,
+    encode_prompt,
+    encode_prompts,
+    read_puzzle,
+)
 from arc_puzzles.data_sets import LoadedTasks, load_tasks
 from arc_puzzles.grids import (
     ArcFormatError,
@@ -65,6 +72,7 @@ __all__ = [
     "encode_prompts",
     "load_tasks",
     "parse_answer",
+    "read_puzzle",
     "score",
     "validate_grid",
     "vote",

@@ -3,14 +3,16 @@
 A prompt is its messages (`build_messages`) laid out by the tokenizer's chat template (`encode_prompt`).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from arc_puzzles.grids import GridEncoder
-from arc_puzzles.tasks import ArcTask
+from arc_puzzles.grids import Grid, GridEncoder
+from arc_puzzles.scoring import parse_answer
+from arc_puzzles.tasks import ArcTask, Pair
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,23 @@ def build_messages(
         {"role": "system", "content": version.system},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
+
+
+def read_puzzle(text: str, encoder: GridEncoder) -> tuple[tuple[Pair, ...], Grid] | None:
+    """Returns the train pairs and the test input in the text of a prompt, special tokens left out.
+
+    None where the text is not of the form that `build_messages` gives, or its grids are of another encoder.
+    """
+    before, *parts = re.split(r"^### (?:Example [0-9]+|Test)\n", text, flags=re.MULTILINE)
+    *examples, test = parts or [before]
+    question = test.partition("Input:\n")[2]
+    halves = [example.partition("\n\nOutput:\n") for example in examples]
+    inputs = [parse_answer(half.partition("Input:\n")[2], encoder) for half, _, _ in halves]
+    outputs = [parse_answer(half.rstrip("\n"), encoder) for _, _, half in halves]
+    asked = parse_answer(question, encoder)
+    if asked is None or not examples or None in inputs or None in outputs:
+        return None
+    return tuple(Pair(given, made) for given, made in zip(inputs, outputs, strict=True) if given), asked
 
 
 def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> np.ndarray:

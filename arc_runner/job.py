@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from activation_store import (
@@ -182,6 +183,7 @@ def _provenance(options: RunOptions) -> dict[str, Any]:
     return {
         **({"model_commit": checkpoint_folder(options.model_path).name} if hub else {}),
         "model_id": masked(options.model_path),
+        **({"dataset": str(Path(options.dataset_path).resolve())} if options.dataset_path else {}),
         "generation": options.generation,
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
     }

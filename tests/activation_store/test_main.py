@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from activation_fakes import SETTINGS, batch
 
 import activation_store
 from activation_store import ActivationWriter
-from activation_store.__main__ import _parser, main
+from activation_store.__main__ import main
+from activation_store.command_line import make_parser
+from activation_store.commands import COMMANDS
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_ctrl_c_is_a_word_and_exit_code_130(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("activation_store.__main__.verify_store", interrupt)
+    monkeypatch.setattr("activation_store.commands.verify_store", interrupt)
     assert main(["verify", str(directory)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -140,7 +143,10 @@ def changed(arguments: list[str], flag: str, value: str) -> list[str]:
     ("arguments", "message"),
     [
         ([], "required"),
-        (["nothing"], "invalid choice"),
+        (["nothing"], "there is no command nothing; --help lists the commands"),
+        (["verfy"], "there is no command verfy; did you mean verify?"),
+        (["verify", "{directory}", "--repiar"], "unknown argument --repiar; did you mean --repair?"),
+        (["stats", "{directory}", "again"], "unknown argument again; stats --help lists the flags"),
         (["verify"], "required"),
         (["export", "x"], "there is no directory x"),
         (["verify", "{directory}/nothing"], "there is no directory"),
@@ -237,7 +243,7 @@ def test_an_error_of_the_system_is_a_sentence(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error", "host-00000")
 
-    monkeypatch.setattr("activation_store.__main__.verify_store", fail)
+    monkeypatch.setattr("activation_store.commands.verify_store", fail)
     assert main(["verify", str(directory)]) == 1
     assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'host-00000'\n"
 
@@ -316,7 +322,7 @@ def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    options = _parser().parse_args([word.replace("PATH", "~/acts") for word in words])
+    options = make_parser().parse_args([word.replace("PATH", "~/acts") for word in words])
     assert str(tmp_path / "acts") in vars(options).values()
     for bad in ("a\0b", "\udcc3", ""):
         with pytest.raises(SystemExit) as raised:
@@ -370,3 +376,45 @@ def test_an_output_that_is_closed_is_no_error(directory: Path, command: str):
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_and_version_are_answered_before_anything_large_is_imported():
+    script = (
+        "import sys; from activation_store.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print(sorted({'numpy', 'jax', 'matplotlib', 'fsspec'} & set(sys.modules)))"
+    )
+    for word in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, word],
+            cwd=Path(activation_store.__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_in_its_group_and_every_default(capsys: pytest.CaptureFixture[str]):
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as raised:
+            main([*words])
+        assert raised.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    listed = said("--help")
+    for command in COMMANDS:
+        assert f" {command} " in listed
+        assert f"usage: python -m activation_store {command} [-h]" in said(command, "--help")
+    assert "look at a store: stats" in listed
+    assert re.search(r"--n N .* \(default: 50\)", said("view", "--help"))
+    assert said("--version").startswith("qwen2-jax-activations ")
+
+
+def test_every_exported_name_is_there():
+    names = {name: getattr(activation_store, name) for name in activation_store.__all__}
+    assert names["Patience"] is names["RetryPolicy"]
+    assert set(names) <= set(dir(activation_store))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = activation_store.nothing

@@ -8,7 +8,13 @@ import pytest
 from puzzle_cases import ENCODER_NAMES, GOOD_TASK, SHAPE, check_prompts, write
 from transformers import AutoTokenizer
 
-from arc_puzzles.chat import PROMPT_VERSIONS, build_messages, encode_prompt, encode_prompts
+from arc_puzzles.chat import (
+    PROMPT_VERSIONS,
+    build_messages,
+    encode_prompt,
+    encode_prompts,
+    read_puzzle,
+)
 from arc_puzzles.data_sets import load_tasks
 from arc_puzzles.grids import create_grid_encoder
 from arc_puzzles.tasks import ArcTask, Pair
@@ -94,3 +100,27 @@ def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path):
     write(tmp_path / "tokenizer_config.json", config)
     with pytest.raises(ValueError, match=f"the tokenizer '{tmp_path}' has no chat template"):
         encode_prompt(AutoTokenizer.from_pretrained(tmp_path), [{"role": "user", "content": "1"}])
+
+
+@pytest.mark.parametrize("prompt_version", PROMPT_VERSIONS)
+@pytest.mark.parametrize("encoder_name", ENCODER_NAMES)
+def test_a_puzzle_is_read_back_from_its_prompt(tokenizer, example_tasks, encoder_name, prompt_version):
+    encoder = create_grid_encoder(encoder_name)
+    for task in example_tasks:
+        ids = encode_prompt(tokenizer, build_messages(task, 0, encoder, prompt_version))
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert read_puzzle(text, encoder) == (task.train, task.test[0].input)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "What is 2 + 2?",
+        "### Test\n\nInput:\n12\n",
+        "### Example 1\n\nInput:\n12\n\nOutput:\n2x\n\n### Test\n\nInput:\n12\n",
+        "### Example 1\n\nInput:\n12\n\nOutput:\n21\n\n### Test\n\nInput:\nnone\n",
+    ],
+)
+def test_a_text_that_is_no_whole_puzzle_is_none(text):
+    assert read_puzzle(text, create_grid_encoder("MinimalGridEncoder()")) is None

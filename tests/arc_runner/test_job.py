@@ -17,6 +17,7 @@ from runner_cases import (
     puzzle,
     report,
     run_main,
+    store_of,
     write_tasks,
 )
 from spoil import (
@@ -32,6 +33,8 @@ from spoil import (
 
 import distributed_kv_cached_inference
 from activation_store import ActivationStore
+from activation_store.view_data import ViewChoice, page_data
+from activation_store.view_text import open_reader
 from arc_runner import job
 from arc_runner.loaded_model import LoadedModel
 from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
@@ -264,3 +267,13 @@ def test_a_data_set_that_has_changed_since_is_told_before_anything_is_made(
     assert run_main(tmp_path).err.startswith(
         "2 of 4 sequences are in the store with other prompts, of the tasks corrected: the data set has"
     )
+
+
+def test_a_store_names_its_model_and_its_data_set_and_its_page_finds_both(finished: Path, tmp_path: Path):
+    store = store_of(finished)
+    assert store.provenance["dataset"] == str(finished / "tasks.json")
+    with open_reader(store) as reader:
+        data = page_data(store, reader, ViewChoice(task_ids=["task-0"], n=1))
+    assert data["prompts"][0]["puzzle"] == {"train": [[["12"], ["21"]]], "input": ["012"], "truth": ["210"]}
+    assert data["notes"][0].startswith("1 of ")
+    assert not any("--model_path" in note or "--dataset" in note for note in data["notes"])
