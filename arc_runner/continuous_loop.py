@@ -57,7 +57,8 @@ def make_continuously(
                 programs = Compiling()
                 with compiling, watch.phase("compiling", programs):
                     slots = engine.start(stage, programs.program)
-                say(f"{describe(slots)}; compiled {programs.summary()}")
+                say(describe(slots))
+                say(f"compiled side by side: {programs.summary()}")
                 report.programs += 1
                 report.slots = max(report.slots, slots.programs.all_slots)
                 with stop.deferred(), watch.generation():

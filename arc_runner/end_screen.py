@@ -16,10 +16,11 @@ from arc_puzzles.scoring import ATTEMPTS
 from arc_runner.console import shown_on
 from arc_runner.live_lines import size_of
 from arc_runner.predictions import Book
-from arc_runner.puzzle_picture import draw_grids
+from arc_runner.puzzle_picture import draw_grids, wide_columns
 from arc_runner.report import Report
 from arc_runner.rich_text import make_console, rendered
 
+_MOST_LINES = 16  # of a picture, where there is a choice
 _NARROW = 60  # columns; below it a figure stands under its name
 
 
@@ -39,13 +40,16 @@ def draw_end(report: Report, tasks: Sequence[ArcTask], book: Book) -> str:
     columns, _ = size_of(sys.stdout)
     console = make_console(sys.stdout, columns)
     parts: list[RenderableType] = [_table(console, report)]
-    if (example := choose_example(tasks, book)) is not None:
+    if (example := choose_example(tasks, book, columns)) is not None:
         parts += _picture(console, example)
     return rendered(console, Group(*parts))
 
 
-def choose_example(tasks: Sequence[ArcTask], book: Book) -> Example | None:
-    """Returns the smallest solved test; else the smallest that was answered; None where no truth is known."""
+def choose_example(tasks: Sequence[ArcTask], book: Book, columns: int) -> Example | None:
+    """Returns a test to show: one that is solved, else one that is answered; None where no truth is known.
+
+    Among them it is the largest that can be drawn large in ``columns``, else the smallest.
+    """
     candidates = book.candidates()
     found = []
     for task in tasks:
@@ -55,12 +59,14 @@ def choose_example(tasks: Sequence[ArcTask], book: Book) -> Example | None:
                 solved = pair.output in best
                 answer = pair.output if solved else next(iter(best), None)
                 found.append(Example(task.task_id, i, solved, pair.input, answer, pair.output))
-    return min(found, key=_rank, default=None)
+    return min(found, key=lambda one: _rank(one, columns), default=None)
 
 
-def _rank(example: Example) -> tuple[bool, bool, int]:
-    width = max(len(grid[0]) + len(grid) for grid in (example.input, example.truth))
-    return (not example.solved, example.answer is None, width)
+def _rank(example: Example, columns: int) -> tuple[bool, bool, bool, int]:
+    grids = [grid for grid in (example.input, example.answer, example.truth) if grid is not None]
+    cells = sum(len(grid) * len(grid[0]) for grid in grids)
+    is_large = wide_columns(grids) > columns or max(map(len, grids)) > _MOST_LINES
+    return (not example.solved, example.answer is None, is_large, cells if is_large else -cells)
 
 
 def _table(console: Console, report: Report) -> Table:
@@ -68,9 +74,9 @@ def _table(console: Console, report: Report) -> Table:
     table = Table(title=title, title_justify="left", box=ROUNDED, show_header=False)
     rows = [(name, shown_on(sys.stdout, value)) for name, value in report.rows()]
     if console.width < _NARROW:
-        table.add_column()
+        table.add_column(overflow="fold")
         for name, value in rows:
-            table.add_row(Text.assemble((f"{name}\n", "cyan"), Text(value, overflow="fold")))
+            table.add_row(Text.assemble((f"{name}\n", "cyan"), value))
         return table
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
@@ -19,6 +19,7 @@ PALETTE = (
     *("#aaaaaa", "#f012be", "#ff851b", "#7fdbff", "#870c25"),
 )
 _COLORS = tuple(map(Color.parse, PALETTE))
+_NAME_COLUMNS = 6  # of "answer"
 _GAP = 3  # columns between two grids
 _HALF = "\N{UPPER HALF BLOCK}"
 
@@ -40,6 +41,11 @@ def draw_grids(console: Console, grids: Mapping[str, Grid | None]) -> Renderable
     row = Table.grid(padding=(0, _GAP, 0, 0), pad_edge=False)
     row.add_row(*drawn)
     return row
+
+
+def wide_columns(grids: Sequence[Grid]) -> int:
+    """Returns how many columns grids take side by side where a cell is two columns wide."""
+    return sum(max(2 * len(grid[0]), _NAME_COLUMNS) + _GAP for grid in grids)
 
 
 def _titled(console: Console, name: str, grid: Grid | None, cell_columns: int) -> Group:

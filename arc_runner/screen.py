@@ -44,16 +44,16 @@ def _activity(one: Activity) -> Text:
 
 def _progress(progress: Progress, console: Console) -> list[RenderableType]:
     bar = ProgressBar(total=max(progress.total, 1), completed=progress.done, complete_style="cyan")
-    done = Text(f"{progress.done} of {progress.total} sequences", no_wrap=True)
+    done = Text(f"{progress.done} of {progress.total} sequences")
     line = Table.grid(padding=(0, 1), expand=True)
     if console.width < _NARROW:
         line.add_column(ratio=1)
         line.add_row(bar)
         line.add_row(done)
     else:
-        line.add_column()
+        line.add_column(no_wrap=True)
         line.add_column(ratio=1)
-        line.add_column()
+        line.add_column(no_wrap=True)
         line.add_row(Text("generating", "bold"), bar, done)
     between = ", " if console.options.ascii_only else " \N{MIDDLE DOT} "
     return [line, Text(between.join(progress.facts()))]

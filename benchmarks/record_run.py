@@ -1,6 +1,6 @@
 """Records what a terminal shows of a command, as an SVG.
 
-    python benchmarks/record_run.py docs/images/run.svg -- python distributed_kv_cached_inference.py --n_tasks 4
+    python benchmarks/record_run.py docs/images/run.svg -- python distributed_kv_cached_inference.py
 
 The command runs in a real pseudo-terminal of 100 columns and 40 lines. The picture has all that stands there
 in the end, also what has scrolled away. ``--while SECONDS`` pictures instead what stood there by then.
@@ -9,6 +9,8 @@ in the end, also what has scrolled away. ``--while SECONDS`` pictures instead wh
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import fcntl
 import io
 import os
@@ -33,7 +35,8 @@ _TOKENS = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|[\r\n]|[^\x1b\r\n]+|\x1b")
 class Screen:
     """Holds the lines of a terminal; knows the few sequences that the runner writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: int = COLUMNS) -> None:
+        self._columns = columns
         self.lines: list[list[tuple[str, str]]] = [[]]  # of each column its character and its style
         self._row = self._column = 0
         self._style = ""
@@ -53,17 +56,22 @@ class Screen:
             elif token[0] == "\r":
                 self._column = 0
             elif token[0] == "\n":
-                self._row, self._column = self._row + 1, 0
-                while len(self.lines) <= self._row:
-                    self.lines.append([])
+                self._next_line()
             elif command is None:
-                self._write(token[0])
+                for character in token[0]:
+                    self._write(character)
 
-    def _write(self, text: str) -> None:
+    def _write(self, character: str) -> None:
+        if self._column == self._columns:
+            self._next_line()
         line = self.lines[self._row]
-        line += [(" ", "")] * (self._column - len(line))
-        line[self._column : self._column + len(text)] = [(character, self._style) for character in text]
-        self._column += len(text)
+        line[self._column : self._column + 1] = [(character, self._style)]
+        self._column += 1
+
+    def _next_line(self) -> None:
+        self._row, self._column = self._row + 1, 0
+        if len(self.lines) == self._row:
+            self.lines.append([])
 
     def plain(self) -> list[str]:
         """Returns the lines without their styles."""
@@ -87,19 +95,10 @@ def run_in_terminal(
         command, stdin=inner, stdout=inner, stderr=inner, env=env, start_new_session=True
     ) as process:
         os.close(inner)
-        decoder = io.IncrementalNewlineDecoder(None, translate=False)
-        rest = b""
-        while True:
-            try:
-                data = os.read(terminal, 65536)
-            except OSError:  # the last one has closed it
-                data = b""
-            if not data:
-                break
-            rest += data
-            text = rest.decode(errors="ignore")
-            rest = b"" if not rest[-1] & 0x80 else rest[len(text.encode()) :]
-            yield decoder.decode(text)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        with contextlib.suppress(OSError):  # the last one has closed it
+            while data := os.read(terminal, 65536):
+                yield decoder.decode(data)
         os.close(terminal)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command)
@@ -117,9 +116,12 @@ def write_svg(styled: str, title: str, path: Path) -> None:
 
 def main() -> None:
     """Records the command line's command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("svg", type=Path, help="the file to write")
     parser.add_argument("--while", dest="seconds", type=float, help="picture what stands there by then")
+    parser.add_argument("--title", help="of the picture; by default the command")
     parser.add_argument("command", nargs="+", help="after --: what to run")
     options = parser.parse_args()
     screen, begun, styled = Screen(), time.monotonic(), ""
@@ -129,7 +131,7 @@ def main() -> None:
         screen.feed(text)
         if options.seconds is None or time.monotonic() - begun <= options.seconds:
             styled = screen.styled()
-    write_svg(styled, shlex.join(options.command), options.svg)
+    write_svg(styled, options.title or shlex.join(options.command), options.svg)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def compile_slots(
         raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
     weights = AbstractParams.of(params)
     jobs: dict[str, Callable[[], jax.stages.Compiled]] = {
-        "create": functools.partial(compile_create, model, shape, layout),
+        "empty slots": functools.partial(compile_create, model, shape, layout),
         "insert": functools.partial(compile_insert, model, shape, layout),
         "window": functools.partial(compile_window, model, shape, layout, weights),
     }
