@@ -60,7 +60,7 @@ def test_a_task_counts_once_one_of_its_two_attempts_is_right_and_no_more_when_it
     tokenizer: Any, tmp_path: Path
 ):
     right = answer(tokenizer, "one", "rot90", "8\n7<|im_end|>")  # turned; upright it is [[8, 7]]
-    wrong = [answer(tokenizer, "one", name, "12") for name in ("identity", "rot180")]
+    wrong = [answer(tokenizer, "one", "identity", "12")]
     others = [answer(tokenizer, "one", name, "55") for name in ("flip", "flip+rot180")]
     made = [right, *wrong, *others]
     judge = Judge(job_of(tmp_path, tokenizer, made, **TASKS), {})

@@ -10,6 +10,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -56,6 +57,16 @@ class Terminal:
     @property
     def written(self) -> str:
         return self._received.decode(self._encoding)
+
+    def wait_for(self, text: str, after: str = "") -> None:
+        """Waits until ``text`` is written, where it is after ``after``."""
+        due = time.monotonic() + 100
+        while text not in self.written.partition(after)[2] if after else text not in self.written:
+            assert time.monotonic() < due, f"no {text!r} in {self.written!r}"
+            time.sleep(0.01)
+
+    def type(self, keys: str) -> None:
+        os.write(self._terminal, keys.encode())
 
     def lines(self) -> list[str]:
         screen = recorder.Screen(self._columns)
