@@ -9,9 +9,11 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _NAMES_COMPARED = 10_000  # entries of a directory
+_SIMILAR = 0.5  # of 1: fp32 and float32
 # The user's part of a URL, as in s3://key:secret@bucket, and parameters such as ?token=...
 _USER = re.compile(r"(\w://)(?:[^\s/@:]*:[^\s'\"]*|[^\s/@]+)@")
 _SECRETS = "token|signature|sig|secret|password|key|credential"
@@ -26,6 +28,12 @@ def did_you_mean(path: str | os.PathLike[str]) -> str:
         return ""
     similar = _similar_path(Path(path))
     return "" if similar is None else f"; did you mean {similar}?"
+
+
+def similar_to(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean OTHER?" for a word that is like one of those that are known, else ""."""
+    close = difflib.get_close_matches(word, list(known), 1, _SIMILAR)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _similar_path(path: Path) -> Path | None:
