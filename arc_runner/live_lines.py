@@ -84,7 +84,8 @@ class LiveLines:
         """
         held = self._lock.acquire(timeout=_PATIENCE_SECONDS)
         self._over = last
-        before, self._rows = (f"{self._back()}\x1b[J" if self._rows else ""), ()
+        before = f"{self._back()}\x1b[J" if self._rows and _in_foreground() else ""
+        self._rows = ()
         with contextlib.suppress(OSError):  # closed
             os.write(2, f"{before}{sentence}\n".encode())
         if held:

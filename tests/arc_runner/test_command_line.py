@@ -183,7 +183,7 @@ import runpy, sys
 try:
     runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 except SystemExit as ended:
-    heavy = {"jax", "flax", "transformers", "huggingface_hub", "fsspec"} & sys.modules.keys()
+    heavy = {"jax", "flax", "transformers", "huggingface_hub", "fsspec", "rich"} & sys.modules.keys()
     print("ended", ended.code, sorted(heavy))
 """
 

@@ -92,6 +92,9 @@ def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
 ):
     with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
         process.kill()
+    lines = (tmp_path / "submission.metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["phase"] for line in lines] == ["start", "loading", "compiling", "generating"]
+    assert lines[-1].endswith("\n")
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
 
 
