@@ -84,7 +84,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
             forget_figures(files, process.index)
             say(f"{process}")
         work = Shared(writer, claims, process, stop) if claims and process.claims else Alone(writer)
-        generate_missing(part, work, writer, report, stop)
+        generate_missing(part, work, writer, report, stop, process)
         with Waiting("writing the last shards"):
             writer.close()
         report.bytes_stored, report.tokens_generated = writer.bytes_written, writer.tokens_written

@@ -1,5 +1,7 @@
 """The three files of answers: submission, predictions and report; whose they are, and how they are replaced.
 
+Beside them lie the metrics, which the run appends to while it generates (``metrics``).
+
 They belong together and to one store. What an earlier run of the same store left is extended; files that are
 something else are set aside under a numbered name, never overwritten.
 """
@@ -40,6 +42,11 @@ class AnswerFiles:
     def report(self) -> Path:
         """Returns where the figures are written."""
         return self.submission.with_name(f"{self.submission.stem}.report.json")
+
+    def metrics(self, process: int = 0) -> Path:
+        """Returns where a process notes how it goes: `NAME.metrics.jsonl`, `NAME.metrics-00001.jsonl`."""
+        of_process = f"-{process:05d}" if process else ""
+        return self.submission.with_name(f"{self.submission.stem}.metrics{of_process}.jsonl")
 
     def __iter__(self) -> Iterator[Path]:
         return iter((self.submission, self.predictions, self.report))

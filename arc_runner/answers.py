@@ -16,11 +16,11 @@ from activation_store import (
     at_once,
     write_outcomes,
 )
-from arc_puzzles import Augmentation, GridEncoder, create_grid_encoder, parse_answer
+from arc_puzzles import GridEncoder, create_grid_encoder
 from arc_runner.answer_files import answer_files, read_earlier, set_aside, source_of, write_all
 from arc_runner.console import say
 from arc_runner.job import Job
-from arc_runner.predictions import Book, Predicted, TaskPredictions
+from arc_runner.predictions import Book, Predicted, TaskPredictions, read_grid
 from arc_runner.report import Report
 
 _logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ _logger = logging.getLogger(__name__)
 
 def write_answers(
     report: Report, job: Job, records: Sequence[SequenceRecord], patiently: RetryPolicy | None = None
-) -> None:
-    """Reads the answers back from the store, writes submission, predictions and report.
+) -> Book:
+    """Reads the answers back from the store, writes submission, predictions and report; returns all.
 
     What earlier runs of the same store answered is kept, and counted in the report. ``records`` are the
     run's committed sequences in the order of its predictions. ``patiently`` says how a store that is away is
@@ -58,6 +58,7 @@ def write_answers(
     except StoreError as error:  # it can be made again, the answers come first
         _logger.warning("which sequences solve their puzzle is not noted in the store: %s", error)
     write_all(files, source, book, report.to_json(), earlier)
+    return book
 
 
 def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
@@ -89,9 +90,7 @@ def _predicted(
     if record.failed:
         failure = record.failure or ""
         return Predicted(record.key, record.augmentation, record.sample_index, failure=failure)
-    grid = parse_answer(store.answer(record, tokenizer), encoder)
-    if grid is not None:
-        grid = Augmentation.parse(record.augmentation).inverse().apply(grid)
+    grid = read_grid(store.answer(record, tokenizer), record.augmentation, encoder)
     logprob = float(store.generated_logprobs(record).sum(dtype=np.float64))
     return Predicted(record.key, record.augmentation, record.sample_index, grid, logprob)
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-from typing import Any, NoReturn
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
 
 from arc_runner.console import command_name
 from arc_runner.errors import UsageError
 from arc_runner.option_checks import check_options
-from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
-from qwen2_core.messages import similar_name
+from arc_runner.options import CAPTURE, PROCESSES, Flag, Limits, RunOptions, flag_of
+from qwen2_core.messages import similar_to
 
 _PACKAGE = "qwen2-jax-activations"
+_DESCRIPTION = """\
+ARC tasks and a Qwen2 checkpoint in; activations, answers and a report out.
+The same command again continues where a run stopped."""
+_EXAMPLES = (
+    "--n_tasks 2",
+    "--model_path Qwen/Qwen2.5-0.5B-Instruct --dataset_path training.json --activations_dir run",
+    "--temperature 1 --predictions_per_task 16 --layers_to_extract 10,12,20-23",
+)
+_RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
 _MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
 _GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
@@ -38,13 +50,15 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         UsageError: unknown or retired flags, and values that cannot be.
         SystemExit: after --help or --version.
     """
-    parser = _parser()
-    given, unknown = parser.parse_known_args(argv)
+    parser = make_parser()
+    given, unknown = parser.parse_known_args(_spread(sys.argv[1:] if argv is None else argv))
     for flag in (word.split("=")[0] for word in unknown):
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        hint = similar_name(unknown[0].split("=")[0], parser.flags()) or "; --help lists the flags"
+        flag = unknown[0].split("=")[0]
+        hint = similar_to(flag, parser.flags()) if flag.startswith("-") else ""
+        hint = hint or "; --help lists the flags"
         raise UsageError(f"unknown argument {unknown[0]}{hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
@@ -64,15 +78,26 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message if len(message) <= _MESSAGE_LENGTH else f"{message[:_MESSAGE_LENGTH]}...")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            hint = similar_to(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
+
     def flags(self) -> list[str]:
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-def _parser() -> _Parser:
+def make_parser() -> _Parser:
+    """Returns the parser of the main job's flags, in the groups of its help."""
+    name = command_name()
     parser = _Parser(
-        prog=command_name(),
-        description="ARC tasks and a Qwen2 checkpoint in; activations, answers and a report out. "
-        "The same command again continues where a run stopped.",
+        prog=name,
+        usage=f"{name} [-h] [--version] [--FLAG VALUE ...]",
+        description=_DESCRIPTION,
+        epilog="\n".join(["examples:", *(f"  {name} {words}" for words in _EXAMPLES)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -101,10 +126,39 @@ def _add(group: Any, name: str, default: Any, flag: Flag) -> None:
     text = flag.help
     if "action" not in arguments:
         arguments.setdefault("metavar", name.split("_")[-1].upper())
-        shown = "%(default)s" if flag.default_text is None else flag.default_text
-        if shown and default is not None:
+        number = f"{default:g}" if isinstance(default, float) else str(default)
+        shown = number if flag.default_text is None and default is not None else flag.default_text
+        if shown:
             text = f"{text} (default: {shown})"
-    group.add_argument(f"--{name}", help=text, **arguments)
+    group.add_argument(f"--{name}", help=text.replace("%", "%%"), **arguments)
+
+
+def _spread(words: Sequence[str]) -> list[str]:
+    """Returns a command line where lists are separate words: ``10,12-14`` after a flag of many numbers."""
+    lists = {f"--{name}": flag_of(name) for name in RunOptions.__dataclass_fields__}
+    lists = {name: flag for name, flag in lists.items() if "nargs" in flag.arguments}
+    spread: list[str] = []
+    flag = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            flag = lists.get(name)
+            spread += [name, *_numbers(value, flag)] if flag and equals else [word]
+        else:
+            spread += _numbers(word, flag) if flag else [word]
+    return spread
+
+
+def _numbers(word: str, flag: Flag) -> list[str]:
+    """Returns the numbers of a list; what is none of these stays as it is, to be refused by its flag."""
+    numbers: list[str] = []
+    for part in filter(None, word.split(",")):
+        ends = _RANGE.fullmatch(part) if flag.arguments["nargs"] == "+" else None
+        if ends and int(ends[1]) <= int(ends[2]) <= cast(Limits, flag.limits).most:
+            numbers += map(str, range(int(ends[1]), int(ends[2]) + 1))
+        else:
+            numbers.append(part)
+    return numbers or [word]
 
 
 def _versions() -> str:

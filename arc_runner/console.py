@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from arc_runner.live_lines import LIVE
 from qwen2_core.messages import masked, printable
 
 SCRIPT = "qwen2-arc-run"
@@ -49,6 +50,16 @@ def open_closed_streams() -> None:
 def say(text: str) -> None:
     """Prints lines on stdout at once, also where it goes to a file or a pipe."""
     _write(sys.stdout, masked(printable(text, keep="\n\t")))
+
+
+def show(drawn: str) -> None:
+    """Prints lines on stdout, a terminal, with their colours; what else they hold is ``shown_on`` it."""
+    _write(sys.stdout, drawn.removesuffix("\n"))
+
+
+def shown_on(stream: TextIO, text: str) -> str:
+    """Returns a line as a stream can take it: no passwords, and escapes for what it would obey or lacks."""
+    return _in_characters_of(stream, masked(printable(text)))
 
 
 def say_error(sentence: str) -> None:
@@ -87,10 +98,10 @@ def _write(stream: TextIO | None, text: str) -> None:
     """Prints ``text`` as far as the stream takes it; raises nothing."""
     if stream is None:
         return
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    line = text.encode(encoding, "backslashreplace").decode(encoding)
+    line = _in_characters_of(stream, text)
     try:
-        print(line, file=stream, flush=True)
+        with LIVE.above(stream):
+            print(line, file=stream, flush=True)
     except BlockingIOError:  # a pipe that does not block is full
         with contextlib.suppress(OSError, ValueError):
             if select.select([], [stream], [], _PATIENCE_SECONDS)[1]:
@@ -99,6 +110,11 @@ def _write(stream: TextIO | None, text: str) -> None:
         _drop(stream)
     except (OSError, ValueError):  # ValueError: the stream is closed
         _drop(stream)
+
+
+def _in_characters_of(stream: TextIO, text: str) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _drop(stream: TextIO) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -10,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from activation_store import ActivationWriter, FinishedSequence
 from arc_runner.cluster.work import Unit, Work, keys_of, left
+from arc_runner.compiling import Compiling
 from arc_runner.console import say
 from arc_runner.loaded_model import LoadedModel
-from arc_runner.progress import Clock, Progress
+from arc_runner.progress import Clock
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
-from arc_runner.waiting import Waiting
+from arc_runner.watch import Watch
 from qwen2_core.requests import SequenceRequest
 from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots
 
@@ -26,25 +26,26 @@ SHARD_SECONDS = 60.0
 
 
 def make_continuously(
-    requests: Sequence[SequenceRequest],
     model: LoadedModel,
     work: Work,
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
+    watch: Watch,
 ) -> None:
-    """Generates what ``work`` hands out of ``requests``, and stores each sequence soon after it has ended."""
+    """Generates what ``work`` hands out of the job's requests; stores each sequence soon after its end."""
     engine = make_engine(model)
-    units = _units(engine.order(requests))
-    compiling, generating = Clock(), Clock()
-    progress = Progress(sum(len(_to_make(unit, writer)) for unit in units))
+    units = _units(engine.order(model.job.requests))
+    compiling = Clock()
 
     def count(window: Occupancy) -> None:
         report.slot_steps += window.slots * window.steps
         report.live_steps += window.live_steps
+        in_use = -(-window.live_steps // max(window.steps, 1))
+        watch.progress.count_steps(window.live_steps, window.slots, in_use)
         work.progress()
 
-    with contextlib.closing(progress), ThreadPoolExecutor(1) as device:
+    with ThreadPoolExecutor(1) as device:
         while not stop.requested:
             there = left(units, writer)
             for stage in engine.plan([request for unit in there for request in _to_make(unit, writer)]):
@@ -53,28 +54,28 @@ def make_continuously(
                 first = next(taken, None)
                 if first is None:
                     continue
-                shape = stage.shape
-                what = f"{shape.slots} slots for prompts of up to {shape.prompt_width} tokens"
-                with compiling, Waiting(f"compiling the programs of {what}"):
-                    slots = engine.start(stage)
+                programs = Compiling()
+                with compiling, watch.phase("compiling", programs):
+                    slots = engine.start(stage, programs.program)
                 say(describe(slots))
+                say(f"compiled side by side: {programs.summary()}")
                 report.programs += 1
                 report.slots = max(report.slots, slots.programs.all_slots)
-                with stop.deferred(), generating:
+                with stop.deferred(), watch.generation():
                     finished = slots.generate(
                         (one for unit in itertools.chain([first], taken) for one in _to_make(unit, writer)),
                         should_stop=lambda: stop.requested,
                         on_window=count,
                     )
-                    _store(finished, device, writer, progress)
+                    _store(finished, device, writer, watch)
                 if stop.requested:
                     break
             with stop.deferred():
                 if not work.wait(units):
                     break
-        with stop.deferred(), generating, Waiting("writing the last shards"):
+        with stop.deferred(), watch.generating, watch.phase("storing", "writing the last shards"):
             writer.close()
-    report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
+    report.compile_seconds, report.generate_seconds = compiling.seconds, watch.generating.seconds
 
 
 def make_engine(model: LoadedModel) -> ContinuousEngine:
@@ -127,7 +128,7 @@ def _store(
     finished: Iterator[FinishedSequence],
     device: ThreadPoolExecutor,
     writer: ActivationWriter,
-    progress: Progress,
+    watch: Watch,
 ) -> None:
     """Hands finished sequences to the writer, in shards."""
     shard: list[FinishedSequence] = []
@@ -138,7 +139,7 @@ def _store(
         while (sequence := device.submit(next, finished, None).result()) is not None:
             shard.append(sequence)
             size += 0 if sequence.rows is None else sequence.rows.nbytes
-            progress.update(1, len(sequence.token_ids))
+            watch.add(sequence)
             age = time.monotonic() - begun
             if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES or age >= SHARD_SECONDS:
                 writer.submit(shard)

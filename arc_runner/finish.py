@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 
 from activation_store import (
@@ -18,9 +19,10 @@ from arc_runner.cluster.claims import Claims
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.merge import answer_once, gather_figures, leave_figures, merge_figures
 from arc_runner.cluster.shared_files import SharedFiles
-from arc_runner.console import say
+from arc_runner.console import say, show
 from arc_runner.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_TASKS_FAILED
 from arc_runner.job import Job
+from arc_runner.live_lines import is_terminal
 from arc_runner.report import Report
 
 
@@ -36,9 +38,14 @@ def answer(
     if not report.processes:
         report.measure_memory()
         report.stamp()
-    write_answers(report, job, records, patiently)
+    book = write_answers(report, job, records, patiently)
     files = answer_files(job.options)
-    say(report.text())
+    if is_terminal(sys.stdout):
+        from arc_runner.end_screen import draw_end  # rich takes time to import
+
+        show(draw_end(report, job.tasks, book))
+    else:
+        say(report.text())
     say(
         f"activations in {job.options.activations_dir}, answers in {files.submission}, all predictions in "
         f"{files.predictions}, report in {files.report}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from activation_store import ActivationWriter
+from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import Work
 from arc_runner.compilation_cache import use_own_cache
 from arc_runner.continuous_loop import make_continuously
@@ -12,12 +13,12 @@ from arc_runner.progress import Clock
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.task_loop import make_calls
-from arc_runner.waiting import Waiting
+from arc_runner.watch import Watch
 from arc_runner.workload import plan_calls
 
 
 def generate_missing(
-    job: Job, work: Work, writer: ActivationWriter, report: Report, stop: StopRequest
+    job: Job, work: Work, writer: ActivationWriter, report: Report, stop: StopRequest, process: ProcessInfo
 ) -> None:
     """Loads the weights, and makes and stores the sequences of ``job`` that are not committed yet.
 
@@ -28,11 +29,13 @@ def generate_missing(
         return
     if job.options.compilation_cache_dir is None:
         use_own_cache()
-    loading = Clock()
-    with loading, Waiting(f"loading the weights of {job.options.model_path}"):
-        model = LoadedModel.load(job)
-    report.load_seconds = loading.seconds
-    if job.options.generation == "continuous":
-        make_continuously(job.requests, model, work, writer, report, stop)
-    else:
-        make_calls(plan_calls(job.requests, job.options, writer.committed), model, work, writer, report, stop)
+    with Watch(job, writer, process) as watch:
+        loading = Clock()
+        with loading, watch.phase("loading", f"loading the weights of {job.options.model_path}"):
+            model = LoadedModel.load(job)
+        report.load_seconds = loading.seconds
+        if job.options.generation == "continuous":
+            make_continuously(model, work, writer, report, stop, watch)
+        else:
+            calls = plan_calls(job.requests, job.options, writer.committed)
+            make_calls(calls, model, work, writer, report, stop, watch)

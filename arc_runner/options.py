@@ -107,7 +107,7 @@ class RunOptions:
         PATHS, "submission.json", "the submission; predictions and report go beside it"
     )
     n_tasks: int | None = _flag(
-        PATHS, None, "use the first N tasks only", None, _COUNT, type=int, metavar="N"
+        PATHS, None, "use the first N tasks only", "all", _COUNT, type=int, metavar="N"
     )
 
     grid_encoder: str = _flag(
@@ -119,7 +119,6 @@ class RunOptions:
         PROMPTS,
         "output-from-examples-v0",
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
-        default_text="",
     )
     predictions_per_task: int = _flag(
         PROMPTS, 8, "predictions for each test input", None, Limits(1, 100_000), type=int, metavar="N"
@@ -234,7 +233,7 @@ class RunOptions:
     layers_to_extract: tuple[int, ...] = _flag(
         CAPTURE,
         FIXED_EXTRACT_LAYERS,
-        "decoder blocks whose outputs are stored, counted from 0",
+        "decoder blocks whose outputs are stored, counted from 0, as 10 12, 10,12 or 10-12",
         default_text=f"{FIXED_EXTRACT_LAYERS[0]} to {FIXED_EXTRACT_LAYERS[-1]}",
         limits=Limits(0, 9_999),
         type=int,

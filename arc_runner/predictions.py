@@ -15,10 +15,12 @@ from arc_puzzles import (
     Augmentation,
     Candidate,
     Grid,
+    GridEncoder,
     Prediction,
     Score,
     Submission,
     build_submission,
+    parse_answer,
     score,
     validate_grid,
     vote,
@@ -151,6 +153,12 @@ class Book:
             return cls({task_id: _task(task) for task_id, task in value.items()})
         except (ArcFormatError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"these are no predictions: {error}") from error
+
+
+def read_grid(text: str, augmentation: str, encoder: GridEncoder) -> Grid | None:
+    """Returns the grid in an answer to an augmented puzzle, turned back into the puzzle's form, or None."""
+    grid = parse_answer(text, encoder)
+    return None if grid is None else Augmentation.parse(augmentation).inverse().apply(grid)
 
 
 def _task(value: Any) -> TaskPredictions:

@@ -89,7 +89,8 @@ def check_places(options: RunOptions) -> None:
         Path(options.dataset_path),
         local_store(options),
     )
-    for path in answer_files(options):
+    files = answer_files(options)
+    for path in (*files, files.metrics()):
         _check_answer_file(path, options)
     if dataset.is_dir() and store is not None and _is_same(dataset, store):
         raise UsageError(
@@ -102,7 +103,7 @@ def check_places(options: RunOptions) -> None:
     folder = output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for folder in {Path(os.path.realpath(path)).parent for path in answer_files(options)}:
+        for folder in {Path(os.path.realpath(path)).parent for path in (*files, files.metrics())}:
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:

@@ -1,70 +1,110 @@
-"""The progress of a run while it generates, and clocks for the phases of its report."""
+"""What goes on in a run: its activities, and how far it is while it generates; clocks for its report."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
-
-from tqdm import tqdm
-
-from arc_runner.console import say
-
-_REDRAWN_SECONDS = 1.0
-_QUIET_SECONDS = 30.0  # between two lines of progress where there is no terminal
+from collections.abc import Callable
 
 
 @dataclasses.dataclass
 class Clock:
-    """Adds up the wall-clock seconds spent within ``with clock:``."""
+    """Adds up the wall-clock seconds spent within ``with clock:``, those that still run too."""
 
-    seconds: float = 0.0
+    _before: float = 0.0
+    _started: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Returns the seconds so far."""
+        started = self._started  # another thread may stop the clock meanwhile
+        return self._before + (0.0 if started is None else time.perf_counter() - started)
 
     def __enter__(self) -> Clock:
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._started
+        self._before, self._started = self.seconds, None
 
 
+@dataclasses.dataclass(eq=False)
+class Activity:
+    """Holds something that takes a while: what it is by now, and since when."""
+
+    what: Callable[[], str]
+    begun: float = dataclasses.field(default_factory=time.monotonic)
+    lines_said: int = 0
+
+
+@dataclasses.dataclass(eq=False)
 class Progress:
-    """Shows sequences done and tokens per second: a bar on a terminal, elsewhere a line every half minute.
+    """Counts what a run makes. Only adds numbers: the loop that generates calls it, others read it.
 
-    Also while nothing gets done, as in the first minutes of long answers.
+    ``done`` counts sequences: those made here, and those that earlier runs and other processes have made.
+    ``tokens`` counts those made here, also of sequences that have not ended. ``generating`` is the time of
+    generation alone, without compiling. ``solved`` returns how many tasks are solved and of how many that is
+    known; None where it is of none. ``processes`` is how many share the work.
     """
 
-    def __init__(self, total: int) -> None:
-        self._bar = tqdm(total=total, unit="seq", disable=None)  # None: only on a terminal
-        self._total, self._sequences, self._tokens = total, 0, 0
-        self._started = self._said = time.monotonic()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="progress", daemon=True)
-        self._thread.start()
+    total: int
+    generating: Clock
+    solved: Callable[[], tuple[int, int] | None]
+    processes: int = 1
+    done_elsewhere: int = 0
+    made: int = 0
+    tokens: int = 0
+    slots: int = 0
+    slots_in_use: int = 0
+    _tokens_of_made: int = 0
 
-    def update(self, sequences: int, tokens: int) -> None:
-        """Counts so many sequences and tokens more."""
-        self._sequences += sequences
-        self._tokens += tokens
-        self._bar.set_postfix_str(self._speed(), refresh=False)
-        self._bar.update(sequences)
-        self._say()
+    def count_steps(self, tokens: int, slots: int, slots_in_use: int) -> None:
+        """Counts the tokens of some steps, and notes how many slots had a sequence in them."""
+        self.tokens += tokens
+        self.slots, self.slots_in_use = slots, slots_in_use
 
-    def close(self) -> None:
-        """Takes the bar off the terminal's last line."""
-        self._over.set()
-        self._thread.join(1.0)
-        self._bar.close()
+    def count_sequence(self, tokens: int) -> None:
+        """Counts a sequence that has ended, of so many tokens."""
+        self.made += 1
+        self._tokens_of_made += tokens
 
-    def _live(self) -> None:
-        while not self._over.wait(_QUIET_SECONDS if self._bar.disable else _REDRAWN_SECONDS):
-            self._bar.refresh()
-            self._say()
+    @property
+    def done(self) -> int:
+        """Returns how many sequences have ended."""
+        return self.done_elsewhere + self.made
 
-    def _say(self) -> None:
-        if self._bar.disable and time.monotonic() - self._said >= _QUIET_SECONDS:
-            self._said = time.monotonic()
-            say(f"{self._sequences} of {self._total} sequences, {self._speed()}")
+    @property
+    def tokens_per_second(self) -> float:
+        """Returns the speed of generation so far; 0 before it begins."""
+        seconds = self.generating.seconds
+        return self.tokens / seconds if seconds else 0.0
 
-    def _speed(self) -> str:
-        return f"{self._tokens / max(time.monotonic() - self._started, 1e-9):.1f} tokens/s"
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimates the seconds left, as if the others got as long as those made here; None without any."""
+        if not self.made or not self.tokens:
+            return None
+        to_come = (self.total - self.done) * self._tokens_of_made / self.made
+        begun = self.tokens - self._tokens_of_made
+        return max(0.0, to_come / self.processes - begun) / self.tokens_per_second
+
+    def facts(self) -> list[str]:
+        """Returns for a person what is known while it generates: speed, slots, tasks solved, time left."""
+        solved, left = self.solved(), self.seconds_left
+        found = [f"{self.tokens_per_second:.1f} tokens/s"]
+        if self.slots:
+            found.append(f"{self.slots_in_use} of {self.slots} slots")
+        if solved is not None:
+            found.append(f"{solved[0]} of {solved[1]} tasks solved")
+        if left is not None:
+            found.append(f"{shown_seconds(left)} left")
+        return found
+
+
+def shown_seconds(seconds: float) -> str:
+    """Returns a duration for a person: ``4 s``, ``1:05``, ``2:00:07``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -117,67 +117,74 @@ class Report:
                 setattr(self, name, earlier[name])
 
     def measure_memory(self) -> None:
-        """Measures the peak bytes of the fullest device, or of this process if devices do not count (CPU)."""
-        stats = [device.memory_stats() or {} for device in jax.local_devices()]
-        peaks = [int(one["peak_bytes_in_use"]) for one in stats if "peak_bytes_in_use" in one]
-        if peaks:
-            self.peak_memory_bytes, self.peak_memory_of = max(peaks), "device"
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            self.peak_memory_bytes, self.peak_memory_of = peak, "process"
+        """Notes the peak memory so far."""
+        self.peak_memory_bytes, self.peak_memory_of = peak_memory()
 
     def text(self) -> str:
         """Returns the report for a person, in lines."""
+        return "\n".join([self.outcome, *(f"  {name:<17} {value}" for name, value in self.rows())])
+
+    @property
+    def outcome(self) -> str:
+        """Returns how the run ended, for a person."""
+        return "stopped early; the same command continues" if self.stopped_early else "done"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the figures for a person, each with its name of at most 17 characters."""
         new = self.sequences - self.sequences_resumed
         when = "" if new else f" (run of {self.made_at} UTC)"
-        lines = [
-            "stopped early; the same command continues" if self.stopped_early else "done",
-            f"  model             {self.model} on {self.device}",
-            f"  tasks             {self.tasks} ({len(self.tasks_failed)} failed)",
-            f"  sequences         {self.sequences} ({self.sequences_resumed} were there already, "
-            f"{len(self.sequences_failed)} failed)",
+        rows = [
+            ("model", f"{self.model} on {self.device}"),
+            ("tasks", f"{self.tasks} ({len(self.tasks_failed)} failed)"),
+            (
+                "sequences",
+                f"{self.sequences} ({self.sequences_resumed} were there already, "
+                f"{len(self.sequences_failed)} failed)",
+            ),
         ]
         if new or self.tokens_generated:
             compiled = f", {self.programs} shapes compiled in {self.compile_seconds:.1f} s"
-            lines += [
-                f"  process {one['process']:<9d} {one['sequences_made']} sequences, "
-                f"{one['tokens_generated']} tokens in {one['generate_seconds']:.1f} s"
+            rows += [
+                (
+                    f"process {one['process']}",
+                    f"{one['sequences_made']} sequences, {one['tokens_generated']} tokens in "
+                    f"{one['generate_seconds']:.1f} s",
+                )
                 for one in self.processes
             ]
-            lines += [
-                f"  tokens generated  {self.tokens_generated} in {self.generate_seconds:.1f} s: "
-                f"{self.tokens_per_second:.1f} tokens/s{when}",
-                *self._occupancy_lines(),
-                f"  before that       weights loaded in {self.load_seconds:.1f} s"
-                f"{compiled if self.programs else ''}",
-                f"  stored            {self.bytes_stored / 1e6:.1f} MB",
-            ]
-        lines += [
-            f"  peak memory       {self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})",
-            f"  grids parsed      {self.grids_parsed} of {self.sequences}",
+            speed = f"{self.tokens_generated} in {self.generate_seconds:.1f} s: {self.tokens_per_second:.1f}"
+            rows.append(("tokens generated", f"{speed} tokens/s{when}"))
+            if self.slot_steps:
+                rows.append(("slot occupancy", f"{self.slot_occupancy:.1%} of {self.slots} slots"))
+            loaded = f"weights loaded in {self.load_seconds:.1f} s{compiled if self.programs else ''}"
+            rows += [("before that", loaded), ("stored", f"{self.bytes_stored / 1e6:.1f} MB")]
+        rows += [
+            ("peak memory", f"{self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})"),
+            ("grids parsed", f"{self.grids_parsed} of {self.sequences}"),
         ]
         if self.tests_known:
-            lines.append(
-                f"  solved            {self.tasks_solved} of {self.tasks_known} tasks, "
-                f"{self.tests_solved} of {self.tests_known} tests"
-            )
-            lines.append(
-                f"  by any prediction {self.tasks_solved_by_any} tasks, {self.tests_solved_by_any} tests"
-            )
-        lines += _listing("failed task    ", [(f["task_id"], f["reason"]) for f in self.tasks_failed])
-        lines += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
-        return "\n".join(lines)
-
-    def _occupancy_lines(self) -> list[str]:
-        if not self.slot_steps:
-            return []
-        return [f"  slot occupancy    {self.slot_occupancy:.1%} of {self.slots} slots"]
+            tests = f"{self.tests_solved} of {self.tests_known} tests"
+            rows.append(("solved", f"{self.tasks_solved} of {self.tasks_known} tasks, {tests}"))
+            by_any = f"{self.tasks_solved_by_any} tasks, {self.tests_solved_by_any} tests"
+            rows.append(("by any prediction", by_any))
+        rows += _listing("failed task", [(f["task_id"], f["reason"]) for f in self.tasks_failed])
+        rows += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """Returns the figures, and those that follow from them, as the report file has them."""
         derived = {"tokens_per_second": self.tokens_per_second, "slot_occupancy": self.slot_occupancy}
         return dataclasses.asdict(self) | derived
+
+
+def peak_memory() -> tuple[int, str]:
+    """Returns the peak bytes of the fullest "device", or of this "process" if devices do not count (CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [int(one["peak_bytes_in_use"]) for one in stats if "peak_bytes_in_use" in one]
+    if peaks:
+        return max(peaks), "device"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
 
 
 def _is_of_process(value: object) -> bool:
@@ -186,8 +193,8 @@ def _is_of_process(value: object) -> bool:
     return isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in kinds.items())
 
 
-def _listing(kind: str, failures: Sequence[tuple[str, str]]) -> list[str]:
-    lines = [f"  {kind}   {shown(name)}: {shown(reason, 2000)}" for name, reason in failures[:_LISTED]]
+def _listing(kind: str, failures: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    rows = [(kind, f"{shown(name)}: {shown(reason, 2000)}") for name, reason in failures[:_LISTED]]
     if len(failures) > _LISTED:
-        lines.append(f"  {kind}   and {len(failures) - _LISTED} more, listed in the report file")
-    return lines
+        rows.append((kind, f"and {len(failures) - _LISTED} more, listed in the report file"))
+    return rows

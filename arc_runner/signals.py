@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 
 from arc_runner.errors import EXIT_RESUMABLE
+from arc_runner.live_lines import LIVE
 
 STOPPED = "stopped; nothing is lost, the same command continues"
 _ORDERS = (signal.SIGINT, signal.SIGTERM)
@@ -42,14 +43,8 @@ def let_end() -> None:
 
 
 def _end(_number: int, _frame: object) -> None:
-    _tell(STOPPED)
+    LIVE.tell(STOPPED, last=True)
     os._exit(EXIT_RESUMABLE)
-
-
-def _tell(sentence: str) -> None:
-    """Prints on stderr, but not by print: the signal may have come in the middle of one."""
-    with contextlib.suppress(OSError):  # closed
-        os.write(2, f"{sentence}\n".encode())
 
 
 class StopRequest:
@@ -82,7 +77,7 @@ class StopRequest:
                 signal.signal(order, before[order])
             reason = "" if number in _ORDERS else f"{signal.Signals(number).name}: "
             once_more = "; once more to stop at once" if number in _ORDERS else ""
-            _tell(f"{reason}stopping as soon as the running work is done{once_more}")
+            LIVE.tell(f"{reason}stopping as soon as the running work is done{once_more}")
 
         try:
             for number in before:

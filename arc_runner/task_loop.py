@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from activation_store import ActivationWriter
+from activation_store import ActivationWriter, FinishedSequence
 from arc_runner.cluster.work import Unit, Work, keys_of
 from arc_runner.console import say
 from arc_runner.loaded_model import LoadedModel, finished_sequences
-from arc_runner.progress import Clock, Progress
+from arc_runner.progress import Clock
 from arc_runner.report import Report
 from arc_runner.signals import StopRequest
-from arc_runner.waiting import Waiting
+from arc_runner.watch import Watch
 from arc_runner.workload import Call
 from qwen2_core.compilation import to_host
 
@@ -25,38 +24,46 @@ def make_calls(
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
+    watch: Watch,
 ) -> None:
     """Makes the calls that ``work`` hands out, and stores their sequences, until all are done or ``stop``."""
-    compiling, generating = Clock(), Clock()
+    compiling = Clock()
     say(f"{len(calls)} calls to make")
     units = [Unit(keys_of(call.requests), call) for call in calls]
     if model.job.options.generation == "task":
-        with compiling:
+        with compiling, watch.phase("compiling"):
             report.programs = model.compile(calls)
-    progress = Progress(sum(len(call.requests) for call in calls))
     # Python handles signals on the main thread alone, between two of its instructions. So another thread
     # waits for the device.
-    with stop.deferred(), contextlib.closing(progress), ThreadPoolExecutor(1) as device:
+    with stop.deferred(), ThreadPoolExecutor(1) as device:
         while not stop.requested:
-            with generating:
+            with watch.generation():
                 for unit in work.take(units, 1):
-                    progress.update(*_make(unit, model, device, writer))
+                    _make(unit, model, device, writer, watch)
                     work.progress()
                     if stop.requested:
                         break
             if not work.wait(units):
                 break
-        with generating, Waiting("writing the last shards"):
+        with watch.generating, watch.phase("storing", "writing the last shards"):
             writer.close()
-    report.compile_seconds, report.generate_seconds = compiling.seconds, generating.seconds
+    report.compile_seconds, report.generate_seconds = compiling.seconds, watch.generating.seconds
 
 
 def _make(
-    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter
-) -> tuple[int, int]:
-    """Makes a call and hands it to the writer; returns how many sequences and new tokens it has."""
+    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, watch: Watch
+) -> None:
+    """Makes a call and hands it to the writer."""
     call = unit.work
     generation = device.submit(model.generate, call).result()
     new = [key not in writer.committed for key in unit.keys]
-    writer.submit(lambda: finished_sequences(call, generation, new))
-    return len(call.requests), int(to_host(generation.lengths)[new].sum())
+    tokens = int(to_host(generation.lengths)[new].sum())
+    watch.progress.count_steps(tokens, len(call.requests), len(call.requests))
+
+    def finished() -> list[FinishedSequence]:
+        sequences = finished_sequences(call, generation, new)
+        for one in sequences:
+            watch.add(one)
+        return sequences
+
+    writer.submit(finished)

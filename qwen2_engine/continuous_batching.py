@@ -15,11 +15,13 @@ work on finished sequences.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -201,13 +203,17 @@ class ContinuousEngine:
         return self._planner.stages({request.width for request in requests}, shape, self._budget)
 
     @program_settings()
-    def start(self, stage: Stage) -> RunningSlots:
+    def start(
+        self, stage: Stage, compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext
+    ) -> RunningSlots:
         """Compiles a stage's programs and makes its slots, all free.
+
+        ``compiling(name)`` is entered around the compilation of each program, on threads.
 
         A window of free slots is run, for nothing but its memory. If that is not there, half as many slots
         are tried, and a warning is logged.
         """
-        programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths)
+        programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths, compiling)
         try:
             slots = programs.create()
             slots, _ = jax.block_until_ready(programs.window(self.params, slots, programs.idle_sampling))
@@ -218,7 +224,7 @@ class ContinuousEngine:
                 raise
         half = dataclasses.replace(stage.shape, slots=stage.shape.slots // 2)
         logger.warning("memory ran out with %d slots: trying %d", stage.shape.slots, half.slots)
-        return self.start(dataclasses.replace(stage, shape=half))
+        return self.start(dataclasses.replace(stage, shape=half), compiling)
 
 
 class _RunningSequence:

@@ -7,12 +7,14 @@ own at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -82,9 +84,16 @@ class SlotPrograms:
 
 
 def compile_slots(
-    model: Any, params: Any, layout: Layout, shape: SlotShape, widths: tuple[int, ...]
+    model: Any,
+    params: Any,
+    layout: Layout,
+    shape: SlotShape,
+    widths: tuple[int, ...],
+    compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> SlotPrograms:
     """Compiles all that slots of one shape need for prompts padded to ``widths``.
+
+    ``compiling(name)`` is entered around the compilation of each program, on threads.
 
     Raises:
         ValueError: a width beyond the shape's.
@@ -92,15 +101,22 @@ def compile_slots(
     if max(widths) > shape.prompt_width:
         raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
     weights = AbstractParams.of(params)
-    jobs: list[Callable[[], jax.stages.Compiled]] = [
-        functools.partial(compile_create, model, shape, layout),
-        functools.partial(compile_insert, model, shape, layout),
-        functools.partial(compile_window, model, shape, layout, weights),
-        *(functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, w) for w in widths),
-    ]
+    jobs: dict[str, Callable[[], jax.stages.Compiled]] = {
+        "empty slots": functools.partial(compile_create, model, shape, layout),
+        "insert": functools.partial(compile_insert, model, shape, layout),
+        "window": functools.partial(compile_window, model, shape, layout, weights),
+    }
+    for width in widths:
+        job = functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, width)
+        jobs[f"prefill of width {width}"] = job
+
+    def compile_one(name: str) -> jax.stages.Compiled:
+        with compiling(name):
+            return jobs[name]()
+
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside the GIL
-        create, inserting, window, *prefills = pool.map(lambda job: job(), jobs)
+        create, inserting, window, *prefills = pool.map(compile_one, jobs)
     seconds = time.perf_counter() - started
     return SlotPrograms(
         shape, layout, create, dict(zip(widths, prefills, strict=True)), inserting, window, seconds

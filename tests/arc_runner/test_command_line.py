@@ -50,6 +50,13 @@ def test_without_flags_it_is_the_embedded_example_with_everything_captured():
         ("--kv_cache_dtype float32", "kv_cache_dtype", "float32"),
         ("--generation python", "generation", "python"),
         ("--layers_to_extract 0", "layers_to_extract", (0,)),
+        ("--layers_to_extract 0,5", "layers_to_extract", (0, 5)),
+        ("--layers_to_extract=0, 5", "layers_to_extract", (0, 5)),
+        ("--layers_to_extract 3-5,9 11", "layers_to_extract", (3, 4, 5, 9, 11)),
+        ("--mesh_shape 1 2", "mesh_shape", (1, 2)),
+        ("--mesh_shape 1,2", "mesh_shape", (1, 2)),
+        ("--mesh_shape=1,2", "mesh_shape", (1, 2)),
+        ("--layers_to_extract 2,3 --n_tasks 4", "n_tasks", 4),
         (
             "--layers_to_extract 12 3",
             "layers_to_extract",
@@ -87,7 +94,15 @@ REFUSED = [
     ("--n_tasks", "argument --n_tasks: expected one argument"),
     ("--layers_to_extract", "argument --layers_to_extract: expected at least one argument"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
+    ("--dtype fp32", "; did you mean float32?"),
     ("--generation loop", "argument --generation: invalid choice: 'loop'"),
+    ("--generation=continous", "; did you mean continuous?"),
+    ("--layers_to_extract 1,x", "argument --layers_to_extract: invalid int value: 'x'"),
+    ("--layers_to_extract ,", "argument --layers_to_extract: invalid int value: ','"),
+    ("--layers_to_extract 12-10", "argument --layers_to_extract: invalid int value: '12-10'"),
+    ("--layers_to_extract 0-999999999", "argument --layers_to_extract: invalid int value: '0-999999999'"),
+    ("--mesh_shape 1-2", "argument --mesh_shape: expected 2 arguments"),
+    ("--mesh_shape 1,2,3", "unknown argument 3; --help lists the flags"),
     ("--batchsize 3", "unknown argument --batchsize; did you mean --batch_size?"),
     ("--model m", "unknown argument --model; did you mean --model_path?"),  # no abbreviations
     ("--seed=3", "unknown argument --seed=3; did you mean --random_seed?"),
@@ -128,6 +143,17 @@ def test_help_lists_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     assert "--max_output_tokens TOKENS tokens per answer at most (default: 1100)" in text
     assert "(default: 10 to 23)" in text
     assert "None" not in text
+    assert "examples: " in text
+
+
+def test_the_examples_of_the_help_are_command_lines(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse_options(["-h"])
+    _, _, examples = capsys.readouterr().out.partition("examples:\n")
+    lines = examples.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert parse_options(line.split()[1:]) != parse_options([])
 
 
 def test_help_and_version_show_the_name_that_the_command_was_called_by(
@@ -157,7 +183,7 @@ import runpy, sys
 try:
     runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 except SystemExit as ended:
-    heavy = {"jax", "flax", "transformers", "huggingface_hub", "fsspec"} & sys.modules.keys()
+    heavy = {"jax", "flax", "transformers", "huggingface_hub", "fsspec", "rich"} & sys.modules.keys()
     print("ended", ended.code, sorted(heavy))
 """
 

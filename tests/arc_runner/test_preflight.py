@@ -102,7 +102,10 @@ def test_a_place_below_a_regular_file_is_refused(flag: str, sentence: str, tmp_p
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("name", ["submission.json", "submission.predictions.json", "submission.report.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["submission.json", "submission.predictions.json", "submission.report.json", "submission.metrics.jsonl"],
+)
 def test_an_answer_file_that_is_a_directory_is_refused(name: str, tmp_path: Path):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     (tmp_path / name).mkdir()

@@ -1,69 +1,67 @@
-"""What a run shows of its progress: a bar on a terminal, else a line now and then."""
+"""How far a run is: its speed, and what is left."""
 
 from __future__ import annotations
 
-import io
-import sys
 import time
 
 import pytest
 
-from arc_runner.progress import Progress
+from arc_runner.progress import Clock, Progress, shown_seconds
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Its one entry is the time."""
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
-def test_without_a_terminal_there_is_a_line_every_half_minute_at_most(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-):
-    progress = Progress(total=100)
-    for _ in range(13):
+def test_a_clock_adds_up_its_seconds_those_that_run_too(clock: list[float]):
+    one = Clock()
+    for expected in (3.0, 6.0):
+        with one:
+            clock[0] += 3
+            assert one.seconds == expected
+        clock[0] += 100
+        assert one.seconds == expected
+
+
+def test_the_speed_counts_tokens_of_sequences_that_run_and_no_time_of_compiling(clock: list[float]):
+    progress = Progress(total=4, generating=Clock(), solved=lambda: None)
+    clock[0] += 1000  # compiling
+    assert (progress.tokens_per_second, progress.seconds_left) == (0.0, None)
+    with progress.generating:
         clock[0] += 10
-        progress.update(sequences=2, tokens=50)
-    progress.close()
-    assert capsys.readouterr() == (
-        "6 of 100 sequences, 5.0 tokens/s\n"
-        "12 of 100 sequences, 5.0 tokens/s\n"
-        "18 of 100 sequences, 5.0 tokens/s\n"
-        "24 of 100 sequences, 5.0 tokens/s\n",
-        "",
-    )
+        progress.count_steps(tokens=100, slots=4, slots_in_use=3)
+        assert progress.tokens_per_second == 10.0
+        assert progress.facts() == ["10.0 tokens/s", "3 of 4 slots"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+def test_the_time_left_is_as_if_the_others_got_as_long_as_those_that_have_ended(clock: list[float]):
+    progress = Progress(total=4, generating=Clock(), solved=lambda: (1, 3))
+    with progress.generating:
+        clock[0] += 10
+        progress.count_steps(tokens=100, slots=2, slots_in_use=2)
+        progress.count_sequence(tokens=60)
+        # 3 x 60 tokens are to come, 40 of them are there.
+        assert progress.seconds_left == 14.0
+        assert progress.facts()[2:] == ["1 of 3 tasks solved", "14 s left"]
+        progress.done_elsewhere = 1
+        assert (progress.done, progress.seconds_left) == (2, 8.0)
 
 
-def test_on_a_terminal_there_is_a_bar_with_the_speed_and_no_lines(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(total=4)
-    for _ in range(2):
-        clock[0] += 40
-        progress.update(sequences=2, tokens=60)
-    progress.close()
-    assert "4/4" in terminal.getvalue()
-    assert "1.5 tokens/s" in terminal.getvalue()
-    assert capsys.readouterr().out == ""
+def test_processes_that_share_the_work_share_what_is_left(clock: list[float]):
+    progress = Progress(total=10, generating=Clock(), solved=lambda: None, processes=3)
+    with progress.generating:
+        clock[0] += 5
+        progress.count_steps(tokens=10, slots=1, slots_in_use=1)
+        progress.count_sequence(tokens=10)
+        assert progress.seconds_left == 15.0
 
 
-def test_while_nothing_gets_done_there_are_lines_too(
-    clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr("arc_runner.progress._QUIET_SECONDS", 0.01)
-    progress = Progress(total=2)
-    clock[0] += 40
-    deadline = time.perf_counter() + 20
-    while not (out := capsys.readouterr().out) and time.perf_counter() < deadline:
-        time.sleep(0.01)
-    progress.close()
-    assert out.startswith("0 of 2 sequences, 0.0 tokens/s\n")
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3599, "59:59"), (7207, "2:00:07")]
+)
+def test_durations_are_short(seconds: float, shown: str):
+    assert shown_seconds(seconds) == shown

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 from runner_cases import (
     PYTHON,
+    RUNNER,
     arguments,
     book,
     digests,
@@ -26,6 +27,7 @@ from runner_cases import (
     store_of,
     submission,
 )
+from terminals import Terminal
 
 from activation_store import verify_store
 from arc_runner.loaded_model import LoadedModel
@@ -90,6 +92,9 @@ def test_after_a_kill_the_same_command_continues_to_the_same_bytes(
 ):
     with third_call(tmp_path, uninterrupted.flags, COMPUTE_FOR_EVER) as process:
         process.kill()
+    lines = (tmp_path / "submission.metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["phase"] for line in lines] == ["start", "loading", "compiling", "generating"]
+    assert lines[-1].endswith("\n")
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
 
 
@@ -237,8 +242,8 @@ def test_sigterm_ends_the_wait_for_other_processes(tmp_path: Path, port: int):
 
 WAITS_SAY_SO_AT_ONCE = """
 import runpy
-from arc_runner import waiting
-waiting._SAID_AFTER = (0.2, 0.4)
+from arc_runner import display
+display._SAID_AFTER = (0.2, 0.4)
 runpy.run_module("distributed_kv_cached_inference", run_name="__main__")
 """
 
@@ -254,6 +259,46 @@ def test_a_second_ctrl_c_ends_a_call_that_runs_on(uninterrupted: Uninterrupted, 
         assert process.communicate(timeout=20)[1] == STOPPED
     assert process.returncode == RESUMABLE
     assert_continues_to_the_same_bytes(tmp_path, uninterrupted, done={0, 2, 4})
+
+
+# Ctrl-C as a terminal sends it, which is that of the process.
+ON_ITS_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"
+
+
+@pytest.mark.parametrize("uninterrupted", ["continuous"], indirect=True)
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_leaves_the_terminal_clean(times: int, uninterrupted: Uninterrupted, tmp_path: Path):
+    something = COMPUTE_FOR_EVER if times == 2 else "time.sleep(1)"
+    settings = f"{ON_ITS_TERMINAL}; {SHARDS_OF_TWO}"
+    words = arguments(four(tmp_path), **uninterrupted.flags)
+    terminal = Terminal(columns=60)
+    with subprocess.Popen(
+        [*PYTHON, "-c", RUNNER, settings, "3", something, *words],
+        env=environment() | {"TERM": "xterm"},
+        stdin=terminal.stream,
+        stdout=terminal.stream,
+        stderr=terminal.stream,
+        start_new_session=True,
+    ) as process:
+        terminal.wait_for("here")
+        terminal.wait_for("tokens/s")
+        terminal.type("\x03")
+        terminal.wait_for("once more to stop at once")
+        terminal.wait_for("tokens/s", after="once more to stop at once")
+        if times == 2:
+            terminal.type("\x03")
+        assert process.wait(timeout=100) == RESUMABLE
+    terminal.close()
+    lines = terminal.lines()
+    assert not any("tokens/s," in line or "tokens/s \N{MIDDLE DOT}" in line for line in lines)
+    assert "stopped early; the same command continues" in lines or lines[-2] == STOPPED.strip()
+    metrics = (tmp_path / "submission.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["phase"] for line in metrics][:4] == [
+        "start",
+        "loading",
+        "compiling",
+        "generating",
+    ]
 
 
 def interrupt_while_importing(tmp_path: Path, *command: str) -> tuple[int, str]:

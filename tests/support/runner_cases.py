@@ -142,7 +142,7 @@ def run_python(script: str, *words: str) -> str:
 
 
 # The runner; as its n-th call or window begins, it says so and does something first.
-_RUNNER = """
+RUNNER = """
 import os, runpy, signal, sys, time
 import jax
 from qwen2_engine import continuous_batching
@@ -171,7 +171,7 @@ def start_runner(call: int, something: str, *words: str, settings: str) -> subpr
 
     ``something`` is executed as call or window number ``call`` begins, counted from 1.
     """
-    return start_python(_RUNNER, settings, str(call), something, *words)
+    return start_python(RUNNER, settings, str(call), something, *words)
 
 
 def environment(*folders: str | Path) -> dict[str, str]:
