@@ -156,7 +156,7 @@ class _Encoder:
                 self._centre = _shaped(tensors["b_dec"], hidden)
             self._threshold = None
             if self._kind == "jumprelu":
-                self._threshold = np.maximum(_shaped(tensors["threshold"], self.features), 0)
+                self._threshold = _shaped(tensors["threshold"], self.features)
             self._lengths = np.ones(self.features, np.float32)
             if "W_dec" in needed:
                 self._lengths = _shaped(np.linalg.norm(tensors["W_dec"], axis=1), self.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from activation_store.__main__ import main
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="the browser needs the extra `browser`")
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.slow
@@ -102,6 +103,11 @@ def details(page: Any) -> dict[str, str]:
         ".map(one => [one.firstChild.textContent.trim(), one.lastChild.textContent])"
     )
     return dict(page.execute_script(script))
+
+
+def until(page: Any, holds: Callable[[], bool]) -> None:
+    """Waits for what the browser does in its own time."""
+    WebDriverWait(page, 20, poll_frequency=0.05).until(lambda _: holds())
 
 
 def figure(text: str) -> float:
@@ -207,7 +213,7 @@ def test_a_token_that_looks_like_a_script_is_text(page: Any):
 @pytest.mark.parametrize("task", range(3))
 def test_a_screen_of_360_pixels_needs_no_scrolling_to_the_side(page: Any, task: int):
     page.set_window_size(360, 740)
-    assert page.execute_script("return window.innerWidth") == 360
+    until(page, lambda: page.execute_script("return window.innerWidth") == 360)
     focus(page, "#tasks > div")
     press(page, *[Keys.ARROW_DOWN] * task)
     assert page.execute_script("return document.documentElement.scrollWidth") <= 360
@@ -230,8 +236,8 @@ def test_a_dark_screen_has_a_dark_page(page: Any):
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
     try:
-        assert page.execute_script(ground) == "rgb(20, 23, 27)"
-        assert find(page, "#answer > span").value_of_css_property("background-color") != before
+        until(page, lambda: page.execute_script(ground) == "rgb(20, 23, 27)")
+        until(page, lambda: find(page, "#answer > span").value_of_css_property("background-color") != before)
     finally:
         page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
