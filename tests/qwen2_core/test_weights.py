@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from lively import SHALLOW, Lively, rewrite_json, rewrite_safetensors
 
+from qwen2_core import weights
 from qwen2_core.checkpoint_files import CheckpointError
 from qwen2_core.config import QwenConfig
 from qwen2_core.sharding import Layout
@@ -47,7 +48,7 @@ def assert_trees_equal(one, other) -> None:
 
 
 def test_the_tree_has_the_documented_names_and_transposed_kernels(checkpoint: Path):
-    config, params = load_qwen2(checkpoint)
+    config, params = load_qwen2(checkpoint, scan_layers=False)
     state = UNTIED.state_dict()
     assert config == UNTIED.config()
     assert set(params) == {"embed_tokens", "layers_0", "layers_1", "norm", "lm_head"}
@@ -80,10 +81,42 @@ def test_the_tree_is_the_one_that_the_model_itself_initialises(checkpoint: Path)
 
 
 def test_the_weights_of_scanned_layers_are_the_stack_of_unrolled_ones(checkpoint: Path):
-    _, params = load_qwen2(checkpoint)
+    _, params = load_qwen2(checkpoint, scan_layers=False)
     config, stacked = load_qwen2(checkpoint, scan_layers=True)
     assert config.scan_layers
     assert_trees_equal(stacked, stack_layers(params))
+
+
+REAL, SMALL = QwenConfig(), UNTIED.config()  # layers of 60 MB and of 120 kB in float32
+
+
+@pytest.mark.parametrize(
+    ("platform", "kernels", "config", "scans"),
+    [
+        ("tpu", False, REAL, True),
+        ("gpu", False, SMALL, False),
+        ("cpu", False, SMALL, True),
+        ("cpu", False, SMALL.replace(dtype="bfloat16"), True),
+        ("cpu", True, REAL, False),
+        ("cpu", False, REAL.replace(dtype="bfloat16"), False),
+        ("cpu", True, REAL.replace(dtype="bfloat16"), True),
+    ],
+)
+def test_layers_are_scanned_by_default_where_that_costs_no_speed(
+    monkeypatch: pytest.MonkeyPatch, platform: str, kernels: bool, config: QwenConfig, scans: bool
+):
+    """On TPUs; on CPU small layers, and what the compiled kernels read within the stacks."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(weights, "is_available", lambda: kernels)
+    assert weights.scans_layers_by_default(config) == scans
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about CPUs")
+def test_a_small_checkpoint_loads_stacked_on_a_cpu(checkpoint: Path):
+    assert read_config(checkpoint).scan_layers
+    config, params = load_qwen2(checkpoint)
+    assert config.scan_layers
+    assert "layers" in params
 
 
 def test_several_files_load_as_one_model(checkpoint: Path, tmp_path: Path):
@@ -94,7 +127,7 @@ def test_several_files_load_as_one_model(checkpoint: Path, tmp_path: Path):
 
 def test_a_state_dict_converts_to_what_its_checkpoint_loads_as(checkpoint: Path):
     converted = convert_hf_to_jax_weights(UNTIED.state_dict(), UNTIED.config())
-    assert_trees_equal(converted, load_qwen2(checkpoint)[1])
+    assert_trees_equal(converted, load_qwen2(checkpoint, scan_layers=False)[1])
 
 
 def test_weights_have_the_dtype_asked_for_or_else_the_checkpoints_own(checkpoint: Path):
