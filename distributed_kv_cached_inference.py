@@ -35,14 +35,14 @@ from arc_runner.generation import generate_missing
 from arc_runner.job import prepare, say_start
 from arc_runner.numerics import say_numerics
 from arc_runner.options import RunOptions
-from arc_runner.start import importing
+from arc_runner.start import end as end_of_imports
 from arc_runner.store_check import say_changed_prompts
 from arc_runner.waiting import Waiting
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line, by default that of this process, and returns its exit code."""
-    importing.end()
+    end_of_imports()
     with warnings_on_stderr():
         try:
             code = run(parse_options(argv))

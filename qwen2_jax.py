@@ -40,6 +40,7 @@ from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
+from qwen2_core.kernels.platforms import by_platform
 from qwen2_core.model_inputs import read_mask, read_token_ids
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
@@ -90,7 +91,7 @@ def _once(x: Array) -> Array:
     def product(x: Array) -> Array:
         return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
 
-    return lax.platform_dependent(x, cpu=product, default=lambda x: x)
+    return by_platform(x, cpu=product, default=lambda x: x)
 
 
 def apply_rope(

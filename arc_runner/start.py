@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import sys
 
 from arc_runner.command_line import parse_options
@@ -9,7 +11,7 @@ from arc_runner.console import open_closed_streams, refuse
 from arc_runner.errors import EXIT_USAGE, UsageError
 from arc_runner.waiting import Waiting
 
-importing = Waiting("importing JAX")
+_imports = contextlib.ExitStack()  # what ends with them
 
 
 def begin() -> None:
@@ -26,4 +28,12 @@ def begin() -> None:
         raise SystemExit(EXIT_USAGE) from None
     # Transformers would import it where it is installed, for a second. A run has no use for it.
     sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
-    importing.begin()
+    gc.disable()  # what is imported stays; to look through it again and again takes half a second
+    _imports.callback(gc.enable)
+    _imports.callback(gc.freeze)
+    _imports.enter_context(Waiting("importing JAX"))
+
+
+def end() -> None:
+    """Ends what ``begin`` began, once all is imported; else does nothing."""
+    _imports.close()

@@ -36,6 +36,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding,
 from qwen2_core.compilation import check_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.inputs import as_int
+from qwen2_core.kernels.platforms import tracing_for
 
 DATA, MODEL = "data", "model"
 _LANES = 128  # of a TPU: what its minor axis is padded to
@@ -84,6 +85,13 @@ class Layout:
         return 1 if self.mesh is None else self.mesh.shape[DATA]
 
     @property
+    def platform(self) -> str:
+        """The devices' platform: "cpu", "gpu" or "tpu"."""
+        if self.mesh is not None:
+            return self.mesh.devices.flat[0].platform
+        return jax.default_backend() if self.chip is None else next(iter(self.chip.device_set)).platform
+
+    @property
     def devices(self) -> int:
         """Number of devices of all groups."""
         return 1 if self.mesh is None else self.mesh.size
@@ -120,10 +128,16 @@ class Layout:
         """
         check_settings(mesh=self.mesh is not None)
         places = _map_axes(self._place, out_axes)
+
+        def traced(*args: Any) -> Any:
+            with tracing_for(self.platform):
+                return function(*args)
+
+        traced.__name__ = getattr(function, "func", function).__name__  # what profiles and caches call it
         if self.mesh is None:
-            return jax.jit(function, donate_argnums=donate_argnums, out_shardings=places)
+            return jax.jit(traced, donate_argnums=donate_argnums, out_shardings=places)
         by_group = jax.shard_map(
-            function,
+            traced,
             mesh=self.mesh,
             axis_names={DATA},
             in_specs=_map_axes(lambda axes: self._spec(axes.names, (DATA,)), in_axes),

@@ -39,11 +39,13 @@ from kvcache_utils import create_kv_cache_buffers
 from qwen2_core import compilation
 from qwen2_core.compilation import AbstractParams
 from qwen2_core.config import QwenConfig
+from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.matmul import compiler_options
 from qwen2_core.sharding import layout_of, make_layout
 from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
 from qwen2_engine.python_loop import generate_single_task_python
+from qwen2_jax import QwenAttention
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
 
 MB = 1e6
@@ -58,22 +60,22 @@ def compile_decode(model: Any, params: Any, shape: GenerateShape) -> jax.stages.
 
 
 @functools.cache
-def real(dtype: str, max_tokens: int) -> tuple[Any, Any]:
+def real(dtype: str, max_tokens: int, scan_layers: bool = False) -> tuple[Any, Any]:
     """(bytes of cache and activation buffers, the decode executable) at batch 1 of the 0.5B shape.
 
     Of four of its layers: no temporary depends on how many there are. The TPU's compiler gets all of them.
     """
-    config = QwenConfig(dtype=dtype, num_hidden_layers=LAYERS)
+    config = QwenConfig(dtype=dtype, num_hidden_layers=LAYERS, scan_layers=scan_layers)
     model, params = abstract_model(config, range(LAYERS))
     shape = GenerateShape(1, WIDTH, max_tokens)
     return shape.nbytes(model), compile_decode(model, params, shape)
 
 
 @functools.cache
-def modest(max_tokens: int, scan_layers: bool, samples: int = 4) -> tuple[Any, Any]:
+def modest(max_tokens: int, scan_layers: bool, dtype: str = "float32") -> tuple[Any, Any]:
     """As ``real``, of a small model at batch 8, unrolled or scanned."""
-    model, params = abstract_model(SMALL.config(scan_layers=scan_layers), SMALL.extract)
-    shape = GenerateShape(2, 64, max_tokens, samples)
+    model, params = abstract_model(SMALL.config(scan_layers=scan_layers, dtype=dtype), SMALL.extract)
+    shape = GenerateShape(2, 64, max_tokens, samples_per_prompt=4)
     return shape.nbytes(model), compile_decode(model, params, shape)
 
 
@@ -192,7 +194,10 @@ def test_compilation_time(platform: str, request: pytest.FixtureRequest):
 
 # --- The decode loop ---
 
-REAL = [("float32", 64), ("bfloat16", 512)]
+# As they run by default on CPU: in bfloat16 the kernels read the stacks of scanned layers.
+needs_kernel = pytest.mark.skipif(not is_available(), reason="no CPU kernels")
+SCANNED = pytest.param("bfloat16", 512, True, marks=needs_kernel)
+REAL = [("float32", 64, False), ("bfloat16", 512, False), SCANNED]
 
 
 def assert_state_is_aliased(state_bytes: int, decode: Any) -> None:
@@ -204,9 +209,11 @@ def assert_state_is_aliased(state_bytes: int, decode: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "max_tokens"), REAL)
-def test_the_whole_state_is_updated_in_place_at_the_real_shape(dtype: str, max_tokens: int):
-    assert_state_is_aliased(*real(dtype, max_tokens))
+@pytest.mark.parametrize(("dtype", "max_tokens", "scan_layers"), REAL)
+def test_the_whole_state_is_updated_in_place_at_the_real_shape(
+    dtype: str, max_tokens: int, scan_layers: bool
+):
+    assert_state_is_aliased(*real(dtype, max_tokens, scan_layers))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
@@ -219,19 +226,25 @@ def temporaries(decode: Any) -> int:
     return decode.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-def test_temporary_memory_does_not_grow_with_max_tokens(scan_layers: bool):
+@pytest.mark.parametrize(
+    ("scan_layers", "dtype"),
+    [(False, "float32"), (True, "float32"), pytest.param(True, "bfloat16", marks=needs_kernel)],
+)
+def test_temporary_memory_does_not_grow_with_max_tokens(scan_layers: bool, dtype: str):
     """Once there is more than the one block of keys that attention reads at a time."""
-    assert temporaries(modest(1024, scan_layers)[1]) == temporaries(modest(256, scan_layers)[1])
+    few, many = (temporaries(modest(tokens, scan_layers, dtype)[1]) for tokens in (256, 1024))
+    assert few == many
 
 
-@pytest.mark.parametrize(("dtype", "max_tokens"), REAL)
-def test_no_temporary_is_as_large_as_a_weight_matrix_of_the_mlp(dtype: str, max_tokens: int):
+@pytest.mark.parametrize(("dtype", "max_tokens", "scan_layers"), REAL)
+def test_no_temporary_is_as_large_as_a_weight_matrix_of_the_mlp(
+    dtype: str, max_tokens: int, scan_layers: bool
+):
     """Neither the embedding nor any layer's weights are converted, transposed or copied in the loop.
 
     The limit leaves room for the logits of 8 rows, 4.9 MB, which bfloat16 products on CPU are padded to.
     """
-    assert temporaries(real(dtype, max_tokens)[1]) < 12 * MB
+    assert temporaries(real(dtype, max_tokens, scan_layers)[1]) < 12 * MB
 
 
 def copied_shapes(decode: Any) -> list[tuple[int, ...]]:
@@ -268,6 +281,24 @@ def test_no_bfloat16_buffer_is_converted_to_float32_to_write_a_token():
 
 
 # --- Compilations ---
+
+
+@pytest.mark.parametrize(("scan_layers", "bodies"), [(True, 1), (False, SMALL.layers)])
+def test_a_scanned_layer_is_traced_once_in_a_program(
+    scan_layers: bool, bodies: int, monkeypatch: pytest.MonkeyPatch
+):
+    """However many layers there are; tracing takes the longest of a second start."""
+    traced = []
+    attention = QwenAttention.__call__
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        traced.append(self)
+        return attention(self, *arguments)
+
+    monkeypatch.setattr(QwenAttention, "__call__", counted)
+    model, params = SMALL.build(scan_layers=scan_layers)
+    lower_generate(model, params, GenerateShape(1, 64, 8))
+    assert len(traced) == 2 * bodies  # in the prefill and in the decode loop
 
 
 @pytest.fixture

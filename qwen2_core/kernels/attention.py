@@ -33,6 +33,7 @@ from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
 from qwen2_core.kernels.cpu.attention import cpu_attention, cpu_attention_causal
 from qwen2_core.kernels.gpu_attention import gpu_attention
 from qwen2_core.kernels.matmul import einsum_f32, uses_cpu_kernel
+from qwen2_core.kernels.platforms import by_platform
 
 DECODE_KEYS = 128  # keys that a decode step reads at once
 _PREFILL_KEYS = 512  # keys that a block of queries reads at once
@@ -87,7 +88,7 @@ def attend_causal(
         return _causal_by_blocks(q, k, v, key_valid)
     if key_valid is None:
         key_valid = jnp.ones((k.shape[0], k.shape[2]), bool)
-    return lax.platform_dependent(q, k, v, key_valid, cpu=_causal_on_cpu, default=_causal_by_blocks)
+    return by_platform(q, k, v, key_valid, cpu=_causal_on_cpu, default=_causal_by_blocks)
 
 
 @jax.custom_jvp
@@ -163,7 +164,7 @@ def attend_two_part(
         return lambda q, cache, traced: form(q, cache, layer if static else traced)
 
     forms = {platform: of_layer(form) for platform, form in forms.items()}
-    return lax.platform_dependent(q, cache, jnp.int32(layer), **forms)
+    return by_platform(q, cache, jnp.int32(layer), **forms)
 
 
 def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
@@ -277,7 +278,7 @@ def _sums_of_pieces(weights: Array, v: Array) -> Array:
     Returns:
         [pieces, rows, queries, kv_heads, group, head_dim] float32.
     """
-    return lax.platform_dependent(weights, v, tpu=_sums_by_masks, default=_sums_by_cuts)
+    return by_platform(weights, v, tpu=_sums_by_masks, default=_sums_by_cuts)
 
 
 def _sums_by_cuts(weights: Array, v: Array) -> Array:

@@ -29,6 +29,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.cpu.matmul import cpu_matmul
+from qwen2_core.kernels.platforms import by_platform
 
 _MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA does not fuse longer sums
 _PARTIAL_BYTES = 2**22  # of partial sums at once, which stay in the processor's cache
@@ -79,7 +80,7 @@ def einsum_f32(subscripts: str, a: Float[Array, "*a"], b: Float[Array, "*b"]) ->
         return jnp.einsum(f"{matrices}{rows}{b_axes[-2:].replace(summed, '')}->{out_axes}", out)
 
     cpu = cpu_kernel if uses_cpu_kernel(a, b) else widened
-    return lax.platform_dependent(a, b, cpu=cpu, default=plain)
+    return by_platform(a, b, cpu=cpu, default=plain)
 
 
 def linear(
@@ -134,7 +135,7 @@ def _product(x: Array, weights: Array | MatrixInStack, contract: int, dtype: Any
         cpu = cpu_kernel
     elif math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
         cpu = by_slices
-    return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
+    return by_platform(x, weights, cpu=cpu, default=plain)
 
 
 def _copied_out(weights: Array | MatrixInStack) -> Array:

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from qwen2_core.kernels.cpu import library
 from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
 from qwen2_core.kernels.cpu.matmul import cpu_matmul
-from qwen2_core.kernels.matmul import linear, logits_f32
+from qwen2_core.kernels.matmul import MatrixInStack, linear, logits_f32
 
 RNG = np.random.default_rng(0)
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="about CPUs")
@@ -37,7 +37,7 @@ def exact(x: np.ndarray, weights: np.ndarray, transposed: bool = False) -> np.nd
 
 @pytest.fixture
 def product(cpu_kernels: str) -> Any:
-    return jax.jit(lambda *a: cpu_matmul(*a), static_argnums=(2, 3))
+    return jax.jit(cpu_matmul, static_argnums=(2, 3))
 
 
 # A single row, few and many, in blocks of 12 or 32; panels of one pair of inputs, of 256 and of 1024, whole
@@ -136,6 +136,33 @@ def test_it_has_the_derivative_and_the_vmap_of_a_dot(product: Any):
     np.testing.assert_array_equal(jax.jit(jax.vmap(kernel))(x, weights), product(x, weights, False))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_layer_of_a_stack_is_multiplied_as_if_it_were_alone(product: Any, rows: int, transposed: bool):
+    x, stack = normal(rows, 64), normal(3, *((33, 64) if transposed else (64, 33)))
+    for layer, weights in enumerate(stack):
+        got = product(x, stack, transposed, jnp.float32, jnp.int32(layer))
+        np.testing.assert_array_equal(got, product(x, weights, transposed))
+
+
+def test_of_several_products_a_stack_has_those_of_a_layer_beside_each_other(product: Any):
+    x, stack = normal(2, 7, 64), normal(3, 2, 64, 33)
+    got = product(x, stack, False, jnp.float32, jnp.int32(2))
+    np.testing.assert_array_equal(got, product(x, stack[2], False))
+
+
+def test_a_stack_has_a_derivative_at_the_layer_that_is_used(product: Any):
+    x, stack = normal(3, 64), normal(4, 64, 32)
+    got = jax.jit(jax.grad(lambda stack: product(x, stack, False, jnp.float32, jnp.int32(1)).sum()))(stack)
+    assert not np.asarray(got)[[0, 2, 3]].any()
+    np.testing.assert_allclose(
+        got[1].astype(np.float32),
+        np.repeat(x.astype(np.float32).sum(0)[:, None], 32, 1),
+        rtol=2**-7,
+        atol=1e-2,
+    )
+
+
 def lowered(function: Any, *arguments: Any, **static: Any) -> str:
     return jax.jit(lambda *a: function(*a, **static)).lower(*arguments).as_text()
 
@@ -146,6 +173,24 @@ def test_the_models_bfloat16_products_use_the_kernel(rows: int):
     kernel, embedding = normal(64, 32), normal(32, 64)
     assert "qwen2_cpu_matmul" in lowered(linear, normal(1, rows, 64), kernel)
     assert "qwen2_cpu_matmul" in lowered(logits_f32, normal(rows, 1, 64), embedding, tied=True)
+
+
+def of_layer(x: Any, stack: Any, layer: Any) -> Any:
+    return linear(x, MatrixInStack(stack, layer))
+
+
+@needs_kernel
+def test_a_matrix_in_a_stack_is_a_kernel_of_linear_and_stays_there():
+    x, stack = normal(2, 64), normal(3, 64, 32)
+    text = lowered(of_layer, x, stack, 1)
+    assert "qwen2_cpu_matmul" in text
+    assert "dynamic_slice" not in text
+    np.testing.assert_array_equal(jax.jit(of_layer)(x, stack, 1), jax.jit(linear)(x, stack[1]))
+
+
+def test_where_xla_multiplies_a_matrix_is_copied_out_of_its_stack():
+    x, stack = normal(2, 63), normal(3, 63, 32)  # an odd number of inputs is not for the kernel
+    np.testing.assert_array_equal(jax.jit(of_layer)(x, stack, 2), jax.jit(linear)(x, stack[2]))
 
 
 @needs_kernel
