@@ -92,9 +92,15 @@ class Display:
 DISPLAY = Display()
 
 
+def _has_other_bars() -> bool:
+    """Tells whether a library draws bars there: huggingface_hub's, of a download, stand in the same place."""
+    tqdm = sys.modules.get("tqdm.std")
+    return tqdm is not None and len(tqdm.tqdm._instances) > 0
+
+
 def _rows(activities: Sequence[Activity], progress: Progress | None) -> list[Row]:
     shown = [one for one in activities if time.monotonic() - one.begun >= _DRAWN_AFTER]
-    if not shown and progress is None:
+    if (not shown and progress is None) or _has_other_bars():
         return []
     from arc_runner.screen import draw_rows  # rich takes time to import, which only who waits has
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 from terminals import on_terminal
+from tqdm import tqdm
 
 from arc_runner import display
 from arc_runner.console import say
@@ -137,6 +138,17 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch):
         until(lambda: terminal.written)
     terminal.close()
     assert re.fullmatch(r"compiling, \d s so far\r\n", terminal.written)
+
+
+@pytest.mark.usefixtures("lively")
+def test_while_a_library_shows_a_bar_of_its_own_there_is_none_of_ours(monkeypatch: pytest.MonkeyPatch):
+    terminal = on_terminal(monkeypatch)
+    with Waiting("fetching"), tqdm(total=3, file=terminal.stream, leave=False):
+        time.sleep(0.2)
+        assert "fetching" not in terminal.written
+    with Waiting("loading"):
+        until(lambda: "loading" in terminal.written)
+    terminal.close()
 
 
 @pytest.mark.usefixtures("lively")

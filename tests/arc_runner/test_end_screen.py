@@ -14,7 +14,7 @@ from arc_runner.end_screen import choose_example, draw_end
 from arc_runner.predictions import Book, Predicted, TaskPredictions
 from arc_runner.report import Report
 
-SMALL, LARGE, HUGE = ((1, 2),), ((3, 4), (5, 6)), ((7,) * 30,) * 30
+ONE, SMALL, LARGE, HUGE = ((9,),), ((1, 2),), ((3, 4), (5, 6)), ((7,) * 30,) * 30
 REPORT = Report("some/modèle", "cpu", tasks=2, sequences=8, tests_known=2, tests_solved=1, tokens_generated=9)
 
 
@@ -40,7 +40,7 @@ TASKS = [task("small", SMALL), task("large", LARGE), task("huge", HUGE), task("h
         ({"small": [SMALL], "large": [SMALL, LARGE], "huge": [HUGE]}, "large", True),
         ({"small": [SMALL], "large": [HUGE], "huge": [HUGE]}, "small", True),
         ({"small": [LARGE], "large": [None], "huge": [HUGE]}, "huge", True),
-        ({"small": [LARGE], "large": [None], "huge": [SMALL]}, "small", False),
+        ({"small": [ONE], "large": [None], "huge": [SMALL]}, "small", False),
     ],
 )
 def test_a_solved_puzzle_that_fits_is_shown_else_an_answered_one(

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import threading
+import time
 
 import pytest
 from terminals import on_terminal
@@ -100,7 +101,9 @@ def test_a_signal_does_not_wait_for_ever_for_a_frame_that_is_stuck(
     thread = threading.Thread(target=draw)
     thread.start()
     stuck.wait(10)
+    begun = time.monotonic()
     live.tell("stopped", last=True)
+    assert time.monotonic() - begun < 5
     go.set()
     thread.join()
     assert capfd.readouterr().err == "stopped\n"
