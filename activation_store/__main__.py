@@ -32,7 +32,7 @@ from activation_store.verify import store_notes, verify_store
 from qwen2_core.messages import did_you_mean, masked, printable
 
 if TYPE_CHECKING:
-    from arc_puzzles import ArcTask
+    from activation_store.prompts import Asked
 
 Item = TypeVar("Item")
 
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check every byte and row; one line a finding")
     verify.set_defaults(run=_verify)
     verify.add_argument("directory", type=_place)
-    verify.add_argument("--dataset", type=_existing, help="ARC data set whose puzzles the store should cover")
+    verify.add_argument("--dataset", type=_existing, help="puzzles or own prompts to be covered")
     verify.add_argument(
         "--replay", type=_whole(0, 10**9), metavar="N", default=0, help="recompute N random sequences"
     )
@@ -185,22 +185,23 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
-def _tasks(options: argparse.Namespace) -> "tuple[ArcTask, ...] | None":
-    """Returns the tasks of --dataset."""
+def _tasks(options: argparse.Namespace) -> "Sequence[Asked] | None":
+    """Returns the puzzles or own prompts of --dataset."""
     if not options.dataset:
         return None
-    from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
+    from activation_store.prompts import load_dataset  # nothing else here knows of ARC
 
-    return load_tasks(options.dataset).tasks
+    return load_dataset(options.dataset, options.directory)
 
 
 def _findings(
-    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+    store: ActivationStore, options: argparse.Namespace, tasks: "Sequence[Asked] | None"
 ) -> Iterator[str]:
     yield from verify_store(store, _bar)
     if tasks is not None:
-        expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
-        yield from verify_coverage(store, expected)
+        from activation_store.prompts import expected_tests
+
+        yield from verify_coverage(store, expected_tests(tasks))
         stale = _stale(store, options, tasks)
         if stale is None:
             yield from verify_prompts(store)
@@ -215,7 +216,7 @@ def _findings(
 
 
 def _stale(
-    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+    store: ActivationStore, options: argparse.Namespace, tasks: "Sequence[Asked] | None"
 ) -> list[SequenceRecord] | None:
     """Returns the sequences of prompts that the data set does not give now; None if that is not known."""
     if tasks is None:

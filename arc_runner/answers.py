@@ -16,8 +16,10 @@ from activation_store import (
     at_once,
     write_outcomes,
 )
-from arc_puzzles import Augmentation, GridEncoder, create_grid_encoder, parse_answer
-from arc_runner.answer_files import answer_files, read_earlier, set_aside, source_of, write_all
+from arc_puzzles import Augmentation, GridEncoder, LoadedTasks, create_grid_encoder, parse_answer
+from arc_puzzles.prompt_files import LoadedPrompts
+from arc_runner.answer_files import answer_files, read_earlier, say_aside, set_aside, source_of, write_all
+from arc_runner.completions import write_completions
 from arc_runner.console import say
 from arc_runner.job import Job
 from arc_runner.predictions import Book, Predicted, TaskPredictions
@@ -29,7 +31,7 @@ _logger = logging.getLogger(__name__)
 def write_answers(
     report: Report, job: Job, records: Sequence[SequenceRecord], patiently: RetryPolicy | None = None
 ) -> None:
-    """Reads the answers back from the store, writes submission, predictions and report.
+    """Reads the answers back from the store, writes submission, predictions and report, or completions.
 
     What earlier runs of the same store answered is kept, and counted in the report. ``records`` are the
     run's committed sequences in the order of its predictions. ``patiently`` says how a store that is away is
@@ -38,17 +40,16 @@ def write_answers(
     Raises:
         StoreWriteError: an answer file cannot be written.
     """
+    loaded = job.loaded
+    if isinstance(loaded, LoadedPrompts):
+        write_completions(report, job, records, patiently)
+        return
     wait = patiently or at_once
     files, source = answer_files(job.options), source_of(job.options, job.settings)
-    made = wait(lambda: _read_answers(job, records))
+    made = wait(lambda: _read_answers(job, loaded, records))
     earlier = read_earlier(files, source)
     if earlier.strangers:
-        names = ", ".join(path.name for path in earlier.strangers)
-        aside = set_aside(files)
-        say(
-            f"what was in {files.submission} is now in {aside.submission.name} and beside it: this store did "
-            f"not leave {names} like that"
-        )
+        say_aside(files, set_aside(files), earlier.strangers)
     book = made.extended(earlier.book)
     _say_kept(book, made)
     report.count(book, new=max(0, len(records) - report.sequences_resumed))
@@ -60,7 +61,7 @@ def write_answers(
     write_all(files, source, book, report.to_json(), earlier)
 
 
-def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
+def _read_answers(job: Job, loaded: LoadedTasks, records: Sequence[SequenceRecord]) -> Book:
     """Returns the predictions of the job's committed sequences, with every task of the data set."""
     encoder = create_grid_encoder(job.options.grid_encoder)
     store = ActivationStore(job.options.activations_dir)
@@ -68,7 +69,7 @@ def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
     for record in records:
         one = _predicted(record, store, job.tokenizer, encoder)
         predictions.setdefault((record.task_id, record.test_index), []).append(one)
-    usable = {task.task_id: task for task in job.tasks}
+    usable = {task.task_id: task for task in loaded.tasks}
     reasons = {failure.task_id: failure.reason for failure in job.failures}
     return Book(
         {
@@ -78,7 +79,7 @@ def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
                 tuple(tuple(predictions.get((task_id, i), ())) for i in range(n_tests)),
                 reasons.get(task_id),
             )
-            for task_id, n_tests in job.outline
+            for task_id, n_tests in loaded.outline
         }
     )
 

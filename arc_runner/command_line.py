@@ -14,6 +14,7 @@ from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
 
 _PACKAGE = "qwen2-jax-activations"
+_COMPLETIONS = "completions.jsonl"
 _MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
 _GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
@@ -51,9 +52,15 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
     if values["mesh_shape"] is not None:
         values["mesh_shape"] = tuple(values["mesh_shape"])
+    own = values["prompts"] is not None
+    if values["predictions_per_task"] is None:
+        values["predictions_per_task"] = 1 if own else RunOptions.predictions_per_task
+    if values["output_filepath"] is None:
+        values["output_filepath"] = _COMPLETIONS if own else RunOptions.output_filepath
     if values["augmentations"] is None:
         # Greedy samples of one prompt are all the same, so greedy predictions differ by augmentation.
-        values["augmentations"] = values["predictions_per_task"] if values["temperature"] == 0 else 1
+        is_greedy = values["temperature"] == 0 and not own
+        values["augmentations"] = values["predictions_per_task"] if is_greedy else 1
     options = RunOptions(**values)
     check_options(options)
     return options
@@ -92,7 +99,8 @@ def _parser() -> _Parser:
         default=argparse.SUPPRESS,
         help="store tokens and log-probabilities only",
     )
-    parser.set_defaults(augmentations=None)  # it depends on the temperature
+    # These depend on the temperature and on --prompts.
+    parser.set_defaults(augmentations=None, predictions_per_task=None, output_filepath=None)
     return parser
 
 

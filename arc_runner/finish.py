@@ -39,10 +39,10 @@ def answer(
     write_answers(report, job, records, patiently)
     files = answer_files(job.options)
     say(report.text())
-    say(
-        f"activations in {job.options.activations_dir}, answers in {files.submission}, all predictions in "
-        f"{files.predictions}, report in {files.report}"
-    )
+    answers = f"answers in {files.submission}, all predictions in {files.predictions}"
+    if files.own_prompts:
+        answers = f"completions in {files.submission}"
+    say(f"activations in {job.options.activations_dir}, {answers}, report in {files.report}")
     return _exit_code(job, records)
 
 

@@ -38,6 +38,7 @@ class Report:
 
     model: str
     device: str
+    asked: str = "tasks"  # or "prompts", own ones: then `tasks` and `tasks_failed` are of these
     tasks: int = 0
     tasks_failed: list[dict[str, str]] = dataclasses.field(default_factory=list)
     sequences: int = 0
@@ -134,7 +135,7 @@ class Report:
         lines = [
             "stopped early; the same command continues" if self.stopped_early else "done",
             f"  model             {self.model} on {self.device}",
-            f"  tasks             {self.tasks} ({len(self.tasks_failed)} failed)",
+            f"  {self.asked:<17s} {self.tasks} ({len(self.tasks_failed)} failed)",
             f"  sequences         {self.sequences} ({self.sequences_resumed} were there already, "
             f"{len(self.sequences_failed)} failed)",
         ]
@@ -153,10 +154,9 @@ class Report:
                 f"{compiled if self.programs else ''}",
                 f"  stored            {self.bytes_stored / 1e6:.1f} MB",
             ]
-        lines += [
-            f"  peak memory       {self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})",
-            f"  grids parsed      {self.grids_parsed} of {self.sequences}",
-        ]
+        lines.append(f"  peak memory       {self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})")
+        if self.asked == "tasks":
+            lines.append(f"  grids parsed      {self.grids_parsed} of {self.sequences}")
         if self.tests_known:
             lines.append(
                 f"  solved            {self.tasks_solved} of {self.tasks_known} tasks, "
@@ -165,7 +165,8 @@ class Report:
             lines.append(
                 f"  by any prediction {self.tasks_solved_by_any} tasks, {self.tests_solved_by_any} tests"
             )
-        lines += _listing("failed task    ", [(f["task_id"], f["reason"]) for f in self.tasks_failed])
+        failed = f"failed {self.asked[:-1]:<8s}"
+        lines += _listing(failed, [(f["task_id"], f["reason"]) for f in self.tasks_failed])
         lines += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
         return "\n".join(lines)
 

@@ -57,8 +57,7 @@ def job_of(folder: Path, tokenizer: Any, **tasks: Any) -> Job:
         output_filepath=str(folder / "submission.json"),
     )
     loaded = load_tasks(write_tasks(folder / "t.json", **tasks))
-    parts = (loaded.tasks, loaded.outline, loaded.failures)
-    return Job(options, QwenConfig(), Layout(), *parts, tokenizer, (), SETTINGS, ())
+    return Job(options, QwenConfig(), Layout(), loaded, loaded.failures, tokenizer, (), SETTINGS, ())
 
 
 def write(job: Job, made: Sequence[FinishedSequence]) -> Report:
