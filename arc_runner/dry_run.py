@@ -10,6 +10,7 @@ import jax
 
 from activation_store import ActivationStore
 from activation_store.format import DTYPES, ROW_BYTES, hook_layer, layers_text
+from activation_store.shard import GROUPS
 from arc_puzzles.data_files import shown
 from arc_runner.answer_files import answer_files, local_store
 from arc_runner.console import say
@@ -25,7 +26,8 @@ from qwen2_engine.memory_plan import MemoryPlanner, device_memory_budget
 
 _LISTED = 20  # failures
 _LINE_BYTES = 1024  # of an index line, at most with ids of usual length
-_NORM_BYTES = 4
+_NORM_BYTES = _INT_BYTES = 4
+_ENTRY_BYTES = 128  # of a tensor in a shard's header
 
 
 def say_plan(job: Job, report: Report) -> None:
@@ -36,7 +38,7 @@ def say_plan(job: Job, report: Report) -> None:
     left = [request for request in job.requests if request.key not in committed]
     lines = ["dry run: nothing is generated, and nothing is written", *_work_lines(job, report, len(left))]
     if left:
-        lines += [*_memory_lines(job, left, committed), *_disk_lines(job, left)]
+        lines += [*_memory_lines(job, left, committed), *_disk_lines(job, left, committed)]
     say("\n".join([*lines, *_failure_lines(job, report)]))
     if job.requests:
         _say_prompt(job, report)
@@ -87,15 +89,19 @@ def _memory_lines(
     )
 
 
-def _disk_lines(job: Job, left: Sequence[SequenceRequest]) -> Iterator[str]:
+def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[str | None]) -> Iterator[str]:
+    """Says what is to be stored at most, in how many shards at least: some are closed by the clock."""
     settings, options = job.settings, job.options
-    bytes_expected = stored_bytes(job, left)
-    shards = max(-(-bytes_expected // SHARD_BYTES), -(-len(left) // SHARD_SEQUENCES))
+    rows = _bytes_of_sequences(job, left)
+    shards = max(-(-rows // SHARD_BYTES), -(-len(left) // SHARD_SEQUENCES))
+    if options.generation != "continuous":
+        shards = len(plan_calls(job.requests, options, committed))
+    bytes_expected = rows + shards * _bytes_of_a_shard(job)
     layers = layers_text([hook_layer(name) for name in settings.hook_names])
-    several = f" in about {shards} shards of {_size(SHARD_BYTES)}" if shards > 1 else ""
+    several = f"{shards} shards" if shards > 1 else "a shard"
     yield (
-        f"  to store          at most {_size(bytes_expected)}{several}: layers {layers} in {settings.dtype}, "
-        f"{'with' if settings.capture_prompt else 'without'} the rows of prompts"
+        f"  to store          at most {_size(bytes_expected)} in {several}: layers {layers} in "
+        f"{settings.dtype}, {'with' if settings.capture_prompt else 'without'} the rows of prompts"
     )
     store = local_store(options)
     if store is None:
@@ -107,11 +113,8 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest]) -> Iterator[str]:
     yield f"  answers           {', '.join(map(str, answer_files(options)))}"
 
 
-def stored_bytes(job: Job, requests: Sequence[SequenceRequest]) -> int:
-    """Returns the bytes that the rows of ``requests`` take in a store if each answer is as long as may be.
-
-    Without the headers and statistics of shards, which are one for many sequences.
-    """
+def _bytes_of_sequences(job: Job, requests: Sequence[SequenceRequest]) -> int:
+    """Returns what sequences take in a store, if each answer is as long as may be."""
     settings = job.settings
     of_layer = settings.hidden_size * DTYPES[settings.dtype].itemsize + _NORM_BYTES
     row = ROW_BYTES + len(settings.hook_names) * of_layer
@@ -119,8 +122,14 @@ def stored_bytes(job: Job, requests: Sequence[SequenceRequest]) -> int:
     for request in requests:
         prompt = len(request.prompt_token_ids)
         rows = request.max_tokens + (prompt if request.capture_prompt else 0)
-        total += rows * row + 4 * prompt + _LINE_BYTES
+        total += rows * row + _INT_BYTES * prompt + _LINE_BYTES
     return total
+
+
+def _bytes_of_a_shard(job: Job) -> int:
+    """Returns what a shard takes beside its sequences: a header, and statistics of both groups of rows."""
+    layers, hidden = len(job.settings.hook_names), job.settings.hidden_size
+    return (layers + 32) * _ENTRY_BYTES + len(GROUPS) * layers * (2 * hidden + 1) * _NORM_BYTES
 
 
 def _failure_lines(job: Job, report: Report) -> Iterator[str]:

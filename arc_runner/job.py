@@ -28,11 +28,11 @@ from arc_runner.options import RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report
 from arc_runner.store_check import check_store
-from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
+from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
-from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.generation_config import eos_token_ids, unapplied_settings
 from qwen2_core.messages import masked
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout

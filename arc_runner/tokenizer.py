@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer: loaded and tried out, its EOS ids, and the hash that a store keeps of it."""
+"""The checkpoint's tokenizer: loaded and tried out, and the hash that a store keeps of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from arc_puzzles import encode_prompt
 from qwen2_core.chat_template import BoundedTokenizer
-from qwen2_core.checkpoint_files import optional_file, read_json_object, resolve_file
+from qwen2_core.checkpoint_files import optional_file, resolve_file
 from qwen2_jax import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -71,31 +70,6 @@ def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> B
             f"{vocab_size}: they do not belong together"
         )
     return tokenizer
-
-
-def eos_token_ids(model_path: str, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Returns the token ids that end an answer, sorted.
-
-    They are those of generation_config.json and config.json, the tokenizer's own, and ``<|im_end|>``, the end
-    of a chat turn.
-
-    Raises:
-        CheckpointError: one of them is no token of the vocabulary, or a file is no JSON object.
-    """
-    found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
-    for name in ("generation_config.json", "config.json"):
-        path = optional_file(model_path, name)
-        if path is None:  # a checkpoint need not have the first
-            continue
-        value = read_json_object(path).get("eos_token_id")
-        found += value if isinstance(value, list) else [value]
-    given = [token for token in found if token is not None]
-    for token in given:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise CheckpointError(
-                f"eos_token_id {token!r} of {model_path} is none of its {vocab_size} tokens"
-            )
-    return tuple(sorted(set(given)))
 
 
 def tokenizer_sha256(model_path: str) -> str:
