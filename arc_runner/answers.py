@@ -16,8 +16,7 @@ from activation_store import (
     at_once,
     write_outcomes,
 )
-from arc_puzzles import Augmentation, GridEncoder, LoadedTasks, create_grid_encoder, parse_answer
-from arc_puzzles.prompt_files import LoadedPrompts
+from arc_puzzles import Augmentation, GridEncoder, create_grid_encoder, parse_answer
 from arc_runner.answer_files import answer_files, read_earlier, say_aside, set_aside, source_of, write_all
 from arc_runner.completions import write_completions
 from arc_runner.console import say
@@ -40,13 +39,12 @@ def write_answers(
     Raises:
         StoreWriteError: an answer file cannot be written.
     """
-    loaded = job.loaded
-    if isinstance(loaded, LoadedPrompts):
+    if job.options.prompts is not None:
         write_completions(report, job, records, patiently)
         return
     wait = patiently or at_once
     files, source = answer_files(job.options), source_of(job.options, job.settings)
-    made = wait(lambda: _read_answers(job, loaded, records))
+    made = wait(lambda: _read_answers(job, records))
     earlier = read_earlier(files, source)
     if earlier.strangers:
         say_aside(files, set_aside(files), earlier.strangers)
@@ -61,7 +59,7 @@ def write_answers(
     write_all(files, source, book, report.to_json(), earlier)
 
 
-def _read_answers(job: Job, loaded: LoadedTasks, records: Sequence[SequenceRecord]) -> Book:
+def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
     """Returns the predictions of the job's committed sequences, with every task of the data set."""
     encoder = create_grid_encoder(job.options.grid_encoder)
     store = ActivationStore(job.options.activations_dir)
@@ -69,7 +67,7 @@ def _read_answers(job: Job, loaded: LoadedTasks, records: Sequence[SequenceRecor
     for record in records:
         one = _predicted(record, store, job.tokenizer, encoder)
         predictions.setdefault((record.task_id, record.test_index), []).append(one)
-    usable = {task.task_id: task for task in loaded.tasks}
+    usable = {task.task_id: task for task in job.tasks}
     reasons = {failure.task_id: failure.reason for failure in job.failures}
     return Book(
         {
@@ -79,7 +77,7 @@ def _read_answers(job: Job, loaded: LoadedTasks, records: Sequence[SequenceRecor
                 tuple(tuple(predictions.get((task_id, i), ())) for i in range(n_tests)),
                 reasons.get(task_id),
             )
-            for task_id, n_tests in loaded.outline
+            for task_id, n_tests in job.outline
         }
     )
 

@@ -14,7 +14,12 @@ from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
 
 _PACKAGE = "qwen2-jax-activations"
-_COMPLETIONS = "completions.jsonl"
+# Defaults beside --prompts, so that puzzles and own prompts can be run in one folder.
+_WITH_PROMPTS = {
+    "activations_dir": "prompt-activations",
+    "output_filepath": "completions.jsonl",
+    "predictions_per_task": 1,
+}
 _MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
 _GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
@@ -53,10 +58,9 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
     if values["mesh_shape"] is not None:
         values["mesh_shape"] = tuple(values["mesh_shape"])
     own = values["prompts"] is not None
-    if values["predictions_per_task"] is None:
-        values["predictions_per_task"] = 1 if own else RunOptions.predictions_per_task
-    if values["output_filepath"] is None:
-        values["output_filepath"] = _COMPLETIONS if own else RunOptions.output_filepath
+    for name, with_prompts in _WITH_PROMPTS.items():
+        if values[name] is None:
+            values[name] = with_prompts if own else getattr(RunOptions, name)
     if values["augmentations"] is None:
         # Greedy samples of one prompt are all the same, so greedy predictions differ by augmentation.
         is_greedy = values["temperature"] == 0 and not own
@@ -100,7 +104,7 @@ def _parser() -> _Parser:
         help="store tokens and log-probabilities only",
     )
     # These depend on the temperature and on --prompts.
-    parser.set_defaults(augmentations=None, predictions_per_task=None, output_filepath=None)
+    parser.set_defaults(augmentations=None, **dict.fromkeys(_WITH_PROMPTS))
     return parser
 
 

@@ -124,7 +124,7 @@ def _completion(store: ActivationStore, record: SequenceRecord, tokenizer: Any) 
 
 def _count(report: Report, job: Job, completions: Sequence[Completion], new: int) -> None:
     """Counts what the file has: prompts, those of the run that failed, and sequences."""
-    names = {name for name, _ in job.loaded.outline}
+    names = {name for name, _ in job.outline}
     report.tasks = len(names | {one.id for one in completions})
     report.tasks_failed = [{"task_id": one.task_id, "reason": one.reason} for one in job.failures]
     report.sequences, report.sequences_resumed = len(completions), len(completions) - new

@@ -16,7 +16,7 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
-from arc_puzzles import LoadedTasks, TaskFailure, load_tasks
+from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
 from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
@@ -49,7 +49,8 @@ class Job:
     options: RunOptions
     config: QwenConfig
     layout: Layout
-    loaded: LoadedTasks | LoadedPrompts
+    tasks: Sequence[ArcTask]  # none with own prompts
+    outline: Sequence[tuple[str, int]]  # id and number of tests of all that is asked, usable or not
     failures: Sequence[TaskFailure]  # tasks or own prompts that cannot be run
     tokenizer: Any
     eos: tuple[int, ...]
@@ -138,13 +139,15 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.outline)
     failures = (*loaded.failures, *unusable)
+    tasks = () if isinstance(loaded, LoadedPrompts) else loaded.tasks
     if isinstance(loaded, LoadedPrompts):
         report.asked = "prompts"
         if not requests:
             raise UsageError(
                 f"--prompts {options.prompts} has no prompt that can be used: {failures[0].reason}"
             )
-    return Job(options, config, layout, loaded, failures, tokenizer, eos, settings, requests), report
+    job = Job(options, config, layout, tasks, loaded.outline, failures, tokenizer, eos, settings, requests)
+    return job, report
 
 
 def _load(options: RunOptions) -> LoadedTasks | LoadedPrompts:
@@ -164,10 +167,10 @@ def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord])
 
 def sequences_of(options: RunOptions) -> str:
     """Says in a few words which sequences are made of each task or own prompt."""
-    samples = f"{options.samples_per_prompt} sample{'s' if options.samples_per_prompt > 1 else ''}"
+    samples = options.samples_per_prompt
     if options.prompts is not None:
-        return f"{samples} of each"
-    return f"each test input in {options.augmentations} augmentations x {samples}"
+        return f"{samples} sample{'s' if samples > 1 else ''} of each"
+    return f"each test input in {options.augmentations} augmentations x {samples} samples"
 
 
 def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...]) -> StoreSettings:

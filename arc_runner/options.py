@@ -105,7 +105,11 @@ class RunOptions:
         "right answers as Kaggle has them; *_solutions.json beside *_challenges.json is found by itself",
     )
     activations_dir: str = _path(
-        PATHS, "activations", "where the activation store is, or is to be: a directory or URL"
+        PATHS,
+        "activations",
+        "where the activation store is, or is to be: a directory or URL (default: activations; with "
+        "--prompts prompt-activations)",
+        default_text="",
     )
     output_filepath: str = _path(
         PATHS,

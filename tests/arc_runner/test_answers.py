@@ -57,7 +57,8 @@ def job_of(folder: Path, tokenizer: Any, **tasks: Any) -> Job:
         output_filepath=str(folder / "submission.json"),
     )
     loaded = load_tasks(write_tasks(folder / "t.json", **tasks))
-    return Job(options, QwenConfig(), Layout(), loaded, loaded.failures, tokenizer, (), SETTINGS, ())
+    parts = (loaded.tasks, loaded.outline, loaded.failures)
+    return Job(options, QwenConfig(), Layout(), *parts, tokenizer, (), SETTINGS, ())
 
 
 def write(job: Job, made: Sequence[FinishedSequence]) -> Report:
