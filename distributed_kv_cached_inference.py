@@ -1,4 +1,4 @@
-"""The main job: ARC tasks and a Qwen2 checkpoint in; activations, answers and a report out.
+"""The main job: ARC tasks or own prompts and a Qwen2 checkpoint in; activations, answers and a report out.
 
     python distributed_kv_cached_inference.py --model_path Qwen/Qwen2.5-0.5B-Instruct \\
         --dataset_path training.json --activations_dir activations --output_filepath submission.json
@@ -29,6 +29,8 @@ from arc_runner.cluster.merge import forget_figures
 from arc_runner.cluster.shared_files import SharedFiles
 from arc_runner.cluster.work import Alone, Shared
 from arc_runner.command_line import parse_options
+from arc_runner.dry_run import say_plan
+from arc_runner.errors import EXIT_DONE
 from arc_runner.failures import EXPECTED, tell_failure
 from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
@@ -63,8 +65,12 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         ClusterError: the other processes did not come.
     """
     stop = stop or StopRequest()
-    process = ProcessInfo() if options.merge else find_process(options)
+    alone = options.merge or options.dry_run
+    process = ProcessInfo() if alone else find_process(options)
     job, report = prepare(options)
+    if options.dry_run:
+        say_plan(job, report)
+        return EXIT_DONE
     if options.merge:
         with Waiting("reading the answers back"):
             return answer_from_store(job, report)
@@ -75,7 +81,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         with Waiting(f"opening the store {options.activations_dir}"):
             writer = stack.enter_context(job.open_writer(process, patiently))
             say_start(job, report, writer.committed)
-            say_changed_prompts(job.requests, writer.committed)
+            say_changed_prompts(job.requests, writer.committed, report.asked)
         if part.left(writer.committed):
             say_numerics(job.numerics, writer.earlier_numerics)
         if patiently is not None:

@@ -158,7 +158,7 @@ def _add_store(parser: _Parser) -> None:
 def _add_verify(parser: _Parser) -> None:
     _add_store(parser)
     beside = parser.add_argument_group("what the store is compared with")
-    beside.add_argument("--dataset", type=_existing, help="ARC data set whose puzzles the store should cover")
+    beside.add_argument("--dataset", type=_existing, help="puzzles or own prompts to be covered")
     beside.add_argument(
         "--report", type=_existing, help="a run's report, to be checked with the answers beside it"
     )

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,7 +22,7 @@ from activation_store.saelens_export import export_saelens
 from activation_store.verify import store_notes, verify_store
 
 if TYPE_CHECKING:
-    from arc_puzzles import ArcTask
+    from activation_store.prompts import Asked
 
 Item = TypeVar("Item")
 
@@ -51,22 +51,23 @@ def verify(options: argparse.Namespace) -> int:
     return 1 if findings else 0
 
 
-def _tasks(options: argparse.Namespace) -> "tuple[ArcTask, ...] | None":
-    """Returns the tasks of --dataset."""
+def _tasks(options: argparse.Namespace) -> "Sequence[Asked] | None":
+    """Returns the puzzles or own prompts of --dataset."""
     if not options.dataset:
         return None
-    from arc_puzzles.data_sets import load_tasks  # the store itself knows nothing of ARC
+    from activation_store.prompts import load_dataset  # nothing else here knows of ARC
 
-    return load_tasks(options.dataset).tasks
+    return load_dataset(options.dataset, options.directory)
 
 
 def _findings(
-    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+    store: ActivationStore, options: argparse.Namespace, tasks: "Sequence[Asked] | None"
 ) -> Iterator[str]:
     yield from verify_store(store, _bar)
     if tasks is not None:
-        expected = [(task.task_id, test) for task in tasks for test in range(len(task.test))]
-        yield from verify_coverage(store, expected)
+        from activation_store.prompts import expected_tests
+
+        yield from verify_coverage(store, expected_tests(tasks))
         stale = _stale(store, options, tasks)
         if stale is None:
             yield from verify_prompts(store)
@@ -81,7 +82,7 @@ def _findings(
 
 
 def _stale(
-    store: ActivationStore, options: argparse.Namespace, tasks: "tuple[ArcTask, ...] | None"
+    store: ActivationStore, options: argparse.Namespace, tasks: "Sequence[Asked] | None"
 ) -> list[SequenceRecord] | None:
     """Returns the sequences of prompts that the data set does not give now; None if that is not known."""
     if tasks is None:

@@ -120,4 +120,7 @@ def encode_prompts(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -> lis
 def _check_template(tokenizer: Any) -> None:
     if not tokenizer.chat_template:
         name = tokenizer.name_or_path
-        raise ValueError(f"the tokenizer {name!r} has no chat template; use the tokenizer of a chat model")
+        raise ValueError(
+            f"the tokenizer {name!r} has no chat template; use the tokenizer of a chat model, or give "
+            'prompts of your own as "text"'
+        )

@@ -63,10 +63,12 @@ def _read_bytes(path: Path, name: str) -> bytes:
     return data
 
 
-def parse_json(text: str, where: str) -> object:
+def parse_json(
+    text: str, where: str, *, several: str = "if it has one task a line, name it *.jsonl"
+) -> object:
     """Parses strict JSON: refuses NaN and Infinity, and a key that occurs twice in an object.
 
-    Raises ArcFormatError, which calls the text `where`.
+    Raises ArcFormatError, which calls the text `where`, and says `several` of more than one value.
     """
 
     def refuse_constant(constant: str) -> NoReturn:
@@ -85,7 +87,7 @@ def parse_json(text: str, where: str) -> object:
     except ArcFormatError:
         raise
     except json.JSONDecodeError as error:
-        hint = "; if it has one task a line, name it *.jsonl" if error.msg == "Extra data" else ""
+        hint = f"; {several}" if error.msg == "Extra data" else ""
         raise ArcFormatError(f"{where} is not JSON: {error}{hint}") from error
     except (ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
         raise ArcFormatError(f"{where} is not JSON: {error}") from error

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from activation_store import StoreSettings, StoreWriteError
 from activation_store.checked_json import seal, unseal
 from activation_store.local_files import write_atomic
 from activation_store.report_check import settings_sha256
+from arc_runner.console import say
 from arc_runner.options import RunOptions
 from arc_runner.predictions import Book
 
@@ -29,9 +30,13 @@ _MAX_BYTES = 2**31
 
 @dataclasses.dataclass(frozen=True)
 class AnswerFiles:
-    """Names the three files: `NAME.json`, `NAME.predictions.json` and `NAME.report.json`."""
+    """Names the three files: `NAME.json`, `NAME.predictions.json` and `NAME.report.json`.
+
+    With own prompts there are two, `NAME.jsonl` and `NAME.report.json`: the completions are the predictions.
+    """
 
     submission: Path
+    own_prompts: bool = False
 
     @property
     def predictions(self) -> Path:
@@ -49,13 +54,14 @@ class AnswerFiles:
         return self.submission.with_name(f"{self.submission.stem}.metrics{of_process}.jsonl")
 
     def __iter__(self) -> Iterator[Path]:
-        return iter((self.submission, self.predictions, self.report))
+        predictions = () if self.own_prompts else (self.predictions,)
+        return iter((self.submission, *predictions, self.report))
 
     def numbered(self, number: int) -> AnswerFiles:
         """Returns the names under which they are set aside: `NAME.1.json` and so on."""
         # With an ending in any case: the others' names begin with what comes before it.
         name = f"{self.submission.stem}.{number}{self.submission.suffix or '.json'}"
-        return AnswerFiles(self.submission.with_name(name))
+        return dataclasses.replace(self, submission=self.submission.with_name(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +79,7 @@ class Earlier:
 
 def answer_files(options: RunOptions) -> AnswerFiles:
     """Returns the files of a run's answers."""
-    return AnswerFiles(Path(options.output_filepath))
+    return AnswerFiles(Path(options.output_filepath), own_prompts=options.prompts is not None)
 
 
 def source_of(options: RunOptions, settings: StoreSettings) -> dict[str, str]:
@@ -95,7 +101,7 @@ def local_store(options: RunOptions) -> Path | None:
 
 def read_earlier(files: AnswerFiles, source: Mapping[str, str]) -> Earlier:
     """Reads what is there of the answers, and tells what belongs to the store of ``source``."""
-    predictions, report = (_read_sealed(path, source) for path in (files.predictions, files.report))
+    predictions, report = (read_sealed(path, source) for path in (files.predictions, files.report))
     book = Book()
     known: set[str] = set()
     if predictions is not None:
@@ -104,7 +110,7 @@ def read_earlier(files: AnswerFiles, source: Mapping[str, str]) -> Earlier:
             known = set(predictions["submission_sha256"])
         except (ValueError, KeyError, TypeError):
             predictions = None
-    submission = _read(files.submission)
+    submission = read_file(files.submission)
     digest = None if submission is None else hashlib.sha256(submission).hexdigest()
     ours = (digest in known, predictions is not None, report is not None)
     strangers = tuple(path for path, mine in zip(files, ours, strict=True) if path.is_file() and not mine)
@@ -127,6 +133,15 @@ def set_aside(files: AnswerFiles) -> AnswerFiles:
         except OSError as error:
             raise StoreWriteError(f"cannot rename {path} to {aside}: {error.strerror}") from error
     return files.numbered(number)
+
+
+def say_aside(files: AnswerFiles, aside: AnswerFiles, strangers: Sequence[Path]) -> None:
+    """Says that files were renamed because ``strangers`` among them are something else's."""
+    names = ", ".join(path.name for path in strangers)
+    say(
+        f"what was in {files.submission} is now in {aside.submission.name} and beside it: this store did "
+        f"not leave {names} like that"
+    )
 
 
 def write_all(
@@ -176,9 +191,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise StoreWriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _read_sealed(path: Path, source: Mapping[str, str]) -> dict[str, Any] | None:
+def read_sealed(path: Path, source: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns a sealed file's content if it is unchanged and of this source, else None."""
-    data = _read(path)
+    data = read_file(path)
     if data is None:
         return None
     try:
@@ -188,7 +203,7 @@ def _read_sealed(path: Path, source: Mapping[str, str]) -> dict[str, Any] | None
     return content if intact and content.get("source") == source else None
 
 
-def _read(path: Path) -> bytes | None:
+def read_file(path: Path) -> bytes | None:
     """Returns a regular file of a plausible size; None where there is none that can be read."""
     try:
         return path.read_bytes() if path.is_file() and path.stat().st_size <= _MAX_BYTES else None

@@ -17,7 +17,8 @@ from activation_store import (
     write_outcomes,
 )
 from arc_puzzles import GridEncoder, create_grid_encoder
-from arc_runner.answer_files import answer_files, read_earlier, set_aside, source_of, write_all
+from arc_runner.answer_files import answer_files, read_earlier, say_aside, set_aside, source_of, write_all
+from arc_runner.completions import write_completions
 from arc_runner.console import say
 from arc_runner.job import Job
 from arc_runner.predictions import Book, Predicted, TaskPredictions, read_grid
@@ -28,27 +29,28 @@ _logger = logging.getLogger(__name__)
 
 def write_answers(
     report: Report, job: Job, records: Sequence[SequenceRecord], patiently: RetryPolicy | None = None
-) -> Book:
-    """Reads the answers back from the store, writes submission, predictions and report; returns all.
+) -> Book | None:
+    """Reads the answers back from the store, and writes submission, predictions and report; or completions.
 
     What earlier runs of the same store answered is kept, and counted in the report. ``records`` are the
     run's committed sequences in the order of its predictions. ``patiently`` says how a store that is away is
     waited for; without it the first failure counts.
 
+    Returns:
+        all that has been answered; None for own prompts.
+
     Raises:
         StoreWriteError: an answer file cannot be written.
     """
+    if job.options.prompts is not None:
+        write_completions(report, job, records, patiently)
+        return None
     wait = patiently or at_once
     files, source = answer_files(job.options), source_of(job.options, job.settings)
     made = wait(lambda: _read_answers(job, records))
     earlier = read_earlier(files, source)
     if earlier.strangers:
-        names = ", ".join(path.name for path in earlier.strangers)
-        aside = set_aside(files)
-        say(
-            f"what was in {files.submission} is now in {aside.submission.name} and beside it: this store did "
-            f"not leave {names} like that"
-        )
+        say_aside(files, set_aside(files), earlier.strangers)
     book = made.extended(earlier.book)
     _say_kept(book, made)
     report.count(book, new=max(0, len(records) - report.sequences_resumed))

@@ -26,6 +26,12 @@ _EXAMPLES = (
     "--temperature 1 --predictions_per_task 16 --layers_to_extract 10,12,20-23",
 )
 _RANGE = re.compile(r"(\d{1,9})-(\d{1,9})")
+# Defaults beside --prompts, so that puzzles and own prompts can be run in one folder.
+_WITH_PROMPTS = {
+    "activations_dir": "prompt-activations",
+    "output_filepath": "completions.jsonl",
+    "predictions_per_task": 1,
+}
 _MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
 _GROUP_NOTES = {PROCESSES: "detected on TPU pods, SLURM, Kubernetes and Open MPI"}
 # Flags of the old runner that are gone, and what to do without them.
@@ -64,9 +70,14 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
     if values["mesh_shape"] is not None:
         values["mesh_shape"] = tuple(values["mesh_shape"])
+    own = values["prompts"] is not None
+    for name, with_prompts in _WITH_PROMPTS.items():
+        if values[name] is None:
+            values[name] = with_prompts if own else getattr(RunOptions, name)
     if values["augmentations"] is None:
         # Greedy samples of one prompt are all the same, so greedy predictions differ by augmentation.
-        values["augmentations"] = values["predictions_per_task"] if values["temperature"] == 0 else 1
+        is_greedy = values["temperature"] == 0 and not own
+        values["augmentations"] = values["predictions_per_task"] if is_greedy else 1
     options = RunOptions(**values)
     check_options(options)
     return options
@@ -116,7 +127,8 @@ def make_parser() -> _Parser:
         default=argparse.SUPPRESS,
         help="store tokens and log-probabilities only",
     )
-    parser.set_defaults(augmentations=None)  # it depends on the temperature
+    # These depend on the temperature and on --prompts.
+    parser.set_defaults(augmentations=None, **dict.fromkeys(_WITH_PROMPTS))
     return parser
 
 

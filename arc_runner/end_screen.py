@@ -35,12 +35,15 @@ class Example(NamedTuple):
     truth: Grid
 
 
-def draw_end(report: Report, tasks: Sequence[ArcTask], book: Book) -> str:
-    """Returns the table of the report and the picture, in lines for stdout's terminal."""
+def draw_end(report: Report, tasks: Sequence[ArcTask], book: Book | None) -> str:
+    """Returns the table of the report and the picture, in lines for stdout's terminal.
+
+    Without a book, after own prompts, there is no picture.
+    """
     columns, _ = size_of(sys.stdout)
     console = make_console(sys.stdout, columns)
     parts: list[RenderableType] = [_table(console, report)]
-    if (example := choose_example(tasks, book, columns)) is not None:
+    if book is not None and (example := choose_example(tasks, book, columns)) is not None:
         parts += _picture(console, example)
     return rendered(console, Group(*parts))
 

@@ -46,10 +46,10 @@ def answer(
         show(draw_end(report, job.tasks, book))
     else:
         say(report.text())
-    say(
-        f"activations in {job.options.activations_dir}, answers in {files.submission}, all predictions in "
-        f"{files.predictions}, report in {files.report}"
-    )
+    answers = f"answers in {files.submission}, all predictions in {files.predictions}"
+    if files.own_prompts:
+        answers = f"completions in {files.submission}"
+    say(f"activations in {job.options.activations_dir}, {answers}, report in {files.report}")
     return _exit_code(job, records)
 
 

@@ -17,21 +17,23 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
-from arc_puzzles import ArcTask, TaskFailure, load_tasks
+from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
+from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
+from arc_runner.errors import UsageError
 from arc_runner.numerics import run_numerics
 from arc_runner.options import NO_CACHE, RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report
 from arc_runner.store_check import check_store
-from arc_runner.tokenizer import eos_token_ids, load_tokenizer, tokenizer_sha256
+from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
-from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.generation_config import eos_token_ids, unapplied_settings
 from qwen2_core.messages import masked
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout
@@ -48,9 +50,9 @@ class Job:
     options: RunOptions
     config: QwenConfig
     layout: Layout
-    tasks: Sequence[ArcTask]
-    outline: Sequence[tuple[str, int]]  # id and number of tests of every task of the data set
-    failures: Sequence[TaskFailure]  # those that cannot be run
+    tasks: Sequence[ArcTask]  # none with own prompts
+    outline: Sequence[tuple[str, int]]  # id and number of tests of all that is asked, usable or not
+    failures: Sequence[TaskFailure]  # tasks or own prompts that cannot be run
     tokenizer: Any
     eos: tuple[int, ...]
     settings: StoreSettings
@@ -105,12 +107,12 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
     say_defaults(options)
     check_inputs(options)
-    with Waiting(f"reading the tasks of {options.dataset_path}"):
-        loaded = load_tasks(options.dataset_path, options.n_tasks, options.solutions_path)
+    with Waiting(f"reading {options.input_path}"):
+        loaded = _load(options)
     for notice in loaded.notices:
         say(notice)
     check_places(options)
-    if options.compilation_cache_dir not in (None, NO_CACHE):
+    if options.compilation_cache_dir not in (None, NO_CACHE) and not options.dry_run:
         use_compilation_cache(options.compilation_cache_dir)
     with Waiting(f"looking at the model {options.model_path}"):
         config = load_config(options)
@@ -118,38 +120,58 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     with Waiting("looking for devices"):
         layout, devices = choose_devices(options, config)
     with Waiting(f"loading the tokenizer of {options.model_path}"):
-        tokenizer = load_tokenizer(options.model_path, config.vocab_size)
+        chats = not isinstance(loaded, LoadedPrompts) or loaded.has_chats
+        tokenizer = load_tokenizer(options.model_path, config.vocab_size, chats=chats)
     with contextlib.closing(tokenizer):
         eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
         sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         if unapplied := unapplied_settings(options.model_path, sampling):
             say(f"{unapplied}: sampling is what the flags say")
         settings = _store_settings(options, config, eos)
-        check_store(options.activations_dir, settings)
-        with Waiting(f"reading the weights of {options.model_path} for their fingerprint"):
-            fingerprint = checkpoint_fingerprint(options.model_path)
-        settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
-        check_store(options.activations_dir, settings)
-        requests, too_long = build_requests(
-            loaded.tasks, tokenizer, options, settings, config.max_position_embeddings
+        is_there = check_store(options.activations_dir, settings)
+        if is_there or not options.dry_run:  # whose plan needs no keys where no store has any
+            with Waiting(f"reading the weights of {options.model_path} for their fingerprint"):
+                fingerprint = checkpoint_fingerprint(options.model_path)
+            settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
+            check_store(options.activations_dir, settings)
+        requests, unusable = build_requests(
+            loaded, tokenizer, options, settings, config.max_position_embeddings
         )
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.outline)
-    failures = (*loaded.failures, *too_long)
-    job = Job(
-        options, config, layout, loaded.tasks, loaded.outline, failures, tokenizer, eos, settings, requests
-    )
+    failures = (*loaded.failures, *unusable)
+    tasks = () if isinstance(loaded, LoadedPrompts) else loaded.tasks
+    if isinstance(loaded, LoadedPrompts):
+        report.asked = "prompts"
+        if not requests:
+            raise UsageError(
+                f"--prompts {options.prompts} has no prompt that can be used: {failures[0].reason}"
+            )
+    job = Job(options, config, layout, tasks, loaded.outline, failures, tokenizer, eos, settings, requests)
     return job, report
+
+
+def _load(options: RunOptions) -> LoadedTasks | LoadedPrompts:
+    if options.prompts is not None:
+        return load_prompts(options.prompts, options.n_tasks)
+    return load_tasks(options.dataset_path, options.n_tasks, options.solutions_path)
 
 
 def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord]) -> None:
     """Says what there is to do, and counts in the report what an earlier run has made."""
     report.sequences_resumed = len(job.records(committed))
     say(
-        f"{report.tasks} tasks, {len(job.requests)} sequences (each test input in "
-        f"{job.options.augmentations} augmentations x {job.options.samples_per_prompt} samples), "
+        f"{report.tasks} {report.asked}, {len(job.requests)} sequences ({sequences_of(job.options)}), "
         f"{report.sequences_resumed} of them done already"
     )
+
+
+def sequences_of(options: RunOptions) -> str:
+    """Says in a few words which sequences are made of each task or own prompt."""
+    samples = options.samples_per_prompt
+    if options.prompts is not None:
+        return f"{samples} sample{'s' if samples > 1 else ''} of each"
+    return f"each test input in {options.augmentations} augmentations x {samples} samples"
 
 
 def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...]) -> StoreSettings:
@@ -169,12 +191,15 @@ def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...
         seed=options.random_seed,
         eos_token_ids=eos,
         tokenizer_sha256=tokenizer_sha256(options.model_path),
-        prompt={
-            "grid_encoder": options.grid_encoder,
-            "prompt_version": options.prompt_version,
-            "kv_cache_dtype": options.kv_cache_dtype or config.dtype.name,
-        },
+        prompt=_prompt_settings(options) | {"kv_cache_dtype": options.kv_cache_dtype or config.dtype.name},
     )
+
+
+def _prompt_settings(options: RunOptions) -> dict[str, str]:
+    """Returns how prompts are laid out. Own prompts have no grids."""
+    if options.prompts is not None:
+        return {"prompt_version": OWN_PROMPTS}
+    return {"grid_encoder": options.grid_encoder, "prompt_version": options.prompt_version}
 
 
 def _provenance(options: RunOptions) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from arc_runner.workload import Call
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from qwen2_core.compilation import defined_settings
 from qwen2_core.kernels.cpu.library import unavailable_reason
+from qwen2_core.parameter_checks import abstract_params
 from qwen2_core.requests import pad_to
 from qwen2_core.sampling import eos_capacity
 from qwen2_core.weights import load_params
@@ -38,18 +39,20 @@ class LoadedModel:
     @classmethod
     def load(cls, job: Job) -> LoadedModel:
         """Reads the weights onto the device, and returns when they are there."""
-        options, config = job.options, job.config
-        params = load_params(options.model_path, config, job.layout)
+        config = job.config
+        params = load_params(job.options.model_path, config, job.layout)
         if config.dtype == np.dtype("bfloat16") and (reason := unavailable_reason()):
             say(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}")
-        model = QwenModel(config)
-        if options.extract_activations:
-            model = create_model_with_hooks(config, options.layers_to_extract)
-        return cls(job, model, jax.block_until_ready(params))
+        return cls(job, _model(job), jax.block_until_ready(params))
+
+    @classmethod
+    def without_weights(cls, job: Job) -> LoadedModel:
+        """Returns the model with the shapes of its weights alone, to plan with."""
+        return cls(job, _model(job), abstract_params(job.config, job.layout))
 
     def compile(self, calls: Sequence[Call]) -> int:
         """Compiles every shape of ``calls``, side by side, and returns how many there were."""
-        shapes = list(dict.fromkeys(self._shape(call) for call in calls))
+        shapes = list(dict.fromkeys(self.shape(call) for call in calls))
         say(f"compiling {len(shapes)} shapes")
         done = 0
         with (
@@ -90,7 +93,8 @@ class LoadedModel:
         jax.block_until_ready(generation.lengths)
         return generation
 
-    def _shape(self, call: Call) -> GenerateShape:
+    def shape(self, call: Call) -> GenerateShape:
+        """Returns what decides the programs of a call."""
         options = self.job.options
         return GenerateShape(
             num_prompts=len(call.prompts),
@@ -102,6 +106,12 @@ class LoadedModel:
             capture_prompt=options.extract_prompt,
             eos_capacity=eos_capacity(len(self.job.eos)),
         )
+
+
+def _model(job: Job) -> QwenModel:
+    if job.options.extract_activations:
+        return create_model_with_hooks(job.config, job.options.layers_to_extract)
+    return QwenModel(job.config)
 
 
 @defined_settings()

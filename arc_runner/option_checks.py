@@ -22,6 +22,8 @@ def check_options(options: RunOptions) -> None:
         UsageError: a value cannot be, or two of them contradict each other.
     """
     _check_paths(options)
+    if options.prompts is not None:
+        _check_own_prompts(options)
     _check_amounts(options)
     _check_processes(options)
     _check_generation(options)
@@ -33,8 +35,8 @@ def _check_paths(options: RunOptions) -> None:
         value = getattr(options, field.name)
         if field.metadata["flag"].is_path and value is not None:
             _check_path(field.name, value)
-    for name in ("model_path", "dataset_path"):
-        if "://" in getattr(options, name):
+    for name in ("model_path", "dataset_path", "prompts"):
+        if "://" in (getattr(options, name) or ""):
             raise UsageError(f"--{name} {getattr(options, name)} is a URL; give a path of this machine")
     output = options.output_filepath
     if "://" in output or output.endswith("/") or Path(output).name in ("", ".."):
@@ -44,6 +46,20 @@ def _check_paths(options: RunOptions) -> None:
     cache = options.compilation_cache_dir
     if cache is not None and "://" in cache:
         raise UsageError(f"--compilation_cache_dir {cache} is not a local directory")
+
+
+def _check_own_prompts(options: RunOptions) -> None:
+    """Refuses what is of puzzles alone, as far as it differs from its default."""
+    if options.dataset_path != RunOptions.dataset_path:
+        raise UsageError("--prompts and --dataset_path contradict each other: give one of the two")
+    for name in ("solutions_path", "grid_encoder", "prompt_version"):
+        if getattr(options, name) != getattr(RunOptions, name):
+            raise UsageError(f"--{name} is of puzzles, and --prompts has none; leave it out")
+    if options.augmentations != 1:
+        raise UsageError(
+            "--augmentations turns puzzles around, and --prompts has none; leave it out, "
+            "--predictions_per_task is the number of samples"
+        )
 
 
 def _check_path(name: str, path: str) -> None:
@@ -77,9 +93,14 @@ def _check_amounts(options: RunOptions) -> None:
             f"{options.augmentations}"
         )
     if options.temperature == 0 and options.samples_per_prompt > 1:
+        remedy = (
+            "or as many --augmentations as --predictions_per_task"
+            if options.prompts is None
+            else "or --predictions_per_task 1"
+        )
         raise UsageError(
             f"at temperature 0 the {options.samples_per_prompt} samples of one prompt would be the same; "
-            "give a --temperature above 0 or as many --augmentations as --predictions_per_task"
+            f"give a --temperature above 0 {remedy}"
         )
 
 
@@ -133,6 +154,8 @@ def _check_processes(options: RunOptions) -> None:
         raise UsageError(
             "--coordinator_address and --num_shards contradict each other: shards need no coordinator"
         )
+    if options.merge and options.dry_run:
+        raise UsageError("--merge and --dry_run contradict each other: --merge writes the answers")
     if options.merge and (options.coordinator_address or options.num_shards) is not None:
         raise UsageError("--merge works alone; leave out what says which of several processes this is")
     address = options.coordinator_address

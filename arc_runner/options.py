@@ -95,19 +95,38 @@ class RunOptions:
         "ARC tasks: a JSON or JSONL file or a directory of task files; six examples if left out",
         default_text="",
     )
+    prompts: str | None = _path(
+        PATHS,
+        None,
+        "prompts of your own instead of ARC tasks: a JSONL file with messages, prompt or text a line",
+    )
     solutions_path: str | None = _path(
         PATHS,
         None,
         "right answers as Kaggle has them; *_solutions.json beside *_challenges.json is found by itself",
     )
     activations_dir: str = _path(
-        PATHS, "activations", "where the activation store is, or is to be: a directory or URL"
+        PATHS,
+        "activations",
+        "where the activation store is, or is to be: a directory or URL (default: activations; with "
+        "--prompts prompt-activations)",
+        default_text="",
     )
     output_filepath: str = _path(
-        PATHS, "submission.json", "the submission; predictions and report go beside it"
+        PATHS,
+        "submission.json",
+        "the submission; predictions and report go beside it (default: submission.json; with --prompts "
+        "completions.jsonl)",
+        default_text="",
     )
     n_tasks: int | None = _flag(
-        PATHS, None, "use the first N tasks only", "all", _COUNT, type=int, metavar="N"
+        PATHS, None, "use the first N tasks or prompts only", "all", _COUNT, type=int, metavar="N"
+    )
+    dry_run: bool = _flag(
+        PATHS,
+        False,
+        "check everything, print the plan and one whole prompt; generate nothing and write nothing",
+        action="store_true",
     )
 
     grid_encoder: str = _flag(
@@ -121,7 +140,13 @@ class RunOptions:
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
     )
     predictions_per_task: int = _flag(
-        PROMPTS, 8, "predictions for each test input", None, Limits(1, 100_000), type=int, metavar="N"
+        PROMPTS,
+        8,
+        "predictions for each test input, or samples of each of --prompts (default: 8; with --prompts 1)",
+        default_text="",
+        limits=Limits(1, 100_000),
+        type=int,
+        metavar="N",
     )
     augmentations: int = _flag(
         PROMPTS,
@@ -253,6 +278,16 @@ class RunOptions:
             elif isinstance(value, float):
                 value += 0.0  # no -0.0, which is written otherwise than 0.0
             object.__setattr__(self, field.name, value)
+
+    @property
+    def input_flag(self) -> str:
+        """Returns the name of the flag that says what is asked: "prompts" or "dataset_path"."""
+        return "dataset_path" if self.prompts is None else "prompts"
+
+    @property
+    def input_path(self) -> str:
+        """Returns the path of what is asked: own prompts, or the data set of puzzles."""
+        return self.dataset_path if self.prompts is None else self.prompts
 
     @property
     def samples_per_prompt(self) -> int:

@@ -16,7 +16,7 @@ from arc_runner.console import say
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions
-from qwen2_core.checkpoint_files import is_hub_id
+from qwen2_core.checkpoint_files import has_weights, is_hub_id
 from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
 from qwen2_core.messages import did_you_mean
@@ -30,15 +30,24 @@ _MOST_FILES = 200_000
 
 
 def say_defaults(options: RunOptions) -> None:
-    """Says where the embedded example is used, and where the hub will be asked."""
-    for name, path, what in (
-        ("model_path", EXAMPLE_MODEL, "a tiny model with random weights"),
-        ("dataset_path", EXAMPLE_TASKS, "six puzzles"),
-    ):
+    """Says where the embedded example is used, and where the hub will be asked.
+
+    Raises:
+        UsageError: the hub would be asked by a dry run.
+    """
+    examples = [("model_path", EXAMPLE_MODEL, "a tiny model with random weights")]
+    if options.prompts is None:
+        examples.append(("dataset_path", EXAMPLE_TASKS, "six puzzles"))
+    for name, path, what in examples:
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")
     if is_hub_id(options.model_path):
         cached = cached_snapshot(options.model_path)
+        if options.dry_run and (cached is None or not has_weights(cached)):
+            raise UsageError(
+                f"--dry_run downloads nothing, and there is neither a directory {options.model_path} nor all "
+                f"of such a model in the hub's cache; fetch it first: hf download {options.model_path}"
+            )
         where = (
             f"the hub's cache has it, at commit {cached.name[:12]}"
             if cached
@@ -53,24 +62,29 @@ def check_inputs(options: RunOptions) -> None:
     Raises:
         UsageError: nothing is there; says which name is like it. Or it is a device or pipe, or too much.
     """
-    path = Path(options.dataset_path)
+    path, flag = Path(options.input_path), f"--{options.input_flag}"
+    what = "tasks" if options.prompts is None else "prompts"
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
+            if options.prompts is not None:
+                raise UsageError(f"{flag}: {path} is a directory; name a file of prompts")
             with os.scandir(path) as entries:
                 many = sum(1 for _ in itertools.islice(entries, _MOST_FILES + 1)) > _MOST_FILES
             if many:
-                raise UsageError(f"--dataset_path: {path} has more than {_MOST_FILES} files; is it of tasks?")
+                raise UsageError(f"{flag}: {path} has more than {_MOST_FILES} files; is it of tasks?")
         elif not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"--dataset_path: {path} is a device or pipe; give a file or directory of tasks")
+            place = "file or directory" if options.prompts is None else "file"
+            raise UsageError(f"{flag}: {path} is a device or pipe; give a {place} of {what}")
         elif status.st_size > _LARGEST_FILE:
+            several = ", or a directory with a file for each" if options.prompts is None else ""
             raise UsageError(
-                f"--dataset_path: {path} has {status.st_size} bytes, more than {_LARGEST_FILE}; give fewer "
-                "tasks, or a directory with a file for each"
+                f"{flag}: {path} has {status.st_size} bytes, more than {_LARGEST_FILE}; give fewer {what}"
+                f"{several}"
             )
     except OSError as error:
         hint = did_you_mean(path)
-        raise UsageError(f"--dataset_path: cannot read {path}: {error.strerror}{hint}") from error
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}{hint}") from error
     store = options.activations_dir
     if options.merge and "://" not in store and not Path(store).exists():
         raise UsageError(f"--activations_dir: there is no {store}, and so no answers{did_you_mean(store)}")
@@ -79,14 +93,14 @@ def check_inputs(options: RunOptions) -> None:
 def check_places(options: RunOptions) -> None:
     """Checks that the answers and the store can be written where they are to be, and replace no input.
 
-    Makes the directory of the answers. The store's own directory is left to its writer.
+    Makes the directory of the answers, but for a dry run. The store's own directory is left to its writer.
 
     Raises:
         UsageError: a place cannot be written, or belongs to the data set.
     """
     output, dataset, store = (
         Path(options.output_filepath),
-        Path(options.dataset_path),
+        Path(options.input_path),
         local_store(options),
     )
     files = answer_files(options)
@@ -100,6 +114,9 @@ def check_places(options: RunOptions) -> None:
     for path in (store, *store.parents) if store is not None else ():
         if path.is_file():
             raise UsageError(f"--activations_dir: {path} is a file; name a directory")
+    if options.dry_run:
+        _check_writable(options)
+        return
     folder = output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,20 +127,42 @@ def check_places(options: RunOptions) -> None:
         raise UsageError(f"--output_filepath: cannot write in {folder}: {error.strerror}") from error
 
 
+def nearest_folder(path: Path) -> Path:
+    """Returns the folder that is there already on the way to a path that may not be."""
+    path = Path(os.path.realpath(path))
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
+def _check_writable(options: RunOptions) -> None:
+    """Checks without a trace that the answers and a local store could be made."""
+    places = [("output_filepath", Path(os.path.realpath(path)).parent) for path in answer_files(options)]
+    if (store := local_store(options)) is not None:
+        places.append(("activations_dir", store))
+    for flag, place in places:
+        in_the_way = next((one for one in (place, *place.parents) if one.exists() and not one.is_dir()), None)
+        if in_the_way is not None:
+            raise UsageError(f"--{flag}: cannot write in {place}: {in_the_way} is not a directory")
+        if not os.access(nearest_folder(place), os.W_OK | os.X_OK):
+            raise UsageError(f"--{flag}: cannot write in {place}: {nearest_folder(place)} is read-only")
+
+
 def _check_answer_file(path: Path, options: RunOptions) -> None:
     """Checks that a file of answers is one that may be written: none of the inputs, none of the store's."""
     if path.is_dir():
         raise UsageError(f"--output_filepath: {path} is a directory; name a file to write")
     if path.exists() and not path.is_file():
         raise UsageError(f"--output_filepath: {path} is not a regular file; name another")
-    for flag, what in (("dataset_path", "data set"), ("solutions_path", "file of the solutions")):
+    for flag, what in (
+        (options.input_flag, "data set" if options.prompts is None else "file of the prompts"),
+        ("solutions_path", "file of the solutions"),
+    ):
         read = getattr(options, flag)
         if read is not None and _is_same(path, Path(read)):
             raise UsageError(f"--output_filepath: {path} is the {what}; name another file")
-    beside = solutions_beside(Path(options.dataset_path))
+    beside = None if options.prompts is not None else solutions_beside(Path(options.dataset_path))
     if beside is not None and _is_same(path, beside):
         raise UsageError(f"--output_filepath: {path} is the file of the solutions; name another file")
-    dataset, model, store = Path(options.dataset_path), Path(options.model_path), local_store(options)
+    dataset, model, store = Path(options.input_path), Path(options.model_path), local_store(options)
     if dataset.is_dir() and _is_within(path, dataset):
         raise UsageError(
             f"--output_filepath: in {dataset}, the data set, every .json file is a task; "

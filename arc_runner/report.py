@@ -38,6 +38,7 @@ class Report:
 
     model: str
     device: str
+    asked: str = "tasks"  # or "prompts", own ones: then `tasks` and `tasks_failed` are of these
     tasks: int = 0
     tasks_failed: list[dict[str, str]] = dataclasses.field(default_factory=list)
     sequences: int = 0
@@ -135,7 +136,7 @@ class Report:
         when = "" if new else f" (run of {self.made_at} UTC)"
         rows = [
             ("model", f"{self.model} on {self.device}"),
-            ("tasks", f"{self.tasks} ({len(self.tasks_failed)} failed)"),
+            (self.asked, f"{self.tasks} ({len(self.tasks_failed)} failed)"),
             (
                 "sequences",
                 f"{self.sequences} ({self.sequences_resumed} were there already, "
@@ -158,16 +159,16 @@ class Report:
                 rows.append(("slot occupancy", f"{self.slot_occupancy:.1%} of {self.slots} slots"))
             loaded = f"weights loaded in {self.load_seconds:.1f} s{compiled if self.programs else ''}"
             rows += [("before that", loaded), ("stored", f"{self.bytes_stored / 1e6:.1f} MB")]
-        rows += [
-            ("peak memory", f"{self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})"),
-            ("grids parsed", f"{self.grids_parsed} of {self.sequences}"),
-        ]
+        rows.append(("peak memory", f"{self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})"))
+        if self.asked == "tasks":
+            rows.append(("grids parsed", f"{self.grids_parsed} of {self.sequences}"))
         if self.tests_known:
             tests = f"{self.tests_solved} of {self.tests_known} tests"
             rows.append(("solved", f"{self.tasks_solved} of {self.tasks_known} tasks, {tests}"))
             by_any = f"{self.tasks_solved_by_any} tasks, {self.tests_solved_by_any} tests"
             rows.append(("by any prediction", by_any))
-        rows += _listing("failed task", [(f["task_id"], f["reason"]) for f in self.tasks_failed])
+        failed = f"failed {self.asked.removesuffix('s')}"
+        rows += _listing(failed, [(f["task_id"], f["reason"]) for f in self.tasks_failed])
         rows += _listing("failed sequence", [(f["sequence"], f["reason"]) for f in self.sequences_failed])
         return rows
 

@@ -12,6 +12,7 @@ from activation_store import SequenceId, SequenceRecord, StoreSettings, hook_lay
 from activation_store.format import MANIFEST
 from activation_store.index import SequenceIndex
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest
+from activation_store.prompts import is_of_own_prompts
 from activation_store.remote_files import open_files
 from arc_runner.cluster.work import keys_of
 from arc_runner.console import say_error
@@ -25,10 +26,10 @@ _FLAG_OF = {"capture_prompt": "extract_prompt", "hook_names": "layers_to_extract
 _OF_THE_MODEL = ("model_fingerprint", "tokenizer_sha256", "eos_token_ids", "hidden_size")
 
 
-def check_store(directory: str, asked: StoreSettings) -> None:
+def check_store(directory: str, asked: StoreSettings) -> bool:
     """Checks that a store in ``directory``, if there is one, was made with the settings that are asked for.
 
-    A model fingerprint of "" is not known yet, and is not compared.
+    A model fingerprint of "" is not known yet, and is not compared. Returns whether there is a store.
 
     Raises:
         UsageError: it was made with others; says which flags would continue it.
@@ -38,13 +39,19 @@ def check_store(directory: str, asked: StoreSettings) -> None:
     try:
         data = files.read(MANIFEST, 0, MANIFEST_BYTES + 1)
     except OSError:  # most often there is none; whoever opens the store says what else it is
-        return
+        return False
     there, provenance = decode_manifest(data, f"{files.location}/{MANIFEST}")
+    if is_of_own_prompts(there) != is_of_own_prompts(asked):
+        holds, others = ("own prompts", "puzzles") if is_of_own_prompts(there) else ("puzzles", "own prompts")
+        raise UsageError(
+            f"{files.location} holds {holds}, and a store has one kind; choose another --activations_dir for "
+            f"{others}"
+        )
     if not asked.model_fingerprint:
         asked = dataclasses.replace(asked, model_fingerprint=there.model_fingerprint)
     differences = list(_differences(there.to_json(), asked.to_json()))
     if not differences:
-        return
+        return True
     said, flags = [], []
     for name, old, new in differences:
         is_flag = name in RunOptions.__dataclass_fields__
@@ -88,11 +95,13 @@ def _flag(name: str, value: Any) -> str:
     return f"with --{name} {int(value) if number else shlex.quote(str(value))}"
 
 
-def say_changed_prompts(requests: Sequence[SequenceRequest], committed: SequenceIndex) -> None:
+def say_changed_prompts(
+    requests: Sequence[SequenceRequest], committed: SequenceIndex, asked: str = "tasks"
+) -> None:
     """Says how many of the sequences that are left to make are in the store under another prompt.
 
     They have the same task, test, augmentation and sample, and the same settings. So the data set has changed
-    since, or what lays out the prompts.
+    since, or what lays out the prompts. ``asked`` is what they are of, "tasks" or "prompts".
     """
     left = {_name(one.id) for one in requests if one.key not in committed}
     if not left or len(committed) == len(requests) - len(left):  # the store has nothing else
@@ -102,10 +111,11 @@ def say_changed_prompts(requests: Sequence[SequenceRequest], committed: Sequence
     if changed:
         tasks = sorted({name[0] for name in changed})
         more = f" and {len(tasks) - _TASKS_NAMED} more" if len(tasks) > _TASKS_NAMED else ""
+        names = ", ".join(tasks[:_TASKS_NAMED])
         say_error(
-            f"{len(changed)} of {len(requests)} sequences are in the store with other prompts, of the tasks "
-            f"{', '.join(tasks[:_TASKS_NAMED])}{more}: the data set has changed since, or the tokenizer's "
-            "chat template; they are made anew, and the old ones stay until "
+            f"{len(changed)} of {len(requests)} sequences are in the store with other prompts, of the "
+            f"{asked} {names}{more}: the data set has changed since, or the tokenizer's chat template; they "
+            "are made anew, and the old ones stay until "
             "`python -m activation_store verify ... --dataset ... --repair` drops them"
         )
 

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer: loaded and tried out, its EOS ids, and the hash that a store keeps of it."""
+"""The checkpoint's tokenizer: loaded and tried out, and the hash that a store keeps of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from arc_puzzles import encode_prompt
 from qwen2_core.chat_template import BoundedTokenizer
-from qwen2_core.checkpoint_files import optional_file, read_json_object, resolve_file
+from qwen2_core.checkpoint_files import optional_file, resolve_file
 from qwen2_jax import CheckpointError
 
 _logger = logging.getLogger(__name__)
@@ -26,11 +27,11 @@ _PROBE = "Input 0123456789"
 _MOST_BYTES = 1 << 30  # of a file; the largest vocabularies have a hundredth
 
 
-def load_tokenizer(model_path: str, vocab_size: int) -> BoundedTokenizer:
+def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> BoundedTokenizer:
     """Loads the tokenizer of the checkpoint (transformers' ``AutoTokenizer``) and tries it out.
 
     Trying is needed: where the vocabulary is missing transformers makes an empty one. Warns of a chat
-    template that puts the time into prompts.
+    template that puts the time into prompts. Without ``chats`` it needs no chat template.
 
     Raises:
         CheckpointError: it cannot be loaded, has no chat template, does not give back the text that it
@@ -44,17 +45,17 @@ def load_tokenizer(model_path: str, vocab_size: int) -> BoundedTokenizer:
     directory = resolve_file(model_path, "tokenizer_config.json").parent
     _check_kinds(directory)
     messages = [{"role": role, "content": _PROBE} for role in ("system", "user")]
-    tokenizer = None
+    tokenizer, expected = None, 2 if chats else 1
     try:
         tokenizer = BoundedTokenizer(AutoTokenizer.from_pretrained(directory, trust_remote_code=False))
-        token_ids = encode_prompt(tokenizer, messages)
-        if tokenizer.tells_the_time(messages):
+        token_ids = encode_prompt(tokenizer, messages) if chats else np.array(tokenizer(_PROBE)["input_ids"])
+        if chats and tokenizer.tells_the_time(messages):
             _logger.warning(
                 "the chat template of %s puts the time into the prompts: a later run makes other prompts, "
                 "and finds nothing of this one done",
                 model_path,
             )
-        if tokenizer.decode(token_ids.tolist()).count(_PROBE) != 2:
+        if tokenizer.decode(token_ids.tolist()).count(_PROBE) != expected:
             raise ValueError(f"it does not give back the text {_PROBE!r} (is its vocabulary there?)")
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # many kinds, of transformers, tokenizers and the chat template
@@ -69,31 +70,6 @@ def load_tokenizer(model_path: str, vocab_size: int) -> BoundedTokenizer:
             f"{vocab_size}: they do not belong together"
         )
     return tokenizer
-
-
-def eos_token_ids(model_path: str, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """Returns the token ids that end an answer, sorted.
-
-    They are those of generation_config.json and config.json, the tokenizer's own, and ``<|im_end|>``, the end
-    of a chat turn.
-
-    Raises:
-        CheckpointError: one of them is no token of the vocabulary, or a file is no JSON object.
-    """
-    found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
-    for name in ("generation_config.json", "config.json"):
-        path = optional_file(model_path, name)
-        if path is None:  # a checkpoint need not have the first
-            continue
-        value = read_json_object(path).get("eos_token_id")
-        found += value if isinstance(value, list) else [value]
-    given = [token for token in found if token is not None]
-    for token in given:
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise CheckpointError(
-                f"eos_token_id {token!r} of {model_path} is none of its {vocab_size} tokens"
-            )
-    return tuple(sorted(set(given)))
 
 
 def tokenizer_sha256(model_path: str) -> str:

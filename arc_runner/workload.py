@@ -1,23 +1,24 @@
-"""Decides what a run will generate, before the weights are read: tasks to requests, requests to calls."""
+"""Decides what a run will generate, before the weights are read: tasks or prompts to requests to calls."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from activation_store import SequenceId, StoreSettings, sequence_key
 from arc_puzzles import (
-    ArcTask,
+    LoadedTasks,
     TaskFailure,
     build_messages,
     choose_augmentations,
     create_grid_encoder,
     encode_prompts,
 )
+from arc_puzzles.prompt_files import LoadedPrompts, encode_own
 from arc_runner.options import RunOptions
 from arc_runner.waiting import Waiting
 from qwen2_core.requests import SequenceRequest
@@ -40,18 +41,46 @@ class Call:
 
 
 def build_requests(
-    tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions, settings: StoreSettings, context: int
+    loaded: LoadedTasks | LoadedPrompts,
+    tokenizer: Any,
+    options: RunOptions,
+    settings: StoreSettings,
+    context: int,
 ) -> tuple[list[SequenceRequest], list[TaskFailure]]:
-    """Builds what is to be generated for every task, in the order of its predictions.
+    """Builds what is to be generated for every task or own prompt, in the order of its predictions.
 
     A task with a prompt that is too long is a failure as a whole. ``context`` is the model's largest number
     of tokens, prompt and answer together. ``settings`` are the store's: they decide each sequence's key.
     """
+    if isinstance(loaded, LoadedPrompts):
+        asked, failures = _ask_prompts(loaded, tokenizer, options)
+    else:
+        asked, failures = _ask_puzzles(loaded, tokenizer, options), []
+    requests: list[SequenceRequest] = []
+    for one in asked:
+        problem = _problem(one, options.max_output_tokens, context)
+        if problem:
+            failures.append(TaskFailure(one.name, problem, one.n_tests))
+        else:
+            requests += [_request(sequence_id, options, settings) for sequence_id in one.ids]
+    return requests, failures
+
+
+class _Asked(NamedTuple):
+    """Holds the sequences of a task or of an own prompt, and what its prompts are called."""
+
+    name: str
+    n_tests: int
+    ids: list[SequenceId]
+    called: Callable[[SequenceId], str]
+
+
+def _ask_puzzles(loaded: LoadedTasks, tokenizer: Any, options: RunOptions) -> list[_Asked]:
     encoder = create_grid_encoder(options.grid_encoder)
     variants = choose_augmentations(options.augmentations, options.random_seed)
     asked = [
         (task, variant, test_index)
-        for task in tasks
+        for task in loaded.tasks
         for variant in variants
         for test_index in range(len(task.test))
     ]
@@ -65,20 +94,43 @@ def build_requests(
                     for task, variant, test_index in asked[part.start : part.stop]
                 ],
             )
-    ids_of: dict[str, list[SequenceId]] = {task.task_id: [] for task in tasks}
+    ids_of: dict[str, list[SequenceId]] = {task.task_id: [] for task in loaded.tasks}
     for (task, variant, test_index), prompt in zip(asked, prompts, strict=True):
         for sample in range(options.samples_per_prompt):
             ids_of[task.task_id].append(SequenceId(task.task_id, test_index, sample, str(variant), prompt))
-    requests: list[SequenceRequest] = []
+    return [
+        _Asked(
+            task.task_id,
+            len(task.test),
+            ids_of[task.task_id],
+            lambda one: f"the prompt of test {one.test_index} ({one.augmentation})",
+        )
+        for task in loaded.tasks
+    ]
+
+
+def _ask_prompts(
+    loaded: LoadedPrompts, tokenizer: Any, options: RunOptions
+) -> tuple[list[_Asked], list[TaskFailure]]:
+    asked: list[_Asked] = []
     failures: list[TaskFailure] = []
-    for task in tasks:
-        ids = ids_of[task.task_id]
-        problem = _problem(ids, options.max_output_tokens, context)
-        if problem:
-            failures.append(TaskFailure(task.task_id, problem, len(task.test)))
-        else:
-            requests += [_request(sequence_id, options, settings) for sequence_id in ids]
-    return requests, failures
+    done = 0
+    with Waiting(lambda: f"tokenizing: {done} of {len(loaded.prompts)} prompts"):
+        for part in _ranges(len(loaded.prompts), _PROMPTS_AT_ONCE):
+            prompts = loaded.prompts[part.start : part.stop]
+            encoded = encode_own(tokenizer, [one.content for one in prompts])
+            done = part.stop
+            for one, token_ids in zip(prompts, encoded, strict=True):
+                if isinstance(token_ids, str):
+                    failures.append(TaskFailure(one.prompt_id, f"{one.place} {token_ids}"))
+                    continue
+                ids = [
+                    SequenceId(one.prompt_id, 0, sample, "identity", token_ids)
+                    for sample in range(options.samples_per_prompt)
+                ]
+                called = f"{one.place}: the prompt"
+                asked.append(_Asked(one.prompt_id, 1, ids, lambda _, called=called: called))
+    return asked, failures
 
 
 def _request(sequence_id: SequenceId, options: RunOptions, settings: StoreSettings) -> SequenceRequest:
@@ -123,13 +175,13 @@ def sampling_id(sequence: SequenceId) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
-def _problem(ids: Sequence[SequenceId], new_tokens: int, context: int) -> str | None:
+def _problem(asked: _Asked, new_tokens: int, context: int) -> str | None:
     """Returns why the prompts cannot be run, or None."""
-    for one in ids:
+    for one in asked.ids:
         if len(one.prompt_token_ids) + new_tokens > context:
             return (
-                f"the prompt of test {one.test_index} ({one.augmentation}) has {len(one.prompt_token_ids)} "
-                f"tokens; with --max_output_tokens {new_tokens} that exceeds the model's context of {context}"
+                f"{asked.called(one)} has {len(one.prompt_token_ids)} tokens; with --max_output_tokens "
+                f"{new_tokens} that exceeds the model's context of {context}"
             )
     return None
 

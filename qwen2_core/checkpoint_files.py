@@ -252,6 +252,19 @@ def checkpoint_fingerprint(source: str | Path, *, revision: str | None = None) -
     return digest.hexdigest()
 
 
+def has_weights(folder: Path) -> bool:
+    """Tells whether all the weights of a checkpoint are in its folder.
+
+    Raises:
+        CheckpointError: something else is in the place of one.
+    """
+    if _is_there(folder / _SINGLE):
+        return True
+    return _is_there(folder / _INDEX) and all(
+        _is_there(folder / name) for name in _index_names(folder / _INDEX)
+    )
+
+
 def _path(source: str | Path) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise CheckpointError(f"A model is a directory or a hub id, not {source!r}.")
@@ -272,9 +285,7 @@ def _fetch_small(repo_id: str, revision: str | None) -> Path:
 
 def _fetch_weights(repo_id: str, folder: Path) -> None:
     """Fetches the weights of a snapshot, unless they are all there."""
-    if _is_there(folder / _SINGLE):
-        return
-    if _is_there(folder / _INDEX) and all(_is_there(folder / n) for n in _index_names(folder / _INDEX)):
+    if has_weights(folder):
         return
     names = list_files(repo_id, folder.name)
     # The cache may be of another tool, without the small files either.

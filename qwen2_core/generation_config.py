@@ -1,7 +1,7 @@
-"""Says what a checkpoint's ``generation_config.json`` asks for that nothing here applies.
+"""What a checkpoint's ``generation_config.json`` decides here, and what it asks for that nothing applies.
 
-Sampling is what a call or a command line says. Of the file only the EOS ids count, and those for the runner
-alone; its lengths are left to whoever generates.
+Sampling is what a call or a command line says. Of the file only the EOS ids count; its lengths are left to
+whoever generates.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_core.checkpoint_files import optional_file, read_json_object
+from qwen2_core.errors import CheckpointError
 
 _NAME = "generation_config.json"
 # Each of Transformers' settings that changes which tokens come, and the value that changes nothing.
@@ -49,6 +50,31 @@ _WHEN_SAMPLING: dict[str, Any] = {
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
 }
+
+
+def eos_token_ids(source: str | Path | None, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Returns the token ids that end an answer, sorted.
+
+    They are those of generation_config.json and config.json, the tokenizer's own, and ``<|im_end|>``, the end
+    of a chat turn. ``source`` is the checkpoint's directory or hub id; without one its files are not read.
+
+    Raises:
+        CheckpointError: one of them is no token of the vocabulary, or a file is no JSON object.
+    """
+    found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
+    for name in (_NAME, "config.json"):
+        path = None if source is None else optional_file(source, name)
+        if path is None:  # a checkpoint need not have the first
+            continue
+        value = read_json_object(path).get("eos_token_id")
+        found += value if isinstance(value, list) else [value]
+    given = [token for token in found if token is not None]
+    for token in given:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise CheckpointError(
+                f"eos_token_id {token!r} of {source or 'the tokenizer'} is none of its {vocab_size} tokens"
+            )
+    return tuple(sorted(set(given)))
 
 
 def unapplied_settings(source: str | Path, applied: Mapping[str, Any] | None = None) -> str | None:

@@ -1,4 +1,4 @@
-"""Checks that a parameter tree is one of the model that it is to be used with."""
+"""The parameter tree of a model: checks that one belongs to it, and its shapes alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 
 from qwen2_core.config import QwenConfig
+from qwen2_core.sharding import Layout
 from qwen2_core.weights import tensor_specs
 
 _LISTED = 4  # leaves that an error names; a tree of another model differs in hundreds
@@ -87,6 +88,18 @@ def check_places(leaves: Iterable[Any]) -> None:
             f"params lie apart, on {', '.join(names[:_LISTED])}: put them all on one device with "
             "jax.device_put, or load them with load_qwen2(..., mesh_shape=(data, model))."
         )
+
+
+def abstract_params(config: QwenConfig, layout: Layout) -> Any:
+    """Returns the parameter tree with ``jax.ShapeDtypeStruct`` leaves: what a plan needs of weights."""
+    tree: dict[str, Any] = {}
+    for path, shape in _expected_shapes(config).items():
+        inner = tree
+        for key in path[:-1]:
+            inner = inner.setdefault(key, {})
+        sharding = layout.weight_sharding(path, len(shape))
+        inner[path[-1]] = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding)
+    return tree
 
 
 def _expected_shapes(config: QwenConfig) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -29,6 +29,17 @@ def test_without_flags_it_is_the_embedded_example_with_everything_captured():
     assert options.sampling == Sampling(0.0, 0, 1.0)
 
 
+def test_own_prompts_have_defaults_of_their_own():
+    names = ("activations_dir", "output_filepath", "predictions_per_task", "augmentations")
+    own = parse_options(["--prompts", "p.jsonl"])
+    assert [getattr(own, name) for name in names] == ["prompt-activations", "completions.jsonl", 1, 1]
+    puzzles = parse_options([])
+    assert [getattr(puzzles, name) for name in names] == ["activations", "submission.json", 8, 8]
+    given = ["--activations_dir=a", "--output_filepath=o", "--predictions_per_task=3", "--temperature=1"]
+    options = parse_options(["--prompts", "p.jsonl", *given])
+    assert [getattr(options, name) for name in names] == ["a", "o", 3, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "field", "value"),
     [

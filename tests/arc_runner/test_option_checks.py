@@ -66,6 +66,14 @@ REFUSED = [
     ("--num_shards 100001 --shard_index 0", "--num_shards must be from 1 to 100000, not 100001"),
     ("--dataset_path https://arc.org/training.json", "is a URL; give a path of this machine"),
     ("--model_path s3://bucket/model", "is a URL; give a path of this machine"),
+    ("--prompts https://example.org/prompts.jsonl", "is a URL; give a path of this machine"),
+    ("--prompts p.jsonl --dataset_path t.json", "contradict each other: give one of the two"),
+    ("--prompts p.jsonl --solutions_path s.json", "--solutions_path is of puzzles, and --prompts has none"),
+    ("--prompts p.jsonl --grid_encoder MinimalGridEncoder()", "--grid_encoder is of puzzles"),
+    ("--prompts p.jsonl --prompt_version output-from-examples-v1", "--prompt_version is of puzzles"),
+    ("--prompts p.jsonl --augmentations 2 --predictions_per_task 2", "--augmentations turns puzzles around"),
+    ("--prompts p.jsonl --predictions_per_task 3", "the 3 samples of one prompt would be the same; give a"),
+    ("--dry_run --merge", "--merge and --dry_run contradict each other"),
     ("--model_path ~nobody-like-this/m", "there is no user 'nobody-like-this' with a home"),
 ]
 
@@ -165,7 +173,8 @@ def test_home_is_expanded_in_every_path(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_flag_that_names_a_file_or_directory_is_declared_as_a_path():
-    assert {name for name in FIELDS if name.endswith(("_path", "_dir", "_filepath"))} == set(PATHS)
+    named = {name for name in FIELDS if name.endswith(("_path", "_dir", "_filepath"))}
+    assert named | {"prompts"} == set(PATHS)
 
 
 BAD_PATHS = [

@@ -16,7 +16,7 @@ from runner_cases import TINY, puzzle, write_tasks
 from transformers import AutoTokenizer
 
 from activation_store import SequenceId
-from arc_puzzles import ArcTask, TaskFailure, choose_augmentations, load_tasks
+from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, choose_augmentations, load_tasks
 from arc_runner.options import RunOptions
 from arc_runner.workload import Call, build_requests, plan_calls, sampling_id
 from qwen2_core.requests import SequenceRequest, bucket_length
@@ -36,7 +36,9 @@ def load(folder: Path, **tasks: Any) -> tuple[ArcTask, ...]:
 def build(
     tasks: Sequence[ArcTask], tokenizer: Any, options: RunOptions = OPTIONS, context: int = 32768
 ) -> tuple[list[SequenceRequest], list[TaskFailure]]:
-    return build_requests(tasks, tokenizer, options, activation_fakes.settings(), context)
+    return build_requests(
+        LoadedTasks(tuple(tasks), ()), tokenizer, options, activation_fakes.settings(), context
+    )
 
 
 # --- Requests -----------------------------------------------------------------------------------------------

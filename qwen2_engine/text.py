@@ -1,0 +1,253 @@
+"""Texts and chats in, texts and rows out: one call on top of ``ContinuousEngine``.
+
+results = generate_text(model, params, tokenizer, ["2 + 2 =", [{"role": "user", "content": "Hi"}]])
+results[0].text, results[0].layer(12)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from activation_store.format import FinishedSequence, layers_text
+from arc_puzzles import ArcFormatError
+from arc_puzzles.prompt_files import Messages, check_messages, check_text, encode_own
+from qwen2_core.generation_config import eos_token_ids as eos_of_checkpoint
+from qwen2_core.hub import cached_snapshot
+from qwen2_core.inputs import as_int, whole_number, yes_or_no
+from qwen2_core.requests import SequenceRequest
+from qwen2_core.sampling import Sampling
+from qwen2_engine.continuous_batching import ContinuousEngine
+from qwen2_jax import QwenModel, check_model
+
+_SHOWN = 40  # characters of a text in a repr
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class GeneratedText:
+    """One generated sequence: its text, its tokens, and what the captured layers produced at each of them."""
+
+    prompt: int  # which of the prompts it continues, from 0
+    sample: int
+    prompt_text: str  # with the special tokens of a chat's template
+    text: str  # what was generated, without special tokens
+    prompt_token_ids: Int32[np.ndarray, " prompt"]
+    token_ids: Int32[np.ndarray, " n"]  # generated, with the EOS that ended it
+    logprobs: Float32[np.ndarray, " n"]  # the model's own, at temperature 1
+    finish_reason: str  # "stop": by an EOS; "length": by max_tokens
+    layers: tuple[int, ...]  # that were captured
+    _rows: np.ndarray | None  # [layers, n, hidden], in the model's dtype
+    _prompt_rows: np.ndarray | None  # [layers, prompt, hidden]; shared by a prompt's samples
+    _tokenizer: Any
+
+    def __repr__(self) -> str:
+        """Says in a line what there is, without the values."""
+        return (
+            f"GeneratedText({_short(self.prompt_text)} -> {_short(self.text)}, {len(self.token_ids)} tokens "
+            f"({self.finish_reason}), layers {layers_text(self.layers)})"
+        )
+
+    @property
+    def tokens(self) -> list[str]:
+        """The generated tokens, one text each; "\\ufffd" stands for a part of a character."""
+        return [self._tokenizer.decode([token]) for token in self.token_ids.tolist()]
+
+    @property
+    def prompt_tokens(self) -> list[str]:
+        """The prompt's tokens, as ``tokens``."""
+        return [self._tokenizer.decode([token]) for token in self.prompt_token_ids.tolist()]
+
+    def layer(self, layer: Any) -> Float32[np.ndarray, "n hidden"]:
+        """Returns the rows of one layer: row t is decoder block ``layer`` after reading generated token t.
+
+        Raises:
+            IndexError: the layer was not captured.
+            TypeError: it is no whole number.
+        """
+        return self._of(self._rows, layer)
+
+    def prompt_layer(self, layer: Any) -> Float32[np.ndarray, "prompt hidden"]:
+        """Returns the rows of one layer for the prompt's tokens.
+
+        Raises:
+            IndexError: the layer was not captured, or no prompts were (``extract_prompt=True``).
+            TypeError: it is no whole number.
+        """
+        if self.layers and self._prompt_rows is None:
+            raise IndexError("The rows of prompts were not captured: say extract_prompt=True.")
+        return self._of(self._prompt_rows, layer)
+
+    def _of(self, rows: np.ndarray | None, layer: Any) -> np.ndarray:
+        number = as_int(layer)
+        if number is None:
+            raise TypeError(f"layer must be a whole number, not {layer!r}.")
+        if rows is None or number not in self.layers:
+            captured = ", ".join(map(str, self.layers)) or "none, as the model is without hooks"
+            raise IndexError(f"layer {number} was not captured; captured are: {captured}.")
+        return rows[self.layers.index(number)].astype(np.float32)
+
+
+def generate_text(  # noqa: PLR0913 - what one call may say; all but four have defaults
+    model: QwenModel,
+    params: Any,
+    tokenizer: Any,
+    prompts: Any,
+    max_tokens: int = 256,
+    *,
+    samples_per_prompt: int = 1,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    seed: int = 0,
+    eos_token_ids: Any = None,
+    extract_prompt: bool = False,
+    slots: int = 8,
+) -> list[GeneratedText]:
+    """Generates from texts and chats, and returns texts, tokens and rows, in the order of the prompts.
+
+    Args:
+        model: rows are captured if it is one of ``create_model_with_hooks``.
+        params: the parameter tree of ``load_qwen2``. Everything runs where the weights are.
+        tokenizer: ``AutoTokenizer.from_pretrained`` of the checkpoint.
+        prompts: a text, which is continued as it is (special tokens in it count); a chat, a list of
+            ``{"role": ..., "content": ...}``, which the tokenizer's chat template lays out; or several of
+            these.
+        max_tokens: generated tokens at most.
+        samples_per_prompt: sequences of each prompt; they stand side by side in the result.
+        sampling: how tokens are chosen; greedy by default.
+        seed: 0 to 2**32 - 1. Sequence i draws as ``generate_single_task_jitted`` does with its i-th.
+        eos_token_ids: ids that end a sequence; by default the tokenizer's, ``<|im_end|>``, and those of the
+            checkpoint's generation_config.json and config.json. ``()`` for none.
+        extract_prompt: capture the rows of the prompts too.
+        slots: sequences at once; fewer where memory is short.
+
+    Raises:
+        ValueError: one sentence, before anything is compiled: a prompt that cannot be used or is too long,
+            a tokenizer of another model, or an argument that cannot be.
+    """
+    check_model(model)
+    samples = whole_number("samples_per_prompt", samples_per_prompt, 1)
+    asked = _contents(prompts)
+    _check_tokenizer(tokenizer)
+    encoded = _encode(tokenizer, asked)
+    if eos_token_ids is None:
+        eos_token_ids = _eos_of(tokenizer, model.config.vocab_size)
+    engine = ContinuousEngine(
+        model,
+        params,
+        slots=slots,
+        max_tokens=max_tokens,
+        eos_token_ids=eos_token_ids,
+        sampling=sampling,
+        seed=seed,
+        capture_prompt=yes_or_no("extract_prompt", extract_prompt),
+    )
+    requests = [
+        SequenceRequest(
+            token_ids,
+            max_tokens,
+            sampling_id=number * samples + sample,
+            id=number * samples + sample,
+            capture_prompt=extract_prompt and sample == 0,
+        )
+        for number, token_ids in enumerate(encoded)
+        for sample in range(samples)
+    ]
+    finished: dict[Any, FinishedSequence] = {one.id: one for one in engine.run(requests)}
+    results = []
+    for number, (content, token_ids) in enumerate(zip(asked, encoded, strict=True)):
+        text = content if isinstance(content, str) else tokenizer.decode(token_ids.tolist())
+        prompt_rows = _prompt_rows(finished[number * samples], len(token_ids)) if extract_prompt else None
+        for sample in range(samples):
+            one = finished[number * samples + sample]
+            results.append(
+                GeneratedText(
+                    number,
+                    sample,
+                    text,
+                    tokenizer.decode(one.token_ids.tolist(), skip_special_tokens=True),
+                    token_ids,
+                    one.token_ids,
+                    one.logprobs,
+                    one.finish_reason,
+                    tuple(model.capture_layers),
+                    None if one.rows is None else one.rows[:, -len(one.token_ids) :],
+                    prompt_rows,
+                    tokenizer,
+                )
+            )
+    return results
+
+
+def _contents(prompts: Any) -> list[Messages | str]:
+    """Returns the prompts, each a text or a chat; a single one of either kind is a list of it."""
+    given = [prompts] if isinstance(prompts, str) else _items(prompts)
+    if given and isinstance(given[0], dict):
+        given = [given]
+    if not given:
+        raise ValueError(
+            f"prompts must be a text, a chat or a list of these, not {_short_repr(prompts)}; a chat is a "
+            'list of {"role": ..., "content": ...}.'
+        )
+    contents: list[Messages | str] = []
+    for number, prompt in enumerate(given):
+        try:
+            if isinstance(prompt, str):
+                contents.append(check_text(prompt))
+            elif (messages := _items(prompt)) and all(isinstance(one, dict) for one in messages):
+                contents.append(check_messages(messages))
+            else:
+                raise ValueError(
+                    f"Prompt {number} must be a text or a chat, not {_short_repr(prompt)}; ContinuousEngine "
+                    "takes token ids."
+                )
+        except ArcFormatError as error:
+            raise ValueError(f"Prompt {number} {error}.") from error
+    return contents
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not callable(tokenizer) or not callable(getattr(tokenizer, "decode", None)):
+        raise ValueError(
+            "tokenizer must be one of Transformers, as AutoTokenizer.from_pretrained(path) gives it, not a "
+            f"{type(tokenizer).__name__}."
+        )
+
+
+def _encode(tokenizer: Any, contents: Sequence[Messages | str]) -> list[np.ndarray]:
+    encoded = []
+    for number, token_ids in enumerate(encode_own(tokenizer, contents)):
+        if isinstance(token_ids, str):
+            raise ValueError(f"Prompt {number} {token_ids}.")
+        encoded.append(token_ids)
+    return encoded
+
+
+def _eos_of(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """Returns the ids that end a sequence: the tokenizer's, and those of the checkpoint it came with."""
+    name = str(getattr(tokenizer, "name_or_path", ""))
+    folder = Path(name) if name and Path(name).is_dir() else cached_snapshot(name)
+    return eos_of_checkpoint(folder, tokenizer, vocab_size)
+
+
+def _prompt_rows(first: FinishedSequence, length: int) -> np.ndarray | None:
+    """Returns the prompt's rows, which came with the first of its samples."""
+    return None if first.rows is None else first.rows[:, :length]
+
+
+def _items(value: Any) -> list[Any]:
+    """Returns what is in a list or another ordered iterable; nothing for anything else."""
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Set)
+    return list(value) if is_list else []
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+
+
+def _short_repr(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
