@@ -269,7 +269,7 @@ def draw_timeline(figure: Any, found: Survey, title: str) -> Any:
     event = "the first shard was written" if found.began is None else "the store was made"
     axes[1].set_xlabel(f"{unit} since {event}, {began:%Y-%m-%d %H:%M:%S} UTC")
     of_hosts = f"{_count(len(shards), 'shard')} of {_count(len({shard.host for shard in shards}), 'host')}"
-    failed = f"; {found.failed:,} sequences failed and have no shard" if found.failed else ""
+    failed = f"; failed sequences, which have no shard: {found.failed:,}" if found.failed else ""
     axes[0].set_title(
         f"what was stored by when, a step for each shard ({of_hosts}){failed}",
         fontsize=9,

@@ -15,7 +15,7 @@ from activation_store.output_places import store_name
 from activation_store.probes import Probe
 from activation_store.reader import ActivationStore
 
-MOST_VALUES = 1_500_000  # on a page, 5.3 bytes each
+MOST_VALUES = 1_500_000  # on a page, about 6 bytes each: numbers, and tokens of prompts
 SINK = 4  # times the median norm: what is beyond would leave no tint for the rest
 
 
@@ -81,7 +81,7 @@ def page_data(store: ActivationStore, reader: Reader, choice: ViewChoice) -> dic
     numbers: list[list[np.ndarray]] = [[] for _ in tints]
     room = MOST_VALUES
     for count, record in enumerate(records):
-        room -= record.n_rows * len(tints)
+        room -= record.n_rows * len(tints) + record.prompt_length
         if room < 0 and count:
             notes.append(
                 f"{len(records) - count:,} more would make the page too large: choose --layers or --task"
@@ -184,7 +184,7 @@ def choose_sequences(store: ActivationStore, choice: ViewChoice) -> tuple[list[S
     if (total := sum(seen.values())) > len(chosen):
         notes.append(f"{len(chosen):,} of {total:,} sequences are on this page: --task and --n choose others")
     if failed:
-        notes.append(f"{failed:,} sequences failed and have nothing to show")
+        notes.append(f"failed sequences, which have nothing to show: {failed:,}")
     return [record for _, _, record in chosen], notes
 
 
@@ -208,22 +208,22 @@ def _packed(values: np.ndarray) -> str:
 def set_scale(tint: Tint, values: np.ndarray) -> None:
     """Sets the ends of a tint's scale so that the few largest numbers do not take all of it.
 
-    Norms end where attention sinks begin, log-probabilities below 99 of 100, directions reach as far to both
-    sides, features begin at zero.
+    Norms and features end where attention sinks begin, log-probabilities begin below 99 of 100 of them,
+    directions reach as far to both sides.
     """
     values = values[np.isfinite(values)].astype(np.float64)
     if not len(values):
         return
     tint.least, tint.most = float(values.min()), float(values.max())
     if tint.kind == "logprob":
-        tint.low, tint.high = float(np.percentile(values, 1)), 0.0
-    elif tint.kind == "norm":
-        tint.low, tint.high = tint.least, float(values[values <= SINK * np.median(values)].max(initial=0))
+        tint.low = float(np.percentile(values, 1))
     elif tint.kind == "direction":
         tint.high = float(np.percentile(np.abs(values), 99))
         tint.low = -tint.high
     else:
-        tint.high = tint.most
+        active = values[values > 0]
+        tint.low = tint.least
+        tint.high = float(active[active <= SINK * np.median(active)].max()) if len(active) else tint.least
 
 
 def _solved(noted: bool | None, answer: Mapping[str, Any], puzzle: Mapping[str, Any] | None) -> bool | None:

@@ -123,7 +123,8 @@ def test_the_wheel_installs_exactly_the_expected_top_level_names(files: set[str]
 
 
 @from_wheel
-def test_the_wheel_holds_the_example_and_the_kernels(files: set[str]):
+def test_the_wheel_holds_the_example_the_parts_of_the_page_and_the_kernels(files: set[str]):
+    assert {f"activation_store/page/page.{kind}" for kind in ("html", "css", "js")} <= files
     example = {"tasks.json", *(f"tiny-qwen2/{name}" for name in ("config.json", "model.safetensors"))}
     example |= {f"tiny-qwen2/{name}" for name in ("tokenizer.json", "tokenizer_config.json")}
     assert {f"arc_runner/data/{name}" for name in example} <= files

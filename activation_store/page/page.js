@@ -103,7 +103,7 @@ function paint() {
   const beyond = [];
   if (tint.least < tint.low) beyond.push(`down to ${number(tint.least)}`);
   if (tint.most > tint.high) beyond.push(`up to ${number(tint.most)}`);
-  at("beyond").textContent = beyond.length ? `framed in orange: beyond the scale, ${beyond.join(" and ")}` : "";
+  at("beyond").textContent = beyond.length ? `dashed frame: beyond the scale, ${beyond.join(" and ")}` : "";
 }
 
 // --- Grids ------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_failed_sequences_are_counted(tmp_path: Path):
     assert bad.rows is not None
     bad.rows[0, 0, 0] = np.nan
     data = shown(write(tmp_path / "store", [bad], batch("a")))
-    assert "1 sequences failed and have nothing to show" in data["notes"]
+    assert "failed sequences, which have nothing to show: 1" in data["notes"]
     assert [prompt["task"] for prompt in data["prompts"]] == ["a"]
 
 
@@ -148,7 +148,7 @@ def test_each_puzzle_is_shown_before_the_second_sequence_of_any(plain: Activatio
 
 
 def test_a_page_does_not_outgrow_its_room(plain: ActivationStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("activation_store.view_data.MOST_VALUES", 100)
+    monkeypatch.setattr("activation_store.view_data.MOST_VALUES", 120)
     data = shown(plain)
     assert sum(len(one["samples"]) for one in data["prompts"]) == 2
     assert "2 more would make the page too large: choose --layers or --task" in data["notes"]
@@ -168,7 +168,8 @@ def test_tasks_and_layers_can_be_chosen(plain: ActivationStore):
     [
         ("norm", [2.0, 3.0, 4.0, 4.0 * SINK], 2.0, 4.0),
         ("direction", [-3.0, 1.0], -2.98, 2.98),
-        ("feature", [0.0, 0.0, 5.0], 0.0, 5.0),
+        ("feature", [0.0] * 9 + [1.0, 3.0, 900.0, 0.5], 0.0, 3.0),
+        ("feature", [0.0, 0.0], 0.0, 0.0),
         ("logprob", [np.nan, -2.0, -1.0], -1.99, 0.0),
         ("logprob", [np.nan], 0.0, 0.0),
     ],
