@@ -14,7 +14,7 @@ from arc_runner.console import command_name
 from arc_runner.errors import UsageError
 from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, Limits, RunOptions, flag_of
-from qwen2_core.messages import similar_to
+from qwen2_core.messages import similar_name
 
 _PACKAGE = "qwen2-jax-activations"
 _DESCRIPTION = """\
@@ -62,9 +62,7 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        flag = unknown[0].split("=")[0]
-        hint = similar_to(flag, parser.flags()) if flag.startswith("-") else ""
-        hint = hint or "; --help lists the flags"
+        hint = similar_name(unknown[0].split("=")[0], parser.flags()) or "; --help lists the flags"
         raise UsageError(f"unknown argument {unknown[0]}{hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
@@ -93,7 +91,7 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            hint = similar_to(str(value), map(str, action.choices or ()))
+            hint = similar_name(str(value), map(str, action.choices or ()))
             raise argparse.ArgumentError(action, f"{error.message}{hint}") from None
 
     def flags(self) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from arc_puzzles import PROMPT_VERSIONS, ArcFormatError, choose_augmentations, create_grid_encoder
 from arc_runner.errors import UsageError
 from arc_runner.options import RunOptions, flag_of
-from qwen2_core.messages import similar_to
+from qwen2_core.messages import similar_name
 
 _LEAST_TEMPERATURE = 1e-4  # below it the largest logit alone counts, as at 0, but for rounding
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
@@ -140,7 +140,7 @@ def _check_prompts(options: RunOptions) -> None:
         raise UsageError(str(error)) from error
     if options.prompt_version not in PROMPT_VERSIONS:
         known = ", ".join(PROMPT_VERSIONS)
-        hint = similar_to(options.prompt_version, PROMPT_VERSIONS)
+        hint = similar_name(options.prompt_version, PROMPT_VERSIONS)
         raise UsageError(f"unknown --prompt_version {options.prompt_version!r}; known are {known}{hint}")
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _NAMES_COMPARED = 10_000  # entries of a directory
-_SIMILAR = 0.5  # of 1: fp32 and float32
 # The user's part of a URL, as in s3://key:secret@bucket, and parameters such as ?token=...
 _USER = re.compile(r"(\w://)(?:[^\s/@:]*:[^\s'\"]*|[^\s/@]+)@")
 _SECRETS = "token|signature|sig|secret|password|key|credential"
@@ -22,18 +21,18 @@ _PARAMETER = re.compile(rf"([?&][\w-]*(?:{_SECRETS})[\w-]*=)[^&\s#'\"]+", re.IGN
 _NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
+def similar_name(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean OTHER?" for the one of ``names`` that is most like ``name``, "" if none is."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def did_you_mean(path: str | os.PathLike[str]) -> str:
     """Returns "; did you mean OTHER?" for a path that is not there and looks like another, else ""."""
     if "://" in os.fspath(path) or Path(path).exists():
         return ""
     similar = _similar_path(Path(path))
     return "" if similar is None else f"; did you mean {similar}?"
-
-
-def similar_to(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean OTHER?" for a word that is like one of those that are known, else ""."""
-    close = difflib.get_close_matches(word, list(known), 1, _SIMILAR)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _similar_path(path: Path) -> Path | None:

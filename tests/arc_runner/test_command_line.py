@@ -105,7 +105,7 @@ REFUSED = [
     ("--n_tasks", "argument --n_tasks: expected one argument"),
     ("--layers_to_extract", "argument --layers_to_extract: expected at least one argument"),
     ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
-    ("--dtype fp32", "; did you mean float32?"),
+    ("--dtype bf16", "; did you mean bfloat16?"),
     ("--generation loop", "argument --generation: invalid choice: 'loop'"),
     ("--generation=continous", "; did you mean continuous?"),
     ("--layers_to_extract 1,x", "argument --layers_to_extract: invalid int value: 'x'"),

@@ -143,7 +143,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.usefixtures("lively")
 def test_while_a_library_shows_a_bar_of_its_own_there_is_none_of_ours(monkeypatch: pytest.MonkeyPatch):
     terminal = on_terminal(monkeypatch)
-    with Waiting("fetching"), tqdm(total=3, file=terminal.stream, leave=False):
+    with tqdm(total=3, file=terminal.stream, leave=False), Waiting("fetching"):
         time.sleep(0.2)
         assert "fetching" not in terminal.written
     with Waiting("loading"):
