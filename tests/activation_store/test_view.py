@@ -85,8 +85,12 @@ def test_grids_are_those_of_the_prompt_and_the_right_answer_is_turned_with_them(
 
 
 def test_tokens_are_shown_with_their_text(data: dict[str, Any]):
-    texts = set(data["vocabulary"].values())
-    assert {"<|im_start|>", " output", "\n", HOSTILE} <= texts
+    words = data["vocabulary"]
+    prompt = "".join(words[token] for token in data["prompts"][1]["tokens"])
+    assert "### Example 1\n\nInput:\n```grid shape: 2x3\n1 201\n2 002\n```\n\nOutput:" in prompt
+    assert "".join(words[token] for token in data["prompts"][1]["samples"][0]["tokens"]).startswith(
+        f"I think {HOSTILE}"
+    )
 
 
 def test_a_page_without_tokenizer_and_data_set_has_tokens_and_numbers(plain: ActivationStore):
@@ -99,8 +103,7 @@ def test_a_page_without_tokenizer_and_data_set_has_tokens_and_numbers(plain: Act
 
 def test_without_its_data_set_a_store_shows_the_grids_of_its_prompts(tmp_path: Path):
     store = make_page_store(tmp_path)
-    manifest = tmp_path / "store" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("tasks.json", "gone.json"))
+    (tmp_path / "tasks.json").unlink()
     data = shown(ActivationStore(store.directory))
     puzzle = data["prompts"][0]["puzzle"]
     assert (len(puzzle["train"]), puzzle["truth"]) == (3, None)
@@ -113,7 +116,7 @@ def test_a_changed_puzzle_has_no_right_answer(store: ActivationStore, tmp_path: 
     with open_reader(store, dataset=str(tmp_path / "other.json")) as reader:
         data = page_data(store, reader, ViewChoice(task_ids=["swap-colours"]))
     assert data["prompts"][0]["puzzle"]["truth"] is None
-    assert len(data["prompts"][0]["puzzle"]["train"]) == 3
+    assert len(data["prompts"][0]["puzzle"]["train"]) == 2
     assert "the data set has another puzzle swap-colours now: its right answer is left out" in data["notes"]
 
 

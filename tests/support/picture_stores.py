@@ -1,11 +1,12 @@
 """A store whose answers are grids, right and wrong, for the tests of plots and of the page.
 
-The prompts are those of the embedded puzzles in the embedded model's tokens. The rows are random; those of
+The prompts are of three puzzles in the embedded model's tokens. The rows are random; those of
 the first token are a hundred times as long as the others, as in real models.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,34 @@ from activation_store import (
     write_outcomes,
 )
 from arc_puzzles import ArcTask, Augmentation, build_messages, create_grid_encoder, encode_prompt, load_tasks
-from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
+from arc_runner.data import EXAMPLE_MODEL
 
 ENCODER = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
 VERSION = "output-from-examples-v0"
 LAYERS = (10, 17, 23)
 SINK = 100
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\">"
+
+
+# Each puzzle: its train pairs, then its test pair.
+PUZZLES = {
+    "mirror-beside": [
+        (["000", "000", "201"], ["000000", "000000", "201102"]),
+        (["0803", "3030"], ["08033080", "30300303"]),
+        (["057", "555"], ["057750", "555555"]),
+        (["9949", "4990", "9904"], ["99499499", "49900994", "99044099"]),
+    ],
+    "swap-colours": [
+        (["201", "002"], ["102", "001"]),
+        (["3306", "0333"], ["6603", "0666"]),
+        (["0474", "4704"], ["0747", "7407"]),
+    ],
+    "turn-clockwise": [
+        (["021", "123"], ["10", "22", "31"]),
+        (["2209"], ["2", "2", "0", "9"]),
+        (["1111", "1100", "5550"], ["511", "511", "501", "001"]),
+    ],
+}
 
 
 def page_settings(**changes: Any) -> StoreSettings:
@@ -41,6 +63,22 @@ def page_settings(**changes: Any) -> StoreSettings:
         prompt={"grid_encoder": str(ENCODER), "prompt_version": VERSION},
         **changes,
     )
+
+
+def write_puzzles(path: Path) -> dict[str, ArcTask]:
+    """Writes the puzzles as a data set and returns them by their ids."""
+
+    def grid(rows: list[str]) -> list[list[int]]:
+        return [[int(cell) for cell in row] for row in rows]
+
+    pairs = {
+        name: [{"input": grid(given), "output": grid(made)} for given, made in puzzle]
+        for name, puzzle in PUZZLES.items()
+    }
+    path.write_text(
+        json.dumps({name: {"train": all_[:-1], "test": all_[-1:]} for name, all_ in pairs.items()})
+    )
+    return {task.task_id: task for task in load_tasks(path).tasks}
 
 
 def hostile_tokenizer(folder: Path) -> Any:
@@ -62,8 +100,7 @@ def make_page_store(folder: Path, **changes: Any) -> ActivationStore:
     """
     of = page_settings(**changes)
     tokenizer = hostile_tokenizer(folder / "tokenizer")
-    tasks = {task.task_id: task for task in load_tasks(EXAMPLE_TASKS).tasks}
-    first, second, third = (tasks[name] for name in ("mirror-beside", "swap-colours", "turn-clockwise"))
+    first, second, third = write_puzzles(folder / "tasks.json").values()
     turned = Augmentation.parse("rot90")
     right = turned.apply(first.test[0].output or ())
     spoilt = (((right[0][0] + 1) % 10, *right[0][1:]), *right[1:])
@@ -74,7 +111,7 @@ def make_page_store(folder: Path, **changes: Any) -> ActivationStore:
         _sequence(of, tokenizer, second, f"I think {HOSTILE}"),
         _sequence(of, tokenizer, third, ENCODER.encode(short)),
     ]
-    provenance = {"model_id": str(folder / "tokenizer"), "dataset": str(EXAMPLE_TASKS)}
+    provenance = {"model_id": str(folder / "tokenizer"), "dataset": str(folder / "tasks.json")}
     with ActivationWriter(folder / "store", of, provenance=provenance) as writer:
         writer.submit(made[:3])
         writer.submit(made[3:])
