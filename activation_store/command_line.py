@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qwen2_core.messages import did_you_mean, masked, printable, similar_to
+from qwen2_core.messages import did_you_mean, masked, printable, similar_name
 
 PACKAGE = "qwen2-jax-activations"
 _MESSAGE_LENGTH = 400
@@ -29,13 +29,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = make_parser()
     if words and not words[0].startswith("-") and words[0] not in _COMMANDS:
-        hint = similar_to(words[0], _COMMANDS) or "; --help lists the commands"
+        hint = similar_name(words[0], _COMMANDS) or "; --help lists the commands"
         parser.error(f"there is no command {words[0]}{hint}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
         of_command: _Parser = options.parser
         word = unknown[0].split("=")[0]
-        hint = similar_to(word, of_command.flags()) or f"; {options.command} --help lists the flags"
+        hint = similar_name(word, of_command.flags()) or f"; {options.command} --help lists the flags"
         of_command.error(f"unknown argument {word}{hint}")
     return options
 
