@@ -100,8 +100,8 @@ def test_one_bit_of_a_sequence_is_noticed(name: str):
 @pytest.mark.slow
 def test_random_keys_that_depend_on_the_slot_are_noticed(monkeypatch: pytest.MonkeyPatch):
     class Faulty(ContinuousEngine):
-        def start(self, stage: Any) -> Any:
-            running = super().start(stage)
+        def start(self, stage: Any, *compiling: Any, **named: Any) -> Any:
+            running = super().start(stage, *compiling, **named)
             sound: Any = running.programs.insert
 
             def insert(slots: Any, prompts: Any, slot: Any, sequence_ids: Any, *rest: Any) -> Any:
