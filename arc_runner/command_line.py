@@ -18,7 +18,7 @@ from qwen2_core.messages import similar_name
 
 _PACKAGE = "qwen2-jax-activations"
 _DESCRIPTION = """\
-ARC tasks and a Qwen2 checkpoint in; activations, answers and a report out.
+ARC tasks, or prompts of your own, and a Qwen2 checkpoint in; activations, answers and a report out.
 The same command again continues where a run stopped."""
 _EXAMPLES = (
     "--n_tasks 2",
