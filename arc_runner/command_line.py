@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import importlib.metadata
 import re
 import sys
@@ -62,8 +63,9 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        hint = similar_name(unknown[0].split("=")[0], parser.flags()) or "; --help lists the flags"
-        raise UsageError(f"unknown argument {unknown[0]}{hint}")
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser.flags(), 1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
+        raise UsageError(f"unknown argument {unknown[0]}; {hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
     if values["mesh_shape"] is not None:

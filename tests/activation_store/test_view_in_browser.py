@@ -209,11 +209,16 @@ def test_an_answer_without_a_grid_and_one_of_another_shape_are_told(page: Any):
 def test_a_token_that_looks_like_a_script_is_text(page: Any):
     focus(page, "#tasks > div")
     press(page, Keys.ARROW_DOWN)
-    assert HOSTILE.replace(" ", "·") in [
-        cell.text for cell in page.find_elements(By.CSS_SELECTOR, "#answer > span")
+    texts = [
+        cell.text.replace("\N{MIDDLE DOT}", " ")
+        for cell in page.find_elements(By.CSS_SELECTOR, "#answer > span")
     ]
-    assert page.title == "store"
+    assert HOSTILE in texts
+    focus(page, "#answer > span")
+    press(page, *[Keys.ARROW_RIGHT] * texts.index(HOSTILE))
+    assert json.loads(details(page)["token"]) == HOSTILE
     assert page.find_elements(By.TAG_NAME, "img") == []
+    assert page.title == "store"
 
 
 @pytest.mark.parametrize("task", range(3))
