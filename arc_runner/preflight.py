@@ -32,8 +32,8 @@ _MOST_FILES = 200_000
 def say_defaults(options: RunOptions) -> None:
     """Says where the embedded example is used, and where the hub will be asked."""
     for name, path, what in (
-        ("model_path", EXAMPLE_MODEL, "a tiny model with random weights"),
-        ("dataset_path", EXAMPLE_TASKS, "six puzzles"),
+        ("model_path", EXAMPLE_MODEL, "a tiny model that has learned eight rules"),
+        ("dataset_path", EXAMPLE_TASKS, "ten puzzles, two of them of rules it never saw"),
     ):
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")
