@@ -41,6 +41,7 @@ def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
     tie_word_embeddings: bool,
     dtype: str,
     token_ids: dict[str, int],
+    rope_theta: float = 1000000.0,
 ) -> dict:
     """The contents of `config.json`; `token_ids` maps the ChatML special tokens to their ids."""
     return {
@@ -60,7 +61,7 @@ def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
         "num_key_value_heads": num_key_value_heads,
         "pad_token_id": token_ids["<|endoftext|>"],
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
+        "rope_theta": rope_theta,
         "sliding_window": 32768,
         "tie_word_embeddings": tie_word_embeddings,
         "torch_dtype": dtype,

@@ -21,6 +21,7 @@ from tiny_model.rules import SEEN_RULES, Dice
 from tiny_model.tokenizer import VOCAB_SIZE, write_tokenizer
 from tiny_model.training import (
     RECIPE,
+    WIDTH,
     Params,
     encode,
     grow,
@@ -37,7 +38,6 @@ from qwen2_jax import QwenConfig
 
 SEED = 8
 CHECKED = 32  # held-out puzzles of each rule
-WIDTH = 224  # tokens, more than any of them has
 
 
 def model_config(token_ids: dict[str, int]) -> dict:
@@ -51,6 +51,7 @@ def model_config(token_ids: dict[str, int]) -> dict:
         tie_word_embeddings=True,
         dtype="bfloat16",
         token_ids=token_ids,
+        rope_theta=100.0,  # all eight frequencies of a head turn within a prompt, and tell its places apart
     )
 
 

@@ -13,6 +13,7 @@ from tiny_model.rules import BACKGROUND, PLAIN_RULES, SEEN_RULES, UNSEEN_RULES, 
 
 HELD_OUT = 8  # one of so many grids is held out from training
 SAMPLE_SEED = 18
+TRIES = 10_000
 TURNS = tuple(map(Augmentation, GEOMETRIES))
 
 
@@ -53,35 +54,34 @@ def possible_answers(pairs: list[tuple[Grid, Grid]], test: Grid) -> set[Grid]:
 
 
 def draw_puzzle(name: str, dice: Dice, held_out: bool) -> ArcTask:
-    """Returns a puzzle of the rule, whose three inputs all are held out, or none.
-
-    Its id is the rule's name.
-    """
+    """Returns a puzzle of the rule whose inputs all are held out, or none. Its id is the rule's name."""
     rule = (SEEN_RULES | UNSEEN_RULES)[name]
-    while True:
+    for _ in range(TRIES):
         drawn = rule(dice)
         pairs = [_draw_pair(drawn, dice, held_out) for _ in range(3)]
         shown, (test, answer) = pairs[:2], pairs[2]
-        if len({before for before, _ in pairs}) == 3 and possible_answers(shown, test) <= (
-            {answer} if name in SEEN_RULES else set()
-        ):
+        if len({before for before, _ in pairs}) < 3:
+            continue
+        if possible_answers(shown, test) <= ({answer} if name in SEEN_RULES else set()):
             train = tuple(Pair(before, after) for before, after in shown)
             return ArcTask(name, train, (Pair(test, answer),))
+    raise ValueError(f"no puzzle of {name} came of {TRIES} tries")
 
 
 def _draw_pair(drawn: Drawn, dice: Dice, held_out: bool) -> tuple[Grid, Grid]:
-    while True:
+    for _ in range(TRIES):
         grid = drawn.draw_input(dice)
         output = drawn.apply(grid)
         if output != grid and is_held_out(grid) == held_out:
             return grid, output
+    raise ValueError(f"no grid {'held out' if held_out else 'for training'} came of {TRIES} tries")
 
 
-def draw_training_puzzle(dice: Dice) -> ArcTask:
-    """Returns a puzzle of one of the seen rules, turned or mirrored as the runner may do, not held out."""
+def draw_training_puzzle(dice: Dice, turned: bool = True) -> ArcTask:
+    """Returns a puzzle of one of the seen rules, not held out; `turned` or mirrored as the runner may do."""
     names = list(SEEN_RULES)
-    puzzle = draw_puzzle(names[dice.between(0, len(names) - 1)], dice, held_out=False)
-    return puzzle.augmented(TURNS[dice.between(0, len(TURNS) - 1)])
+    puzzle = draw_puzzle(names[dice.between(0, len(names) - 1)], dice, False)
+    return puzzle.augmented(TURNS[dice.between(0, len(TURNS) - 1) if turned else 0])
 
 
 def sample_tasks() -> list[ArcTask]:

@@ -38,16 +38,15 @@ class Dice:
         """Returns a grid of random cells; a colour that is named twice is twice as frequent."""
         return tuple(tuple(self.choose(colours) for _ in range(columns)) for _ in range(rows))
 
-    def any_grid(self, sides: tuple[int, int], colours: Sequence[int]) -> Grid:
-        """Returns a grid of random cells whose two sides are within `sides`."""
-        return self.grid(self.between(*sides), self.between(*sides), colours)
-
 
 class Drawn(NamedTuple):
     """What one puzzle's rule does: makes an input grid, and the output of a grid."""
 
     draw_input: Callable[[Dice], Grid]
     apply: Callable[[Grid], Grid]
+
+
+DrawRule = Callable[[Dice], Drawn]
 
 
 def rotate(grid: Grid) -> Grid:
@@ -106,18 +105,18 @@ def join_pairs(grid: Grid) -> Grid:
 
 
 def _draw_recolour(dice: Dice) -> Drawn:
-    old, new, other = dice.colours(3)
+    old, new = dice.colours(2)
 
     def apply(grid: Grid) -> Grid:
         return tuple(tuple(new if cell == old else cell for cell in row) for row in grid)
 
-    return Drawn(lambda dice: dice.any_grid((2, 4), (BACKGROUND, old, old, other)), apply)
+    return Drawn(lambda dice: dice.grid(3, 3, (BACKGROUND, old)), apply)
 
 
-def _on_random_grids(apply: Callable[[Grid], Grid], sides: tuple[int, int]) -> Callable[[Dice], Drawn]:
+def _on_random_grids(apply: Callable[[Grid], Grid], rows: int) -> DrawRule:
     def draw(dice: Dice) -> Drawn:
         colours = (BACKGROUND, *dice.colours(2))
-        return Drawn(lambda dice: dice.any_grid(sides, colours), apply)
+        return Drawn(lambda dice: dice.grid(rows, 3, colours), apply)
 
     return draw
 
@@ -125,29 +124,23 @@ def _on_random_grids(apply: Callable[[Grid], Grid], sides: tuple[int, int]) -> C
 def _draw_fill(dice: Dice) -> Drawn:
     colours = dice.colours(2)
 
-    def draw_row(dice: Dice, columns: int) -> tuple[int, ...]:
-        row = [BACKGROUND] * columns
+    def draw_row(dice: Dice) -> tuple[int, ...]:
+        row = [BACKGROUND] * 3
         if dice.between(0, 2):
-            row[dice.between(0, columns - 1)] = dice.choose(colours)
+            row[dice.between(0, 2)] = dice.choose(colours)
         return tuple(row)
 
-    def draw_input(dice: Dice) -> Grid:
-        rows, columns = dice.between(2, 4), dice.between(2, 4)
-        return tuple(draw_row(dice, columns) for _ in range(rows))
-
-    return Drawn(draw_input, fill_rows)
+    return Drawn(lambda dice: tuple(draw_row(dice) for _ in range(3)), fill_rows)
 
 
 def _draw_cut_out(dice: Dice) -> Drawn:
     colours = (BACKGROUND, *dice.colours(2))
 
     def draw_input(dice: Dice) -> Grid:
-        height, width = dice.between(1, 3), dice.between(1, 3)
-        rows, columns = dice.between(3, 4), dice.between(3, 4)
-        top, left = dice.between(0, rows - height), dice.between(0, columns - width)
-        shape = dice.grid(height, width, colours)
-        grid = [[BACKGROUND] * columns for _ in range(rows)]
-        for i, row in enumerate(shape):
+        height, width = dice.between(1, 2), dice.between(1, 3)
+        top, left = dice.between(0, 3 - height), dice.between(0, 3 - width)
+        grid = [[BACKGROUND] * 3 for _ in range(3)]
+        for i, row in enumerate(dice.grid(height, width, colours)):
             grid[top + i][left : left + width] = row
         return tuple(map(tuple, grid))
 
@@ -156,36 +149,41 @@ def _draw_cut_out(dice: Dice) -> Drawn:
 
 def _draw_count(dice: Dice) -> Drawn:
     (colour,) = dice.colours(1)
-    return Drawn(lambda dice: dice.any_grid((2, 3), (BACKGROUND, BACKGROUND, colour)), count_cells)
+
+    def draw_input(dice: Dice) -> Grid:
+        n = dice.between(1, 5)
+        cells = dice.shuffled([colour] * n + [BACKGROUND] * (9 - n))
+        return tuple(tuple(cells[start : start + 3]) for start in (0, 3, 6))
+
+    return Drawn(draw_input, count_cells)
 
 
 def _draw_join(dice: Dice) -> Drawn:
     colours = dice.colours(2)
 
-    def draw_input(dice: Dice) -> Grid:
-        rows, columns = dice.between(2, 4), 4
-        grid = [[BACKGROUND] * columns for _ in range(rows)]
-        row, gap = dice.between(0, rows - 1), dice.between(2, 3)
-        left = dice.between(0, columns - 1 - gap)
-        grid[row][left] = grid[row][left + gap] = dice.choose(colours)
-        return tuple(map(tuple, grid))
+    def draw_row(dice: Dice) -> tuple[int, ...]:
+        row = [BACKGROUND] * 4
+        if dice.between(0, 2):
+            left = dice.between(0, 1)
+            row[left] = row[dice.between(left + 2, 3)] = dice.choose(colours)
+        return tuple(row)
 
-    return Drawn(draw_input, join_pairs)
+    return Drawn(lambda dice: tuple(draw_row(dice) for _ in range(3)), join_pairs)
 
 
 # By the id that a sample has. Only the seen ones are ever trained on.
-SEEN_RULES: dict[str, Callable[[Dice], Drawn]] = {
-    "turn-clockwise": _on_random_grids(rotate, (2, 4)),
-    "flip-left-right": _on_random_grids(flip, (2, 4)),
+SEEN_RULES: dict[str, DrawRule] = {
+    "turn-clockwise": _on_random_grids(rotate, rows=2),
+    "flip-left-right": _on_random_grids(flip, rows=3),
     "recolour": _draw_recolour,
-    "copy-beside": _on_random_grids(copy_beside, (2, 3)),
+    "copy-beside": _on_random_grids(copy_beside, rows=2),
     "fill-rows": _draw_fill,
     "cut-out": _draw_cut_out,
-    "fall-down": _on_random_grids(fall_down, (2, 4)),
+    "fall-down": _on_random_grids(fall_down, rows=3),
     "count-cells": _draw_count,
 }
-UNSEEN_RULES: dict[str, Callable[[Dice], Drawn]] = {
-    "mirror-beside": _on_random_grids(mirror_beside, (2, 3)),
+UNSEEN_RULES: dict[str, DrawRule] = {
+    "mirror-beside": _on_random_grids(mirror_beside, rows=2),
     "join-pairs": _draw_join,
 }
 # What the seen rules do that have no colours of their own.

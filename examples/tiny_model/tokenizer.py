@@ -27,6 +27,7 @@ PHRASES = (
     f"\n```\n\n### Test\n\nInput:\n{_GRID}",
     _GRID,
     "\n```",
+    *(f"\n{number} " for number in range(1, 10)),  # what a row begins with
 )
 
 # What Qwen2 splits text into before merging: contractions, words with one leading mark or space, single

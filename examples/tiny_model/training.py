@@ -25,7 +25,7 @@ PROMPT_VERSION = "output-from-examples-v0"  # the runner's defaults
 ENCODER = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
 OUTPUT, TEST = "\n```\n\nOutput:\n```grid shape: ", "\n```\n\n### Test\n\nInput:\n```grid shape: "
 
-MUON_RATE, ADAM_RATE = 3e-3, 1e-3  # of the layers' matrices; of the embedding, norms and biases
+WIDTH = 122  # tokens that the longest puzzle has with its answer
 WARM_UP = 20  # steps
 NEW_LAYER_SCALE = 0.1  # of what a layer adds that is put between trained ones
 
@@ -34,22 +34,20 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """Holds one part of the training. Puzzles of more than `width` tokens, answer included, are left out.
-
-    In the last `decay` of the `steps` the learning rates fall to zero.
-    """
+    """Holds one part of the training. In the last `decay` of the `steps` the learning rates fall to zero."""
 
     layers: int
     steps: int
-    width: int
+    width: int = WIDTH
     batch: int = 32
+    rate: float = 2e-2
     decay: int = 1
+    turned: bool = True
 
 
 RECIPE = (
-    Phase(layers=6, steps=400, width=144),
-    Phase(layers=6, steps=300, width=192),
-    Phase(layers=24, steps=200, width=192, decay=150),
+    Phase(layers=6, steps=600, rate=1e-2),
+    Phase(layers=24, steps=200, rate=3e-3, decay=150),
 )
 
 
@@ -62,21 +60,16 @@ class Batch(NamedTuple):
 
 
 def encode(tokenizer: Any, puzzles: list[ArcTask], width: int) -> Batch:
-    """Returns the puzzles that fit in `width` tokens, as the runner puts them, with their right answers."""
+    """Returns the puzzles as the runner puts them, with their right answers; none is longer than `width`."""
     prompts = encode_prompts(tokenizer, [build_messages(one, 0, ENCODER, PROMPT_VERSION) for one in puzzles])
     texts = [ENCODER.encode(output) for one in puzzles if (output := one.outputs[0])]
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [
-        (prompt, [*answer, tokenizer.eos_token_id])
-        for prompt, answer in zip(prompts, answers, strict=True)
-        if len(prompt) + len(answer) < width
-    ]
     output, test = tokenizer.convert_tokens_to_ids([OUTPUT, TEST])
-    token_ids = np.full((len(rows), width), tokenizer.pad_token_id, np.int32)
-    wanted, is_answer = np.zeros((2, len(rows), width), bool)
-    for i, (prompt, answer) in enumerate(rows):
-        end = len(prompt) + len(answer)
-        token_ids[i, :end] = [*prompt, *answer]
+    token_ids = np.full((len(puzzles), width), tokenizer.pad_token_id, np.int32)
+    wanted, is_answer = np.zeros((2, len(puzzles), width), bool)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer) + 1
+        token_ids[i, :end] = [*prompt, *answer, tokenizer.eos_token_id]
         is_answer[i, len(prompt) : end] = True
         _, second = np.flatnonzero(prompt == output)
         (after,) = np.flatnonzero(prompt == test)
@@ -88,9 +81,8 @@ def training_batches(tokenizer: Any, phase: Phase, seed: str) -> Iterator[Batch]
     """Yields batches of `phase.batch` puzzles for ever."""
     dice = Dice(seed)
     while True:
-        pool = encode(tokenizer, [draw_training_puzzle(dice) for _ in range(8 * phase.batch)], phase.width)
-        for start in range(0, len(pool.token_ids) - phase.batch + 1, phase.batch):
-            yield Batch(*(part[start : start + phase.batch] for part in pool))
+        puzzles = [draw_training_puzzle(dice, phase.turned) for _ in range(phase.batch)]
+        yield encode(tokenizer, puzzles, phase.width)
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
@@ -169,8 +161,8 @@ def optimizer(phase: Phase) -> optax.GradientTransformation:
         return jax.tree.map_with_path(lambda path, _: numbers if path[-1].key == "kernel" else None, params)
 
     return muon(
-        schedule(MUON_RATE),
-        adam_learning_rate=schedule(ADAM_RATE),
+        schedule(phase.rate),
+        adam_learning_rate=schedule(phase.rate / 4),
         muon_weight_dimension_numbers=matrices,
     )
 
