@@ -53,7 +53,7 @@ def copy_small(directory: Path) -> Path:
 
 
 def puzzle(*cells: int) -> dict[str, Any]:
-    """A valid task: turn a row around. Its prompt has about 110 tokens."""
+    """A valid task: turn a row around. Its prompt has about 50 tokens."""
     row = list(cells)
     return {
         "train": [{"input": [[1, 2]], "output": [[2, 1]]}],
