@@ -86,13 +86,13 @@ class RunOptions:
     model_path: str = _path(
         PATHS,
         str(EXAMPLE_MODEL),
-        "directory in Hugging Face layout or hub id; a tiny example if left out",
+        "directory in Hugging Face layout or hub id; a tiny trained example if left out",
         default_text="",
     )
     dataset_path: str = _path(
         PATHS,
         str(EXAMPLE_TASKS),
-        "ARC tasks: a JSON or JSONL file or a directory of task files; six examples if left out",
+        "ARC tasks: a JSON or JSONL file or a directory of task files; ten small examples if left out",
         default_text="",
     )
     prompts: str | None = _path(

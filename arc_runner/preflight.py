@@ -35,9 +35,9 @@ def say_defaults(options: RunOptions) -> None:
     Raises:
         UsageError: the hub would be asked by a dry run.
     """
-    examples = [("model_path", EXAMPLE_MODEL, "a tiny model with random weights")]
+    examples = [("model_path", EXAMPLE_MODEL, "a tiny model that has learned eight rules")]
     if options.prompts is None:
-        examples.append(("dataset_path", EXAMPLE_TASKS, "six puzzles"))
+        examples.append(("dataset_path", EXAMPLE_TASKS, "ten puzzles, two of them of rules it never saw"))
     for name, path, what in examples:
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")

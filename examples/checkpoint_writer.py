@@ -1,15 +1,16 @@
-"""Write Qwen2 checkpoints with seeded random weights in Hugging Face layout: config, safetensors, index.
+"""Write Qwen2 checkpoints in Hugging Face layout: config, safetensors, index; trained or seeded weights.
 
-The weights are *lively*: greedy decoding from them gives a varied sequence, so that a broken cache shows.
-(At the usual initialisation, normal with deviation 0.02, a random model repeats one token for ever, and with
-a broken cache it repeats it just as well.)
+The seeded random weights are *lively*: greedy decoding from them gives a varied sequence, so that a broken
+cache shows. (At the usual initialisation, normal with deviation 0.02, a random model repeats one token for
+ever, and with a broken cache it repeats it just as well.)
 
-Every tensor has its own random stream, derived from the seed and the tensor's name, and uses only raw bits of
-PCG64, whose stream numpy never changes: the same arguments give the same bytes everywhere.
+Every such tensor has its own random stream, derived from the seed and the tensor's name, and uses only raw
+bits of PCG64, whose stream numpy never changes: the same arguments give the same bytes everywhere.
 """
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -26,6 +27,7 @@ NORM_WEIGHT_DEVIATION = 0.3  # around 1
 BLOCK = 1 << 24  # elements made at a time, to bound the float32 temporaries
 
 Shapes = dict[str, tuple[int, ...]]
+MakeTensor = Callable[[str, tuple[int, ...], np.dtype], np.ndarray]
 
 
 def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
@@ -39,6 +41,7 @@ def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
     tie_word_embeddings: bool,
     dtype: str,
     token_ids: dict[str, int],
+    rope_theta: float = 1000000.0,
 ) -> dict:
     """The contents of `config.json`; `token_ids` maps the ChatML special tokens to their ids."""
     return {
@@ -58,7 +61,7 @@ def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
         "num_key_value_heads": num_key_value_heads,
         "pad_token_id": token_ids["<|endoftext|>"],
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
+        "rope_theta": rope_theta,
         "sliding_window": 32768,
         "tie_word_embeddings": tie_word_embeddings,
         "torch_dtype": dtype,
@@ -144,7 +147,16 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_checkpoint(out: Path, config: dict, seed: int, max_shard_bytes: int) -> list[Path]:
-    """Write `config.json`, `generation_config.json` and the weights into `out`; returns the weight files.
+    """Write `config.json`, `generation_config.json` and lively weights into `out`; returns their files."""
+
+    def make(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return lively_tensor(name, shape, seed, dtype)
+
+    return write_tensors(out, config, make, max_shard_bytes)
+
+
+def write_tensors(out: Path, config: dict, make: MakeTensor, max_shard_bytes: int) -> list[Path]:
+    """Write the two configs into `out`, and the weights that `make(name, shape, dtype)` returns.
 
     Holds one shard in memory at a time. One shard is `model.safetensors`; several are numbered and indexed.
     """
@@ -166,9 +178,7 @@ def write_checkpoint(out: Path, config: dict, seed: int, max_shard_bytes: int) -
         for i, names in enumerate(shards, start=1)
     }
     for file, names in files.items():
-        write_safetensors(
-            out / file, {name: lively_tensor(name, shapes[name], seed, dtype) for name in names}
-        )
+        write_safetensors(out / file, {name: make(name, shapes[name], dtype) for name in names})
     if len(files) > 1:
         total = sum(int(np.prod(shape)) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in files.items() for name in names}

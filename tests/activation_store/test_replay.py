@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from lively import Lively
 
 from activation_store import (
     ActivationStore,
@@ -22,7 +23,6 @@ from activation_store import (
     verify_store,
 )
 from activation_store.replay import Forward, plain_forward, replay_sequences, replay_store
-from arc_runner.data import EXAMPLE_MODEL
 from generate_jitted import generate_single_task_jitted
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.sampling import Sampling
@@ -31,8 +31,8 @@ from qwen2_jax_with_hooks import create_model_with_hooks
 
 pytestmark = pytest.mark.slow
 
-TINY = str(EXAMPLE_MODEL)
 LAYERS = (10, 11, 22, 23)
+MODEL = Lively(layers=24, extract=LAYERS, inner=128, vocab=512, seed=8)
 STEPS = 16
 PROMPTS = (30, 17, 1)
 
@@ -44,11 +44,13 @@ class Run(NamedTuple):
     sequences: list[FinishedSequence]
     forward: Forward
     params: Any
+    checkpoint: str
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def run(request: pytest.FixtureRequest) -> Run:
-    config, params = load_qwen2(TINY, dtype=request.param, scan_layers=True)  # soon compiled
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    checkpoint = str(MODEL.save(tmp_path_factory.mktemp("model")))
+    config, params = load_qwen2(checkpoint, dtype=request.param, scan_layers=True)  # soon compiled
     model = create_model_with_hooks(config, LAYERS)
     prompts = np.random.default_rng(0).integers(0, 500, (len(PROMPTS), max(PROMPTS))).astype(np.int32)
     generation = generate_single_task_jitted(
@@ -64,7 +66,7 @@ def run(request: pytest.FixtureRequest) -> Run:
     assert generation.prompt_activations is not None
     of_prompts, generated = np.asarray(generation.prompt_activations), np.asarray(generation.activations)
     settings = StoreSettings(
-        model_fingerprint=checkpoint_fingerprint(TINY),
+        model_fingerprint=checkpoint_fingerprint(checkpoint),
         hook_names=tuple(map(hook_name, LAYERS)),
         hidden_size=config.hidden_size,
         dtype=request.param,
@@ -86,7 +88,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         )
         for row, length in enumerate(PROMPTS)
     ]
-    return Run(settings, sequences, plain_forward(config, params, LAYERS), params)
+    return Run(settings, sequences, plain_forward(config, params, LAYERS), params, checkpoint)
 
 
 def findings(
@@ -112,7 +114,7 @@ def test_a_sound_run_has_no_findings(tmp_path: Path, run: Run):
     assert findings(tmp_path, run, run.sequences) == []
 
 
-def test_the_tiny_model_is_lively_enough_to_tell_faults(run: Run):
+def test_the_model_is_lively_enough_to_tell_faults(run: Run):
     for one in run.sequences:
         assert len(set(one.token_ids.tolist())) > STEPS // 2
 
@@ -180,7 +182,7 @@ def test_rows_of_half_the_hidden_size_are_found(tmp_path: Path, run: Run):
     found = findings(tmp_path, run, sequences, half)
     assert len(found) == len(sequences) * len(LAYERS)
     assert "(46, 32) values are stored, (46, 64) are computed" in found[0]
-    assert list(replay_store(ActivationStore(tmp_path), TINY, 1)) == [
+    assert list(replay_store(ActivationStore(tmp_path), run.checkpoint, 1)) == [
         "the stored rows are 32 wide, the model's are 64"
     ]
 
@@ -226,7 +228,7 @@ def test_a_wrong_log_probability_is_found(tmp_path: Path, run: Run):
 def test_the_whole_audit_loads_the_model_and_draws_sequences(tmp_path: Path, run: Run):
     assert findings(tmp_path, run, changed(run, lambda rows: rows[::-1])) != []
     store = ActivationStore(tmp_path)
-    found = list(replay_store(store, TINY, count=99))
+    found = list(replay_store(store, run.checkpoint, count=99))
     assert len(found) == len(LAYERS)
     assert all("task0" in line for line in found)
 
@@ -234,7 +236,7 @@ def test_the_whole_audit_loads_the_model_and_draws_sequences(tmp_path: Path, run
 def test_another_model_is_one_finding_and_nothing_is_replayed(tmp_path: Path, run: Run):
     other = dataclasses.replace(run.settings, model_fingerprint="00" * 32)
     findings(tmp_path, run, run.sequences, other)
-    (found,) = replay_store(ActivationStore(tmp_path), TINY, 1)
+    (found,) = replay_store(ActivationStore(tmp_path), run.checkpoint, 1)
     assert "is not the model that made the store" in found
 
 

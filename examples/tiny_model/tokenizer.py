@@ -1,26 +1,34 @@
-"""Write the tiny Qwen2 checkpoint that the runner uses when no model is named: 24 layers, about 2 MB.
+"""The embedded model's tokenizer: byte-level BPE that splits text as Qwen2's does, with ChatML's tokens.
 
-    python examples/make_tiny_checkpoint.py            # writes arc_runner/data/tiny-qwen2
-    python examples/make_tiny_checkpoint.py OUT_DIR
-
-The weights are random but lively (see checkpoint_writer.py). The tokenizer is a real one: byte-level BPE that
-splits text as Qwen2's does (every digit is a token of its own), with ChatML special tokens and chat template.
+Every digit is a token of its own. What the runner's default prompt says around a puzzle is a few tokens, one
+for each phrase that never changes (`PHRASES`): a prompt of two small examples is then 130 tokens, not 330.
 """
 
-import argparse
 import json
 import random
 from pathlib import Path
 
-from checkpoint_writer import qwen2_config, write_checkpoint, write_json
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from arc_runner.data import EXAMPLE_MODEL
+from arc_puzzles.chat import PROMPT_VERSIONS
 
 SEED = 8
 VOCAB_SIZE = 512
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # the last ids, in Qwen's order
-LAYERS = 24  # so that layers 10 to 23 exist
+_PROMPT = PROMPT_VERSIONS["output-from-examples-v0"]
+_GRID = "```grid shape: "
+PHRASES = (
+    f"system\n{_PROMPT.system}",
+    f"user\n{_PROMPT.introduction}\n\n### Example ",
+    "assistant\n",
+    f"\n\nInput:\n{_GRID}",
+    f"\n```\n\nOutput:\n{_GRID}",
+    "\n```\n\n### Example ",
+    f"\n```\n\n### Test\n\nInput:\n{_GRID}",
+    _GRID,
+    "\n```",
+    *(f"\n{number} " for number in range(1, 10)),  # what a row begins with
+)
 
 # What Qwen2 splits text into before merging: contractions, words with one leading mark or space, single
 # digits, punctuation with its newlines, newlines, other white space.
@@ -82,7 +90,7 @@ a number and then the digits of the row.
 
 
 def corpus() -> list[str]:
-    """The prose, and random grids in the formats that the encoders write."""
+    """Returns the prose, and random grids in the formats that the encoders write."""
     rng = random.Random(SEED)
     texts = [PROSE]
     for _ in range(40):
@@ -100,7 +108,7 @@ def corpus() -> list[str]:
 
 
 def train_tokenizer() -> tuple[dict, dict[str, int]]:
-    """The contents of `tokenizer.json`, and the ids of the special tokens."""
+    """Returns the contents of `tokenizer.json`, and the ids of the special tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -111,11 +119,12 @@ def train_tokenizer() -> tuple[dict, dict[str, int]]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS) - len(PHRASES),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     ids = {token: VOCAB_SIZE - len(SPECIAL_TOKENS) + i for i, token in enumerate(SPECIAL_TOKENS)}
     assert all(tokenizer.token_to_id(token) == token_id for token, token_id in ids.items())
@@ -123,24 +132,19 @@ def train_tokenizer() -> tuple[dict, dict[str, int]]:
 
 
 def write_tokenizer(out: Path) -> dict[str, int]:
+    """Writes `tokenizer.json` and `tokenizer_config.json`; returns the ids of the special tokens."""
     contents, ids = train_tokenizer()
-    write_json(out / "tokenizer.json", contents)
-    write_json(
+    added = {
+        str(token["id"]): {name: value for name, value in token.items() if name != "id"}
+        for token in contents["added_tokens"]
+    }
+    _write_json(out / "tokenizer.json", contents)
+    _write_json(
         out / "tokenizer_config.json",
         {
             "add_bos_token": False,
             "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(token_id): {
-                    "content": token,
-                    "lstrip": False,
-                    "normalized": False,
-                    "rstrip": False,
-                    "single_word": False,
-                    "special": True,
-                }
-                for token, token_id in ids.items()
-            },
+            "added_tokens_decoder": added,
             "bos_token": None,
             "chat_template": CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
@@ -154,25 +158,5 @@ def write_tokenizer(out: Path) -> dict[str, int]:
     return ids
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the tiny Qwen2 checkpoint.")
-    parser.add_argument("out", nargs="?", type=Path, default=EXAMPLE_MODEL)
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    config = qwen2_config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-        token_ids=write_tokenizer(out),
-    )
-    for path in write_checkpoint(out, config, SEED, max_shard_bytes=1 << 30):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

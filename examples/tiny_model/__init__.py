@@ -1,0 +1,1 @@
+"""What the embedded model learns and how: `rules` and `puzzles` (its tasks), `tokenizer`, `training`."""
