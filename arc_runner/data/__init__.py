@@ -1,4 +1,4 @@
-"""The embedded example: a tiny trained Qwen2 and ten puzzles, so that a run needs nothing but this package."""
+"""The embedded example, a tiny trained Qwen2 and ten puzzles: a run needs nothing but this package."""
 
 from pathlib import Path
 
