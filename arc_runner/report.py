@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -135,7 +137,7 @@ class Report:
         new = self.sequences - self.sequences_resumed
         when = "" if new else f" (run of {self.made_at} UTC)"
         rows = [
-            ("model", f"{self.model} on {self.device}"),
+            ("model", f"{_from_here(self.model)} on {self.device}"),
             (self.asked, f"{self.tasks} ({len(self.tasks_failed)} failed)"),
             (
                 "sequences",
@@ -186,6 +188,13 @@ def peak_memory() -> tuple[int, str]:
         return max(peaks), "device"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+
+
+def _from_here(path: str) -> str:
+    """Returns a path below the current directory as it is from there, any other as it is."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path
 
 
 def _is_of_process(value: object) -> bool:

@@ -27,7 +27,8 @@ def test_a_run_on_a_terminal_ends_with_a_table_and_a_puzzle_and_leaves_no_bar(
     monkeypatch.setattr(display, "_DRAWN_SECONDS", 0.05)
     monkeypatch.setattr(display, "_DRAWN_AFTER", 0.0)
     terminal = on_terminal(monkeypatch, columns=100)
-    code = main(arguments(four(tmp_path), generation=generation))
+    # Of a length that no other test has: its programs are not compiled yet.
+    code = main(arguments(four(tmp_path), generation=generation, max_output_tokens=7))
     terminal.close()
     assert code == DONE
     lines = terminal.lines()
