@@ -225,7 +225,9 @@ def load_config(options: RunOptions) -> QwenConfig:
         CheckpointError: there is no such model, or it is not one that can be run.
         UsageError: no prompt would fit beside the answer, or the model lacks a layer to extract.
     """
-    config = read_config(options.model_path, dtype=options.dtype)
+    # The old loop is not compiled as a whole: it would compile a scan anew for each token.
+    scan_layers = False if options.generation == "python" else None
+    config = read_config(options.model_path, dtype=options.dtype, scan_layers=scan_layers)
     if options.max_output_tokens >= config.max_position_embeddings:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "

@@ -21,6 +21,7 @@ from runner_cases import (
 )
 
 from arc_runner import preflight
+from arc_runner.options import RunOptions
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
@@ -273,3 +274,10 @@ def test_a_platform_without_devices_is_refused(
     monkeypatch.setattr(jax, "local_devices", local_devices)
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
     assert_refused(run_main(tmp_path), "jax finds no device for JAX_PLATFORMS='tpu'")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about CPUs")
+def test_layers_are_scanned_unless_the_old_loop_runs_them():
+    """It would compile the scan anew for each token."""
+    assert preflight.load_config(RunOptions()).scan_layers
+    assert not preflight.load_config(RunOptions(generation="python")).scan_layers
