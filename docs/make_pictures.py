@@ -1,6 +1,6 @@
 """Make the pictures of these pages from a store: its plots, and the page as a browser shows it.
 
-    python docs/make_pictures.py activations --output docs/pictures
+    python docs/make_pictures.py activations --output docs/images
 
 Needs the extras `plots` and `browser`, Chromium and its driver.
 """
@@ -19,7 +19,7 @@ FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars"
 )
-WIDE, NARROW = (1280, 1300), (360, 900)
+WIDE, NARROW = (1280, 900), (360, 900)
 
 
 def open_browser(profile: str) -> webdriver.Chrome:
@@ -50,8 +50,7 @@ def take(browser: webdriver.Chrome, page: Path, picture: Path, scheme: str, tint
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the pictures of the documentation from a store.")
     parser.add_argument("directory", help="the store, made with --extract_prompt")
-    parser.add_argument("--output", type=Path, default=Path("docs/pictures"))
-    parser.add_argument("--tint", default="norm", help="beginning of what tokens are tinted by")
+    parser.add_argument("--output", type=Path, default=Path("docs/images"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,8 +60,8 @@ def main() -> None:
         browser = open_browser(f"{scratch}/profile")
         try:
             for name, size, scheme, tint in (
-                ("page", WIDE, "light", "log-probability"),
-                ("page-dark", WIDE, "dark", options.tint),
+                ("page", WIDE, "light", "norm"),
+                ("page-dark", WIDE, "dark", "norm"),
                 ("page-narrow", NARROW, "light", "log-probability"),
             ):
                 browser.set_window_size(*size)
