@@ -153,7 +153,7 @@ def tokenizer() -> Any:
 
 def test_the_loss_is_on_the_second_examples_output_and_the_answer(tokenizer: Any):
     tasks = drawn("cut-out", False)
-    batch = training.encode(tokenizer, tasks, training.WIDTH)
+    batch = training.encode(tokenizer, tasks)
     assert len(batch.token_ids) == len(tasks)
     for task, ids, wanted, answer in zip(tasks, *batch, strict=True):
         second, tested = (training.ENCODER.encode(pair.output) for pair in (task.train[1], task.test[0]))  # pyright: ignore[reportArgumentType]
