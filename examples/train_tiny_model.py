@@ -8,15 +8,15 @@ but rounding: on another processor or with another JAX the weights differ, not w
 """
 
 import argparse
-import dataclasses
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from checkpoint_writer import qwen2_config, write_tensors
-from tiny_model.puzzles import TURNS, draw_puzzle
+from tiny_model.puzzles import draw_puzzle
 from tiny_model.rules import SEEN_RULES, Dice
 from tiny_model.tokenizer import VOCAB_SIZE, write_tokenizer
 from tiny_model.training import (
@@ -56,13 +56,12 @@ def model_config(token_ids: dict[str, int]) -> dict:
 
 
 def print_accuracy(params: Params, config: QwenConfig, tokenizer: Any) -> None:
-    """Print which share of held-out puzzles is solved, by rule; each puzzle is turned or mirrored in turn."""
+    """Print which share of held-out puzzles is solved, by rule."""
     shares = []
     for name in SEEN_RULES:
         dice = Dice(f"{SEED} check {name}")
         puzzles = [draw_puzzle(name, dice, held_out=True) for _ in range(CHECKED)]
-        turned = [puzzle.augmented(TURNS[i % len(TURNS)]) for i, puzzle in enumerate(puzzles)]
-        shares.append(solved(params, config, encode(tokenizer, turned, WIDTH)).mean())
+        shares.append(solved(params, config, encode(tokenizer, puzzles)).mean())
         print(f"  {name:16} {shares[-1]:4.0%}")
     print(f"  {'mean':16} {np.mean(shares):4.0%} of {CHECKED} held-out puzzles of each rule", flush=True)
 
@@ -72,6 +71,9 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, default=EXAMPLE_MODEL)
     parser.add_argument("--steps", type=int, help="most steps of each phase (default: the whole recipe)")
     options = parser.parse_args()
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps is {options.steps}; it has to be 1 or more")
+    recipe = [replace(phase, steps=min(phase.steps, options.steps or phase.steps)) for phase in RECIPE]
     started = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     hf_config = model_config(write_tokenizer(options.out))
@@ -80,14 +82,12 @@ def main() -> None:
 
     params: Params = {}
     tokens = 0
-    for number, phase in enumerate(RECIPE):
-        if options.steps:
-            phase = dataclasses.replace(phase, steps=min(phase.steps, options.steps))
+    for number, phase in enumerate(recipe):
         config = whole.replace(num_hidden_layers=phase.layers)
         params = grow(params, config, SEED + number) if params else init_params(config, SEED)
-        batches = training_batches(tokenizer, phase, f"{SEED} train {number}")
+        batches = training_batches(tokenizer, phase.batch, f"{SEED} train {number}")
         params = train(params, config, phase, batches)
-        tokens += phase.steps * phase.batch * phase.width
+        tokens += phase.steps * phase.batch * WIDTH
         print_accuracy(params, config, tokenizer)
 
     state = state_dict(params)
@@ -95,8 +95,8 @@ def main() -> None:
         options.out, hf_config, lambda name, _, dtype: state[name].astype(dtype), 1 << 30
     ):
         print(file)
-    steps = sum(min(phase.steps, options.steps or phase.steps) for phase in RECIPE)
-    print(f"{steps} steps, {tokens} tokens with padding, {time.perf_counter() - started:.0f} s")
+    steps, seconds = sum(phase.steps for phase in recipe), time.perf_counter() - started
+    print(f"{steps} steps, {tokens} tokens with padding, {seconds:.0f} s")
     rounded = jax.tree.map(lambda array: array.astype("bfloat16").astype("float32"), params)
     print("With the weights as they are written:")
     print_accuracy(rounded, whole, tokenizer)

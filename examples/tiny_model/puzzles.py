@@ -77,11 +77,10 @@ def _draw_pair(drawn: Drawn, dice: Dice, held_out: bool) -> tuple[Grid, Grid]:
     raise ValueError(f"no grid {'held out' if held_out else 'for training'} came of {TRIES} tries")
 
 
-def draw_training_puzzle(dice: Dice, turned: bool = True) -> ArcTask:
-    """Returns a puzzle of one of the seen rules, not held out; `turned` or mirrored as the runner may do."""
+def draw_training_puzzle(dice: Dice) -> ArcTask:
+    """Returns a puzzle of one of the seen rules, no input of which is held out."""
     names = list(SEEN_RULES)
-    puzzle = draw_puzzle(names[dice.between(0, len(names) - 1)], dice, False)
-    return puzzle.augmented(TURNS[dice.between(0, len(TURNS) - 1) if turned else 0])
+    return draw_puzzle(names[dice.between(0, len(names) - 1)], dice, held_out=False)
 
 
 def sample_tasks() -> list[ArcTask]:

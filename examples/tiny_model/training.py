@@ -4,7 +4,7 @@ The loss is on what can be known: the second example's output, and the answer wi
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ PROMPT_VERSION = "output-from-examples-v0"  # the runner's defaults
 ENCODER = create_grid_encoder("GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
 OUTPUT, TEST = "\n```\n\nOutput:\n```grid shape: ", "\n```\n\n### Test\n\nInput:\n```grid shape: "
 
-WIDTH = 122  # tokens that the longest puzzle has with its answer
+WIDTH = 112  # tokens that the longest puzzle has with its answer
 WARM_UP = 20  # steps
 NEW_LAYER_SCALE = 0.1  # of what a layer adds that is put between trained ones
 
@@ -34,20 +34,24 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Phase:
-    """Holds one part of the training. In the last `decay` of the `steps` the learning rates fall to zero."""
+    """Holds one part of the training: `batch` puzzles a step.
+
+    `rate` is that of Muon, for the layers' matrices; that of Adam, for the embedding, norms and biases, is a
+    quarter of it. Both fall to zero in the last `decay` steps.
+    """
 
     layers: int
     steps: int
-    width: int = WIDTH
     batch: int = 32
-    rate: float = 2e-2
+    rate: float = 1e-2
     decay: int = 1
-    turned: bool = True
 
 
 RECIPE = (
-    Phase(layers=6, steps=600, rate=1e-2),
-    Phase(layers=24, steps=200, rate=3e-3, decay=150),
+    Phase(layers=6, steps=200),
+    Phase(layers=6, steps=200),
+    Phase(layers=6, steps=200, decay=200),
+    Phase(layers=24, steps=150, batch=24, rate=5e-3, decay=130),
 )
 
 
@@ -59,14 +63,14 @@ class Batch(NamedTuple):
     answer: np.ndarray  # bool [puzzles, width]: those of the wanted that are the answer
 
 
-def encode(tokenizer: Any, puzzles: list[ArcTask], width: int) -> Batch:
-    """Returns the puzzles as the runner puts them, with their right answers; none is longer than `width`."""
+def encode(tokenizer: Any, puzzles: list[ArcTask]) -> Batch:
+    """Returns the puzzles as the runner puts them, with their right answers. None is longer than WIDTH."""
     prompts = encode_prompts(tokenizer, [build_messages(one, 0, ENCODER, PROMPT_VERSION) for one in puzzles])
     texts = [ENCODER.encode(output) for one in puzzles if (output := one.outputs[0])]
     answers = tokenizer(texts, add_special_tokens=False)["input_ids"]
     output, test = tokenizer.convert_tokens_to_ids([OUTPUT, TEST])
-    token_ids = np.full((len(puzzles), width), tokenizer.pad_token_id, np.int32)
-    wanted, is_answer = np.zeros((2, len(puzzles), width), bool)
+    token_ids = np.full((len(puzzles), WIDTH), tokenizer.pad_token_id, np.int32)
+    wanted, is_answer = np.zeros((2, len(puzzles), WIDTH), bool)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         end = len(prompt) + len(answer) + 1
         token_ids[i, :end] = [*prompt, *answer, tokenizer.eos_token_id]
@@ -77,12 +81,11 @@ def encode(tokenizer: Any, puzzles: list[ArcTask], width: int) -> Batch:
     return Batch(token_ids, wanted | is_answer, is_answer)
 
 
-def training_batches(tokenizer: Any, phase: Phase, seed: str) -> Iterator[Batch]:
-    """Yields batches of `phase.batch` puzzles for ever."""
+def training_batches(tokenizer: Any, size: int, seed: str) -> Iterator[Batch]:
+    """Yields batches of `size` puzzles for ever."""
     dice = Dice(seed)
     while True:
-        puzzles = [draw_training_puzzle(dice, phase.turned) for _ in range(phase.batch)]
-        yield encode(tokenizer, puzzles, phase.width)
+        yield encode(tokenizer, [draw_training_puzzle(dice) for _ in range(size)])
 
 
 # --- Weights ------------------------------------------------------------------------------------------------
@@ -149,14 +152,14 @@ def state_dict(params: Params) -> dict[str, np.ndarray]:
 def optimizer(phase: Phase) -> optax.GradientTransformation:
     """Returns Muon for the layers' matrices and Adam for the rest, with warm-up and decay."""
 
-    def schedule(rate: float) -> Callable[[Array], Array]:
+    def schedule(rate: float) -> Any:
         def at(step: Array) -> Array:
             up, down = (step + 1) / WARM_UP, (phase.steps - step) / phase.decay
             return rate * jnp.minimum(1.0, jnp.minimum(up, down))
 
         return at
 
-    def matrices(params: Params) -> Any:
+    def matrices(params: Any) -> Any:
         numbers = MuonDimensionNumbers(reduction_axis=1, output_axis=2)
         return jax.tree.map_with_path(lambda path, _: numbers if path[-1].key == "kernel" else None, params)
 
@@ -176,7 +179,7 @@ def train(params: Params, config: QwenConfig, phase: Phase, batches: Iterator[Ba
     model, optimize = QwenModel(config), optimizer(phase)
 
     @jax.jit
-    def step(params: Params, state: Any, token_ids: Array, wanted: Array) -> tuple[Params, Any, Array]:
+    def step(params: Params, state: Any, token_ids: Array, wanted: Array) -> tuple[Any, Any, Array]:
         def loss(params: Params) -> Array:
             logits = _predictions(model, params, token_ids)
             each = optax.softmax_cross_entropy_with_integer_labels(logits, token_ids[:, 1:])
