@@ -354,8 +354,8 @@ def test_capturing_activations_does_not_change_the_logits():
 
 # Relative error of a row of the 24-layer lively model in bfloat16, weights and residual stream, against the
 # same (rounded) weights in float32: measured 0.04 (layer 10) to 0.08 (layer 23) at the median token, 0.14 at
-# the worst. Lively weights amplify rounding from layer to layer.
-BF16_MEDIAN, BF16_WORST = 0.12, 0.25
+# the worst, and 0.27 with scanned layers. Lively weights amplify rounding from layer to layer.
+BF16_MEDIAN, BF16_WORST = 0.12, 0.4
 # The same rows by way of the fixed cache and by a plain forward pass, both in bfloat16, differ only in the
 # order of their sums: measured 0.02 to 0.035 at the median token, 0.07 at the worst.
 BF16_PATHS_MEDIAN, BF16_PATHS_WORST = 0.06, 0.15

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -187,22 +188,40 @@ def test_a_grown_model_keeps_its_trained_layers_and_adds_layers_that_do_little()
         assert least < new[1].std() / old[0].std() < most
 
 
+def test_the_seed_decides_the_puzzles_and_the_first_weights(tokenizer: Any):
+    config = QwenConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        scan_layers=True,
+    )
+    batches = [next(training.training_batches(tokenizer, 4, seed)) for seed in ("a", "a", "b")]
+    assert np.array_equal(batches[0].token_ids, batches[1].token_ids)
+    assert not np.array_equal(batches[0].token_ids, batches[2].token_ids)
+    same, again, other = (jax.tree.leaves(training.init_params(config, seed)) for seed in (1, 1, 2))
+    assert all(map(np.array_equal, same, again))
+    assert not all(map(np.array_equal, same, other))
+
+
 @pytest.mark.slow
-def test_two_steps_of_the_training_script_give_the_same_bytes_twice(tmp_path: Path):
-    outputs = [tmp_path / "a", tmp_path / "b"]
-    for out in outputs:
-        script = [sys.executable, EXAMPLES / "train_tiny_model.py", out, "--steps", "2"]
-        printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
-        assert "24 layers, step 2: loss" in printed
-        assert "6 steps" in printed
-    first, second = ({file.name: file.read_bytes() for file in out.iterdir()} for out in outputs)
-    assert first == second
-    committed = {file.name: file.read_bytes() for file in TINY.iterdir()}
-    assert first.keys() == committed.keys()
-    assert [name for name in first if first[name] != committed[name]] == ["model.safetensors"]
+def test_a_step_of_each_phase_of_the_training_script_writes_a_checkpoint_like_the_embedded_one(
+    tmp_path: Path,
+):
+    script = [sys.executable, EXAMPLES / "train_tiny_model.py", tmp_path / "out", "--steps", "1"]
+    printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    assert "6 layers, step 1: loss" in printed
+    assert "24 layers, step 1: loss" in printed
+    written, committed = (
+        {file.name: file.read_bytes() for file in folder.iterdir()} for folder in (tmp_path / "out", TINY)
+    )
+    assert written.keys() == committed.keys()
+    assert [name for name in written if written[name] != committed[name]] == ["model.safetensors"]
     shapes = [
         {name: (tensor.shape, tensor.dtype) for name, tensor in safetensors.numpy.load_file(file).items()}
-        for file in (outputs[0] / "model.safetensors", TINY / "model.safetensors")
+        for file in (tmp_path / "out" / "model.safetensors", TINY / "model.safetensors")
     ]
     assert shapes[0] == shapes[1]
 
