@@ -41,10 +41,10 @@ from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
-from qwen2_core.interventions import edits, steer
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
 from qwen2_core.model_inputs import read_mask, read_token_ids
+from qwen2_core.steering import edits, steer
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
 __all__ = [
@@ -213,8 +213,8 @@ class QwenAttention(nn.Module):
             """Returns queries, keys or values: ``name`` is q, k or v."""
             # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
             # copy all of q, k and v into it (49 MB at batch 64).
-            flat = lax.optimization_barrier(Linear(heads * config.head_dim, True, config.dtype, name=f"{name}_proj")(x))
-            flat = hooks(f"attn.hook_{name}", flat)
+            flat = Linear(heads * config.head_dim, True, config.dtype, name=f"{name}_proj")(x)
+            flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
         q = apply_rope(project("q", config.num_attention_heads), context.cos, context.sin)
@@ -278,6 +278,11 @@ class QwenModel(nn.Module):
     def capture_points(self) -> PointLayers:
         """The points beside these outputs whose values a forward pass returns, and the layers of each."""
         return ()
+
+    @property
+    def captures(self) -> bool:
+        """Whether a forward pass returns any rows."""
+        return bool(self.capture_layers or self.capture_points)
 
     @property
     def capture_before(self) -> bool:
@@ -395,9 +400,7 @@ class QwenModel(nn.Module):
         if steering is not None:
             todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
         hooks = Hooks(points, self.capture_before, config.num_hidden_layers, todo)
-        context = TokenContext(
-            *rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks
-        )
+        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks)
         buffers = _point_buffers(config, points, tokens, len(input_ids))
         kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
 
@@ -441,9 +444,7 @@ class QwenModel(nn.Module):
             kv_list.append(layer_kv)
         return carry, kv_list, [outputs[layer] for layer in capture]
 
-    def _scan_layers(
-        self, carry: LayerCarry, stacked_kv: LayerKV | None, context: TokenContext
-    ) -> Any:
+    def _scan_layers(self, carry: LayerCarry, stacked_kv: LayerKV | None, context: TokenContext) -> Any:
         """Runs the layers as one ``lax.scan``: returns its carry and, stacked, what the layers return.
 
         Flax's own scan makes the parameters. It would trace the layer twice in each forward pass, and copy
