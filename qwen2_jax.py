@@ -155,7 +155,7 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         # As Hugging Face: back to the model's dtype first, then times the weight.
-        return weight * hooks(point, normed.astype(x.dtype))
+        return weight * hooks(point, normed.astype(self.config.dtype))
 
 
 class Linear(nn.Module):
@@ -248,20 +248,22 @@ class QwenDecoderLayer(nn.Module):
         self, carry: LayerCarry, layer: int | Array, layer_kv: LayerKV | None, context: TokenContext
     ) -> tuple[LayerCarry, tuple[Array, LayerKV | None]]:
         x, cache, kept = carry
-        hooks = context.hooks.at(layer, kept)
+        hooks, dtype = context.hooks.at(layer, kept), self.config.dtype
         with jax.named_scope("attention"):
-            x = hooks("hook_resid_pre", x)
+            x = hooks.stream("hook_resid_pre", x)
             normed = RMSNorm(self.config, name="input_layernorm")(x, hooks, "ln1.hook_normalized")
             attended, cache, layer_kv = QwenAttention(self.config, name="self_attn")(
                 normed, context, layer, cache, layer_kv, hooks
             )
-            x = hooks("hook_resid_mid", x + hooks("hook_attn_out", attended))
+            x = hooks.stream("hook_resid_mid", x.astype(dtype) + hooks("hook_attn_out", attended))
         with jax.named_scope("mlp"):
             normed = RMSNorm(self.config, name="post_attention_layernorm")(x, hooks, "ln2.hook_normalized")
             added = hooks("hook_mlp_out", QwenMLP(self.config, name="mlp")(normed, hooks))
-            before = x + added
-            x = hooks("hook_resid_post", before)
-        return (x, cache, hooks.kept), (before if context.hooks.before else x, layer_kv)
+            before = x.astype(dtype) + added
+            x = hooks.stream("hook_resid_post", before)
+        output = before if context.hooks.before else x.astype(dtype)
+        # Unrolled layers pass float32 on; a scan carries one dtype, and rounds what it carries.
+        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept), (output, layer_kv)
 
 
 class QwenModel(nn.Module):
@@ -399,7 +401,7 @@ class QwenModel(nn.Module):
         steering, todo = steer(interventions, config, len(input_ids)), ()
         if steering is not None:
             todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
-        hooks = Hooks(points, self.capture_before, config.num_hidden_layers, todo)
+        hooks = Hooks(points, self.capture_before, config.num_hidden_layers, config.dtype, todo)
         context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks)
         buffers = _point_buffers(config, points, tokens, len(input_ids))
         kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
@@ -407,13 +409,15 @@ class QwenModel(nn.Module):
         x = self.embed_tokens(input_ids)
         (x, cache, kept), grown, captured = self._run_layers((x, cache, kept), grown, context, capture)
         activations = jnp.stack(captured).swapaxes(1, 2) if captured else None
-        last = (cache.length - 1)[:, None, None] if isinstance(cache, PrefillCache) else None
         of_model = hooks.at(None, kept)
-        if last is not None and not hooks.touches(LN_FINAL):  # no other token's norm is needed
-            x, last = jnp.take_along_axis(x, last, axis=1), None
-        x = self.norm(x, of_model, LN_FINAL)
-        if last is not None:
-            x = jnp.take_along_axis(x, last, axis=1)
+        if isinstance(cache, PrefillCache):
+            last, narrow = (cache.length - 1)[:, None], x.astype(config.dtype)
+            if LN_FINAL in dict(points):
+                self.norm(narrow, of_model, LN_FINAL)  # keeps those of all tokens
+            x = jnp.take_along_axis(narrow, last[..., None], axis=1)
+            x = self.norm(x, hooks.at_tokens(last).at(None, {}), LN_FINAL)
+        else:
+            x = self.norm(x, of_model, LN_FINAL)
         with jax.named_scope("logits"):
             if config.tie_word_embeddings:
                 logits = logits_f32(x, self.embed_tokens.embedding, tied=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import Int32
 
 from kvcache_utils import update_slice
 from qwen2_core.steering import Edit
@@ -25,15 +27,20 @@ class Hooks:
     points: PointLayers = dataclasses.field(metadata={"static": True})  # whose values are kept
     before: bool = dataclasses.field(metadata={"static": True})  # kept as they are before interventions
     depth: int = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})  # the model's
     edits: tuple[Edit, ...] = ()
 
     def at(self, layer: int | Array | None, kept: Kept) -> LayerHooks:
         """Returns what is done in one layer; None: at the model's own points."""
         return LayerHooks(self, layer, dict(kept))
 
-    def touches(self, point: str) -> bool:
-        """Returns whether a point's values are kept or changed."""
-        return any(edit.placed.point == point for edit in self.edits) or point in dict(self.points)
+    def edits_at(self, point: str) -> list[Edit]:
+        """Returns the interventions at a point, in their order."""
+        return [edit for edit in self.edits if edit.placed.point == point]
+
+    def at_tokens(self, tokens: Int32[Array, "batch chosen"]) -> Hooks:
+        """Returns what is done at chosen tokens of a pass alone, where nothing is kept."""
+        return dataclasses.replace(self, points=(), edits=tuple(edit.at(tokens) for edit in self.edits))
 
 
 class LayerHooks:
@@ -44,20 +51,32 @@ class LayerHooks:
 
     def __call__(self, point: str, x: Array) -> Array:
         """Returns the value that the model goes on with in place of x [batch, tokens, width] at a point."""
-        before, edits = x, [edit for edit in self._hooks.edits if edit.placed.point == point]
-        places = [_find(edit.placed.layers, self._layer, self._hooks.depth) for edit in edits]
-        chosen = [(edit, place) for edit, place in zip(edits, places, strict=True) if place is not None]
+        return self.stream(point, x).astype(x.dtype)
+
+    def stream(self, point: str, x: Array) -> Array:
+        """Does the same at a point of the residual stream; returns float32 where interventions are made.
+
+        A norm reads the stream in float32, and there XLA may leave out the rounding of the sum before. It
+        must find the same sum here, or a row of strength 0 would not be the clean run to the last bit.
+        """
+        before = x
+        places = [(edit, self._find(edit.placed.layers)) for edit in self._hooks.edits_at(point)]
+        chosen = [(edit, place) for edit, place in places if place is not None]
         if chosen:
-            wide = x.astype(jnp.float32)
+            wide = clean = x.astype(jnp.float32)
             for edit, place in chosen:
                 wide = edit.apply(wide, *place)
-            x = wide.astype(x.dtype)
-        for kept, layers in self._hooks.points:
-            place = _find(layers, self._layer, self._hooks.depth) if kept == point else None
-            if place is not None:
-                value = before if self._hooks.before else x
-                self.kept[point] = _write(self.kept[point], value.swapaxes(0, 1), place)
+            untouched = functools.reduce(jnp.logical_and, [edit.strength == 0 for edit, _ in chosen])
+            rounded = wide.astype(self._hooks.dtype).astype(jnp.float32)
+            x = jnp.where(untouched[..., None], clean, rounded)
+        place = self._find(dict(self._hooks.points).get(point, ()))
+        if place is not None:
+            value = (before if self._hooks.before else x).astype(self._hooks.dtype)
+            self.kept[point] = _write(self.kept[point], value.swapaxes(0, 1), place)
         return x
+
+    def _find(self, layers: tuple[int | None, ...]) -> _Place | None:
+        return _find(layers, self._layer, self._hooks.depth) if layers else None
 
 
 class _Place(NamedTuple):

@@ -74,6 +74,11 @@ class Edit:
     strength: Float32[Array, "rows tokens"]  # 0 at positions that are not chosen
     index: Int32[Array, "rows tokens"]  # of the position in the list of those chosen, or -1
 
+    def at(self, tokens: Int32[Array, "rows chosen"]) -> Edit:
+        """Returns it for chosen tokens of the pass alone."""
+        strength, index = (jnp.take_along_axis(of, tokens, axis=1) for of in (self.strength, self.index))
+        return Edit(self.placed, strength, index)
+
     def apply(
         self, x: Float32[Array, "rows tokens width"], slot: int | Array, chosen: bool | Array
     ) -> Float32[Array, "rows tokens width"]:

@@ -15,7 +15,7 @@ from lively import Lively
 
 import generate_jitted
 from generate_jitted import Generation, generate_single_task_jitted
-from qwen2_core.hook_points import LN_FINAL
+from qwen2_core.hook_points import LN_FINAL, point_names
 from qwen2_core.interventions import AblateHeads, Add, ClampFeature, Custom, ProjectOut, Replace, ScaleFeature
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -60,21 +60,36 @@ def assert_rows_equal(out: Generation, row: int, other: Generation, other_row: i
 def test_a_row_of_strength_0_is_the_clean_run_and_others_are_as_if_alone(dtype: str, scan_layers: bool):
     of = built(dtype, scan_layers)
     strengths = np.array([0.0, 1.0, 2.0])
-    steered = run(
-        Add("hook_resid_mid", 0, VECTOR, strengths), AblateHeads(1, 0, strength=strengths / 2), of=of
-    )
+    everywhere = [
+        Add(point, True, VECTOR, strengths)
+        for point in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
+    ]
+    steered = run(*everywhere, Add(LN_FINAL, None, VECTOR, strengths), of=of)
     clean = run(of=of)
     assert_rows_equal(steered, 0, clean, 0)
     for row in (1, 2):
         assert (np.asarray(steered.logprobs[row]) != clean.logprobs[row]).any()
         alone = run(
-            Add("hook_resid_mid", 0, VECTOR, strengths[row]),
-            AblateHeads(1, 0, strength=strengths[row] / 2),
+            *(dataclasses.replace(one, strength=strengths[row]) for one in everywhere),
+            Add(LN_FINAL, None, VECTOR, strengths[row]),
             ids=IDS[row : row + 1],
             of=of,
         )
-        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == "float32" else {}
-        assert_rows_equal(steered, row, alone, 0, **close)
+        assert_rows_equal(steered, row, alone, 0, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scan_layers", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["scanned", "unrolled"]
+)
+def test_reading_every_point_changes_no_bit_of_a_run(scan_layers: bool):
+    model, params = built("bfloat16", scan_layers)
+    points = {point: True for point in point_names() if point != "hook_resid_post"}
+    reader = create_model_with_hooks(model.config, TINY.extract, points=points)
+    plain = create_model_with_hooks(model.config, TINY.extract)
+    read, out = (run(of=(one, params), extract_prompt=True) for one in (reader, plain))
+    for name in ("token_ids", "logprobs", "activations", "prompt_activations"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(out, name))
+    assert len(read.points) == len(read.prompt_points) == 12
 
 
 def test_scanned_layers_give_what_unrolled_ones_give():
