@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import ml_dtypes
@@ -213,6 +213,9 @@ class FinishedSequence:
     finish_reason: str  # "stop" | "length"
     rows: np.ndarray | None  # [layers, n or prompt_length + n, hidden], any strides; None when capture is off
     key: str | None = None  # the sequence's key in a store of these settings, where it is known already
+    points: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of each other point: [layers, rows, width]
 
     def __repr__(self) -> str:
         """Says in a line what there is, without the values."""
