@@ -8,33 +8,39 @@
         ...
 
 ``python -m activation_store`` is the command line that looks after a store.
+
+A module is imported when the first of its names is asked for, so that the command line answers at once.
 """
 
-from activation_store.dataset_check import stale_sequences, verify_coverage
-from activation_store.format import (
-    FinishedSequence,
-    SequenceId,
-    SequenceRecord,
-    StoreError,
-    StoreSettings,
-    StoreWriteError,
-    hook_layer,
-    hook_name,
-    sequence_key,
-)
-from activation_store.legacy_import import import_legacy
-from activation_store.outcomes import write_outcomes
-from activation_store.reader import ActivationStore
-from activation_store.repair import drop_sequences, repair_store
-from activation_store.retry import RetryPolicy, at_once
-from activation_store.rows import RowColumns, RowFilter
-from activation_store.saelens_export import export_saelens
-from activation_store.shuffle import RowBatch, ShuffledBatches
-from activation_store.statistics import LayerStatistics
-from activation_store.verify import verify_store
-from activation_store.writer import ActivationWriter, check_settings
+import importlib
+from typing import TYPE_CHECKING, Any
 
-Patience = RetryPolicy  # its name in earlier versions
+if TYPE_CHECKING:
+    from activation_store.dataset_check import stale_sequences, verify_coverage
+    from activation_store.format import (
+        FinishedSequence,
+        SequenceId,
+        SequenceRecord,
+        StoreError,
+        StoreSettings,
+        StoreWriteError,
+        hook_layer,
+        hook_name,
+        sequence_key,
+    )
+    from activation_store.legacy_import import import_legacy
+    from activation_store.outcomes import write_outcomes
+    from activation_store.reader import ActivationStore
+    from activation_store.repair import drop_sequences, repair_store
+    from activation_store.retry import RetryPolicy, at_once
+    from activation_store.rows import RowColumns, RowFilter
+    from activation_store.saelens_export import export_saelens
+    from activation_store.shuffle import RowBatch, ShuffledBatches
+    from activation_store.statistics import LayerStatistics
+    from activation_store.verify import verify_store
+    from activation_store.writer import ActivationWriter, check_settings
+
+    Patience = RetryPolicy
 
 __all__ = [
     "ActivationStore",
@@ -66,3 +72,36 @@ __all__ = [
     "verify_store",
     "write_outcomes",
 ]
+
+# Which module has which names.
+_MODULES = {
+    "dataset_check": "stale_sequences verify_coverage",
+    "format": "FinishedSequence SequenceId SequenceRecord StoreError StoreSettings StoreWriteError "
+    "hook_layer hook_name sequence_key",
+    "legacy_import": "import_legacy",
+    "outcomes": "write_outcomes",
+    "reader": "ActivationStore",
+    "repair": "drop_sequences repair_store",
+    "retry": "RetryPolicy at_once",
+    "rows": "RowColumns RowFilter",
+    "saelens_export": "export_saelens",
+    "shuffle": "RowBatch ShuffledBatches",
+    "statistics": "LayerStatistics",
+    "verify": "verify_store",
+    "writer": "ActivationWriter check_settings",
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
+_FORMER = {"Patience": "RetryPolicy"}  # names of earlier versions
+
+
+def __getattr__(name: str) -> Any:
+    present = _FORMER.get(name, name)
+    if present not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[present]}"), present)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

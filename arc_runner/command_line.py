@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.metadata
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ from arc_runner.console import command_name
 from arc_runner.errors import UsageError
 from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, RunOptions
+from qwen2_core.messages import similar_name
 
 _PACKAGE = "qwen2-jax-activations"
 _MESSAGE_LENGTH = 400  # a number of thousands of digits is not repeated
@@ -44,9 +44,8 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], parser.flags(), 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
-        raise UsageError(f"unknown argument {unknown[0]}; {hint}")
+        hint = similar_name(unknown[0].split("=")[0], parser.flags()) or "; --help lists the flags"
+        raise UsageError(f"unknown argument {unknown[0]}{hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
     if values["mesh_shape"] is not None:

@@ -9,6 +9,7 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _NAMES_COMPARED = 10_000  # entries of a directory
@@ -18,6 +19,12 @@ _SECRETS = "token|signature|sig|secret|password|key|credential"
 _PARAMETER = re.compile(rf"([?&][\w-]*(?:{_SECRETS})[\w-]*=)[^&\s#'\"]+", re.IGNORECASE)
 # Controls, halves of surrogate pairs, line separators, and what turns the direction of writing.
 _NOT_SHOWN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def similar_name(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean OTHER?" for the one of ``names`` that is most like ``name``, "" if none is."""
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def did_you_mean(path: str | os.PathLike[str]) -> str:

@@ -13,7 +13,8 @@ from activation_fakes import SETTINGS, batch
 
 import activation_store
 from activation_store import ActivationWriter
-from activation_store.__main__ import _parser, main
+from activation_store.__main__ import main
+from activation_store.command_line import make_parser
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_ctrl_c_is_a_word_and_exit_code_130(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("activation_store.__main__.verify_store", interrupt)
+    monkeypatch.setattr("activation_store.commands.verify_store", interrupt)
     assert main(["verify", str(directory)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -140,7 +141,10 @@ def changed(arguments: list[str], flag: str, value: str) -> list[str]:
     ("arguments", "message"),
     [
         ([], "required"),
-        (["nothing"], "invalid choice"),
+        (["nothing"], "there is no command nothing; --help lists the commands"),
+        (["verfy"], "there is no command verfy; did you mean verify?"),
+        (["verify", "{directory}", "--repiar"], "unknown argument --repiar; did you mean --repair?"),
+        (["stats", "{directory}", "again"], "unknown argument again; stats --help lists the flags"),
         (["verify"], "required"),
         (["export", "x"], "there is no directory x"),
         (["verify", "{directory}/nothing"], "there is no directory"),
@@ -237,7 +241,7 @@ def test_an_error_of_the_system_is_a_sentence(
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error", "host-00000")
 
-    monkeypatch.setattr("activation_store.__main__.verify_store", fail)
+    monkeypatch.setattr("activation_store.commands.verify_store", fail)
     assert main(["verify", str(directory)]) == 1
     assert capsys.readouterr().err == "error: [Errno 5] Input/output error: 'host-00000'\n"
 
@@ -316,7 +320,7 @@ def test_home_is_expanded_in_every_path_and_what_is_no_path_is_bad_usage(
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    options = _parser().parse_args([word.replace("PATH", "~/acts") for word in words])
+    options = make_parser().parse_args([word.replace("PATH", "~/acts") for word in words])
     assert str(tmp_path / "acts") in vars(options).values()
     for bad in ("a\0b", "\udcc3", ""):
         with pytest.raises(SystemExit) as raised:
