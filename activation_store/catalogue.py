@@ -17,6 +17,7 @@ from activation_store.format import (
 )
 from activation_store.hook_labels import hook_label, hooks_text
 from activation_store.index import SequenceIndex
+from activation_store.interventions import read_interventions
 from activation_store.local_files import LocalFiles
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.open_shards import OpenShards
@@ -160,6 +161,14 @@ class SequenceCatalogue:
             StoreError: the file of the outcomes is damaged.
         """
         return read_outcomes(self.files)
+
+    def interventions(self) -> bytes | None:
+        """Returns the file of what was written into the model while the sequences were made, None for nothing.
+
+        Raises:
+            StoreError: it is missing, or not the one that the manifest names.
+        """
+        return read_interventions(self.files, self.settings) if self.settings.interventions else None
 
     def own(self, record: SequenceRecord) -> SequenceRecord:
         """Returns the record; raises StoreError unless it is one of this store.

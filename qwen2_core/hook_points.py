@@ -5,9 +5,10 @@ The values of a point are rows, flat in their last axis: heads lie end to end.
 """
 
 import re
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 RESID_POST = "hook_resid_post"
+HEAD_OUTPUTS = "attn.hook_z"
 LN_FINAL = "ln_final.hook_normalized"
 _WIDTHS = {  # the field of `Sizes` that a row is as wide as
     "hook_resid_pre": "hidden",  # the residual stream before the block
@@ -19,7 +20,7 @@ _WIDTHS = {  # the field of `Sizes` that a row is as wide as
     "attn.hook_q": "heads",  # with bias, before RoPE
     "attn.hook_k": "kv_heads",  # with bias, before RoPE
     "attn.hook_v": "kv_heads",  # with bias
-    "attn.hook_z": "heads",  # each head's weighted sum of values, the input of o_proj
+    HEAD_OUTPUTS: "heads",  # each head's weighted sum of values, the input of o_proj
     "ln1.hook_normalized": "hidden",  # x / rms(x), before the norm's weight
     "ln2.hook_normalized": "hidden",
     LN_FINAL: "hidden",
@@ -53,15 +54,20 @@ def point_names() -> tuple[str, ...]:
     return tuple(_WIDTHS)
 
 
+def check_point(name: Any) -> str:
+    """Returns the name of a point, without a layer; raises ValueError where there is no such point."""
+    if name not in _WIDTHS:
+        raise ValueError(f"there is no point {name!r}; there are {', '.join(_WIDTHS)}")
+    return name
+
+
 def full_name(point: str, layer: int | None) -> str:
     """Returns `full_name("attn.hook_z", 10) == "blocks.10.attn.hook_z"`; the final norm's point has no layer.
 
     Raises:
         ValueError: there is no such point, or it has a layer where it needs none, or none where it needs one.
     """
-    if point not in _WIDTHS:
-        raise ValueError(f"there is no point {point!r}; there are {', '.join(_WIDTHS)}")
-    if (layer is None) != (point == LN_FINAL):
+    if (layer is None) != (check_point(point) == LN_FINAL):
         raise ValueError(f"{point} has {'no layer' if layer is not None else 'one of each layer: name it'}")
     return point if layer is None else f"blocks.{layer}.{point}"
 

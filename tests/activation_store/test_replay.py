@@ -86,7 +86,7 @@ def run(request: pytest.FixtureRequest) -> Run:
         )
         for row, length in enumerate(PROMPTS)
     ]
-    return Run(settings, sequences, plain_forward(config, params, LAYERS), params)
+    return Run(settings, sequences, plain_forward(config, params, settings.hook_names), params)
 
 
 def findings(
@@ -209,7 +209,8 @@ def test_positions_one_too_high_are_found(tmp_path: Path, run: Run):
     prompt = first.id.prompt_token_ids
     gapped, _ = run.forward(np.concatenate([prompt, prompt[-1:], first.token_ids]))
     rows = first.rows.copy()
-    rows[:, len(prompt) :] = gapped[:, len(prompt) + 1 :].astype(rows.dtype)
+    for of_layer, hook in zip(rows, run.settings.hook_names, strict=True):
+        of_layer[len(prompt) :] = gapped[hook][len(prompt) + 1 :].astype(rows.dtype)
     found = findings(tmp_path, run, [dataclasses.replace(first, rows=rows), *others])
     assert len(found) == len(LAYERS)
 
