@@ -260,7 +260,9 @@ class FinishedSequence:
     # Of hook_resid_post: [layers, n or prompt_length + n, hidden], any strides; None where it is not stored.
     rows: np.ndarray | None
     key: str | None = None  # the sequence's key in a store of these settings, where it is known already
-    points: Mapping[str, np.ndarray] = field(default_factory=dict)  # of each other point: [layers, rows, width]
+    points: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of each other point: [layers, rows, width]
 
     def __repr__(self) -> str:
         """Says in a line what there is, without the values."""

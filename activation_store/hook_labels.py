@@ -37,5 +37,6 @@ def hooks_text(names: Sequence[str]) -> str:
     layers = of_points.pop(RESID_POST)
     words = [f"layers {layers_text(layers)}"] if layers or not of_points else []
     for point, of_point in of_points.items():
-        words.append(point if None in of_point else f"{point} of layers {layers_text(of_point)}")
+        layer = f"layer{'s' * (len(of_point) > 1)}"
+        words.append(point if None in of_point else f"{point} of {layer} {layers_text(of_point)}")
     return ", ".join(words)

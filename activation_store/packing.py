@@ -87,7 +87,10 @@ def pack_batch(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> Pa
             tensors = {name: _whole(column) for name, column in columns.items()}
             tensors |= _hooks(settings, sequences) | {"is_generated": _whole(is_generated)}
             return PackedBatch(
-                tensors, dict(zip(kept, placements, strict=True)), failures, next(iter(settings.hook_names), "")
+                tensors,
+                dict(zip(kept, placements, strict=True)),
+                failures,
+                next(iter(settings.hook_names), ""),
             )
         failures |= {kept[i]: reason for i, reason in broken.items()}
         kept = [i for i in kept if i not in failures]
@@ -171,7 +174,8 @@ def _hooks(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> dict[s
     count, dtype = sum(map(_row_count, batch)), DTYPES[settings.dtype]
     pieces = _pieces(settings, batch)
     return {
-        hook: Tensor(dtype, (count, settings.width(hook)), tuple(pieces[hook])) for hook in settings.hook_names
+        hook: Tensor(dtype, (count, settings.width(hook)), tuple(pieces[hook]))
+        for hook in settings.hook_names
     }
 
 

@@ -139,7 +139,8 @@ class RowPools:
         largest = max((_row_count(self._runs[pool]) for pool in pools), default=0)
         widths = list(map(self.store.settings.width, self._choice.hooks))
         return [
-            [_aligned((largest, width), self.store.dtype) for width in widths] for _ in range(min(2, len(pools)))
+            [_aligned((largest, width), self.store.dtype) for width in widths]
+            for _ in range(min(2, len(pools)))
         ]
 
     def load(self, pool: np.ndarray, buffer: list[np.ndarray], seed: tuple[int, ...]) -> Pool:
