@@ -163,7 +163,7 @@ class SequenceCatalogue:
         return read_outcomes(self.files)
 
     def interventions(self) -> bytes | None:
-        """Returns the file of what was written into the model while the sequences were made, None for nothing.
+        """Returns the file of what was written into the model, None where nothing was.
 
         Raises:
             StoreError: it is missing, or not the one that the manifest names.

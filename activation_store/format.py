@@ -13,7 +13,7 @@ DIRECTORY/
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -154,8 +154,8 @@ class StoreSettings:
         for point in self.widths:
             if point not in points or (point == RESID_POST and widths.get(point)):
                 raise StoreError(
-                    f"a store of {hooks_text(self.hook_names)}, with hidden_size {self.hidden_size}, cannot have "
-                    f"a width {self.widths[point]} of {point!r}"
+                    f"a store of {hooks_text(self.hook_names)}, with hidden_size {self.hidden_size}, "
+                    f"cannot have a width {self.widths[point]} of {point!r}"
                 )
         object.__setattr__(self, "widths", dict(sorted(widths.items())))
 

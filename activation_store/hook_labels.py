@@ -1,4 +1,4 @@
-"""What hooks are called: by a reader, in whose calls a number is the output of that block, and in messages."""
+"""What hooks are called: by readers, for whom a number is the output of that block, and in messages."""
 
 from collections.abc import Sequence
 

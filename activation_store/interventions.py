@@ -20,8 +20,8 @@ def interventions_sha256(data: bytes) -> str:
     """
     if not 0 < len(data) <= MOST_BYTES:
         raise StoreError(
-            f"interventions are a file of 1 to {MOST_BYTES} bytes, these are {len(data)}: name fewer layers or "
-            "positions"
+            f"interventions are a file of 1 to {MOST_BYTES} bytes, these are {len(data)}: name fewer layers "
+            "or positions"
         )
     return hashlib.sha256(data).hexdigest()
 
@@ -83,6 +83,7 @@ def keep_interventions(
     except StoreError as error:
         if not has_manifest:
             raise StoreError(
-                f"{files.location} has an {INTERVENTIONS} of another run: remove it or choose another directory"
+                f"{files.location} has an {INTERVENTIONS} of another run: remove it or choose another "
+                "directory"
             ) from error
         files.replace(INTERVENTIONS, data, host=host)

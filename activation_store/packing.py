@@ -120,7 +120,7 @@ def _encode_header(tensors: dict[str, Tensor], aligned: str) -> bytes:
 
 def _check(settings: StoreSettings, sequence: FinishedSequence) -> None:
     name = f"sequence {sequence.id.task_id}/{sequence.id.test_index}/{sequence.id.sample_index}"
-    generated, prompt = len(sequence.token_ids), len(sequence.id.prompt_token_ids)
+    generated = len(sequence.token_ids)
     if sequence.finish_reason not in ("stop", "length", "imported"):
         raise StoreError(f"{name}: finish_reason {sequence.finish_reason!r} is neither 'stop' nor 'length'")
     if not 1 <= generated <= settings.max_output_tokens:

@@ -1,6 +1,6 @@
-"""The points of the model whose values can be read and written: their names, those of TransformerLens, and widths.
+"""The points of the model whose values can be read and written: their names, as TransformerLens', and widths.
 
-A point of decoder block l has the full name `blocks.{l}.<point>`; the point after the last block has no layer.
+A point of decoder block l has the full name `blocks.{l}.<point>`; the one after the last block has no layer.
 The values of a point are rows, flat in their last axis: heads lie end to end.
 """
 

@@ -1,4 +1,4 @@
-"""What was written into a model lies in the store, named by the manifest, and is trusted no more than the rest."""
+"""What was written into a model lies in the store, named by the manifest, and is checked like the rest."""
 
 import dataclasses
 import hashlib
@@ -87,7 +87,7 @@ def test_a_run_that_continues_needs_the_same_interventions(store: Path):
     write(store, "dddd", host=1)
     assert len(ActivationStore(store)) == 8
     for of, data in ((SETTINGS, None), (settings(interventions=interventions_sha256(OTHER)), OTHER)):
-        with pytest.raises(StoreError, match="interventions is .* there and .* here"):
+        with pytest.raises(StoreError, match=r"interventions is .* there and .* here"):
             write(store, "e", of=of, data=data)
 
 
