@@ -214,7 +214,7 @@ class SequenceCatalogue:
             raise StoreError(
                 f"{where} is {oddity or f'{size} bytes long'}, {record.shard_bytes} were written"
             )
-        row_bytes = ROW_BYTES + sum(self.settings.row_widths) * self.dtype.itemsize
+        row_bytes = ROW_BYTES + sum(self.settings.hook_widths.values()) * self.dtype.itemsize
         if (record.row_start + record.n_rows) * row_bytes > size:
             raise StoreError(f"{record.label}: its rows end outside {where}")
 

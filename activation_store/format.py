@@ -10,6 +10,7 @@ DIRECTORY/
 ```
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -169,16 +170,12 @@ class StoreSettings:
             f"up to {self.max_output_tokens} tokens, sampling {self.sampling}, seed {self.seed}{steered})"
         )
 
-    def width(self, hook: str) -> int:
-        """Returns how many values a row of a hook has."""
-        return self.widths.get(parse_name(hook)[0], self.hidden_size)
+    @functools.cached_property
+    def hook_widths(self) -> dict[str, int]:
+        """How many values a row of each hook has; the hooks are in their order."""
+        return {name: self.widths.get(parse_name(name)[0], self.hidden_size) for name in self.hook_names}
 
-    @property
-    def row_widths(self) -> list[int]:
-        """The width of each hook, in their order."""
-        return [self.width(name) for name in self.hook_names]
-
-    @property
+    @functools.cached_property
     def hooks_by_point(self) -> dict[str, list[str]]:
         """The hooks of each point, in their order: their rows are handed over as one stacked array."""
         found: dict[str, list[str]] = {}
@@ -216,8 +213,12 @@ class StoreSettings:
     def differences(self, asked: "StoreSettings") -> list[str]:
         """Returns one phrase per field in which `asked` differs from these settings; [] for equal ones."""
         mine, theirs = self.to_json(), asked.to_json()
+
+        def shown(value: Any) -> str:
+            return "nothing" if value is None else json.dumps(value)
+
         return [
-            f"{name} is {json.dumps(mine.get(name))} there and {json.dumps(theirs.get(name))} here"
+            f"{name} is {shown(mine.get(name))} there and {shown(theirs.get(name))} here"
             for name in mine | theirs
             if mine.get(name) != theirs.get(name)
         ]

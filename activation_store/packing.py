@@ -130,7 +130,7 @@ def _check(settings: StoreSettings, sequence: FinishedSequence) -> None:
     if not settings.hook_names and (sequence.rows is not None or sequence.points):
         raise StoreError(f"{name} has activation rows, but the store captures no layers")
     by_point = settings.hooks_by_point
-    for point in by_point.keys() | sequence.points.keys() | {RESID_POST}:
+    for point in dict.fromkeys((RESID_POST, *by_point, *sequence.points)):
         problem = _problem(settings, sequence, point, len(by_point.get(point, ())))
         if problem:
             raise StoreError(f"{name}{'' if point == RESID_POST else f', {point}'}: {problem}")
@@ -174,7 +174,7 @@ def _hooks(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> dict[s
     count, dtype = sum(map(_row_count, batch)), DTYPES[settings.dtype]
     pieces = _pieces(settings, batch)
     return {
-        hook: Tensor(dtype, (count, settings.width(hook)), tuple(pieces[hook]))
+        hook: Tensor(dtype, (count, settings.hook_widths[hook]), tuple(pieces[hook]))
         for hook in settings.hook_names
     }
 
@@ -220,7 +220,7 @@ def _measure(
         of_hooks = []
         for place, (hook, of_hook) in enumerate(pieces.items()):
             of_group = map(_rows_of_group, batch, of_hook, itertools.repeat(group))
-            statistics, norms[place, mask] = measure_pieces(of_group, settings.width(hook))
+            statistics, norms[place, mask] = measure_pieces(of_group, settings.hook_widths[hook])
             of_hooks.append(statistics)
         shape = moments_shape(settings)
         for name, moments in (

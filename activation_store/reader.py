@@ -273,7 +273,7 @@ class ActivationStore(SequenceCatalogue):
             raise StoreError(f"there are statistics of {' and '.join(GROUPS)} rows, not of {group!r}")
         place = self.require_layer(layer)
         hook = self.settings.hook_names[place]
-        merged = LayerStatistics.empty(self.settings.width(hook))
+        merged = LayerStatistics.empty(self.settings.hook_widths[hook])
         by_shard: dict[str, list[SequenceRecord]] = {}
         for record in self.sequences():
             by_shard.setdefault(record.path, []).append(record)

@@ -77,7 +77,7 @@ def replay_store(
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return
     for hook in settings.hook_names:
-        if (width := settings.width(hook)) != (of_model := width_of(parse_name(hook)[0], config)):
+        if (width := settings.hook_widths[hook]) != (of_model := width_of(parse_name(hook)[0], config)):
             yield f"the stored rows of {hook} are {width} wide, the model's are {of_model}"
             return
     chosen = progress(_choose(store, count, seed), "replay", "seq")

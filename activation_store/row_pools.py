@@ -137,7 +137,7 @@ class RowPools:
         Fresh memory for every pool would cost as much as reading it.
         """
         largest = max((_row_count(self._runs[pool]) for pool in pools), default=0)
-        widths = list(map(self.store.settings.width, self._choice.hooks))
+        widths = [self.store.settings.hook_widths[hook] for hook in self._choice.hooks]
         return [
             [_aligned((largest, width), self.store.dtype) for width in widths]
             for _ in range(min(2, len(pools)))

@@ -73,7 +73,7 @@ def export_saelens(
         raise StoreUsageError(f"the store has fewer than {context_size} such rows: not one window")
     features = datasets.Features(
         {
-            hook: datasets.Array2D((context_size, store.settings.width(hook)), "float32"),
+            hook: datasets.Array2D((context_size, store.settings.hook_widths[hook]), "float32"),
             "token_ids": datasets.Sequence(datasets.Value("int32"), length=context_size),
         }
     )
@@ -154,7 +154,7 @@ def _windows(
     store: ActivationStore, hook: str, context_size: int, chosen: RowFilter | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields rows, float32 [context_size, width], and their tokens, int32 [context_size], end to end."""
-    rows = np.empty((context_size, store.settings.width(hook)), np.float32)
+    rows = np.empty((context_size, store.settings.hook_widths[hook]), np.float32)
     token_ids = np.empty(context_size, np.int32)
     filled = 0
     for data, columns, _ in store.iterate(hook, rows=chosen, dtype=STORED):

@@ -165,7 +165,7 @@ class Shard:
         )
         hooks = len(self._settings.hook_names)
         if name in self._settings.hook_names:
-            return DTYPES[self._settings.dtype], (*rows, self._settings.width(name))
+            return DTYPES[self._settings.dtype], (*rows, self._settings.hook_widths[name])
         if name in _COLUMNS:
             return _COLUMNS[name], prompts if name == "prompt_token_ids" else rows
         if hooks and name == "norms":
@@ -197,7 +197,7 @@ class Shard:
         mean, variance, norm = (
             self.column(f"statistics.{group}.{name}").reshape(-1) for name in ("mean", "variance", "norm")
         )
-        widths = self._settings.row_widths
+        widths = list(self._settings.hook_widths.values())
         start = sum(widths[:place])
         stop = start + widths[place]
         return mean[start:stop], variance[start:stop], float(norm[place])
@@ -266,7 +266,7 @@ class Shard:
 
 def moments_shape(settings: StoreSettings) -> tuple[int, ...]:
     """Returns the shape of the stored means, and of the variances: of all hooks, in their order."""
-    widths = settings.row_widths
+    widths = list(settings.hook_widths.values())
     return (len(widths), widths[0]) if len(set(widths)) == 1 else (sum(widths),)
 
 

@@ -59,7 +59,7 @@ def rows_of(one: FinishedSequence, hook: str) -> np.ndarray:
 
 def test_the_fakes_have_every_point():
     assert {parse_name(hook)[0] for hook in HOOKS} == set(point_names())
-    assert len(set(OF.row_widths)) == 3
+    assert len(set(OF.hook_widths.values())) == 3
 
 
 # --- What the settings and the manifest say -----------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_rows_come_back_by_name(store: ActivationStore, made: list[FinishedSeque
     for one, record in zip(made, store, strict=True):
         expected = rows_of(one, hook)
         assert store.rows(record, hook, dtype="stored").tobytes() == expected.tobytes()
-        assert store.rows(record, hook).shape == (record.n_rows, OF.width(hook))
+        assert store.rows(record, hook).shape == (record.n_rows, OF.hook_widths[hook])
         norms = np.linalg.norm(expected.astype(np.float32), axis=1)
         np.testing.assert_allclose(store.columns(record, hook).norms, norms, rtol=1e-5)
 
@@ -226,8 +226,8 @@ def test_a_shuffle_hands_out_each_row_once_in_the_same_order_whatever_the_hooks(
     for one, other in zip(batches, alone, strict=True):
         assert (one.positions == other.positions).all()
         rows = {layers: one.rows} if isinstance(layers, str) else one.rows
-        for number, (sequence_number, position) in enumerate(zip(one.sequences, one.positions, strict=True)):
-            key = batches.keys[sequence_number]
+        for number, (place, position) in enumerate(zip(one.sequences, one.positions, strict=True)):
+            key = batches.keys[place]
             seen.add((key, int(position)))
             for hook in hooks:
                 stored = store.rows(store[key], hook)[by_place[key, int(position)]]
@@ -270,9 +270,11 @@ def test_a_shard_has_norms_of_all_hooks_and_moments_end_to_end(store: Activation
     tensors = safetensors.numpy.load_file(Path(store.directory) / "host-00000" / "shard-000000.safetensors")
     rows = len(tensors["token_ids"])
     assert tensors["norms"].shape == (len(HOOKS), rows)
-    assert tensors["statistics.generated.mean"].shape == (sum(OF.row_widths),)
+    assert tensors["statistics.generated.mean"].shape == (sum(OF.hook_widths.values()),)
     assert tensors["statistics.generated.norm"].shape == (len(HOOKS),)
-    assert {hook: tensors[hook].shape for hook in HOOKS} == {hook: (rows, OF.width(hook)) for hook in HOOKS}
+    assert {hook: tensors[hook].shape for hook in HOOKS} == {
+        hook: (rows, OF.hook_widths[hook]) for hook in HOOKS
+    }
 
 
 def test_rows_of_every_point_are_written_from_the_arrays_they_came_in(made: list[FinishedSequence]):

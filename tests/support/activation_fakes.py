@@ -58,7 +58,7 @@ def sequence(
         tokens[-1] = EOS
     n_rows = generated + (prompt if of.capture_prompt and sample == 0 else 0)
     points = {
-        point: rng.standard_normal((len(hooks), n_rows, of.width(hooks[0]))).astype(DTYPES[of.dtype])
+        point: rng.standard_normal((len(hooks), n_rows, of.hook_widths[hooks[0]])).astype(DTYPES[of.dtype])
         for point, hooks in of.hooks_by_point.items()
     }
     return FinishedSequence(
