@@ -55,6 +55,7 @@ FinishReason = Annotated[str, msgspec.Meta(pattern=r"\A(?:stop|length|failed|imp
 # Exactly the names that the functions below give: no other digits, no second spelling of a number.
 _SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.safetensors")
 _HOST = re.compile(r"host-([0-9]{5}|[1-9][0-9]{5,8})")
+Strengths = Annotated[tuple[Finite, ...], msgspec.Meta(max_length=1024)]
 OptionalShardName = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{_SHARD.pattern})?\Z")]
 
 
@@ -236,12 +237,15 @@ class SequenceId:
     sample_index: int
     augmentation: str  # "identity" or the name of the transformation applied to the puzzle
     prompt_token_ids: np.ndarray  # int32 [prompt_length]
+    # Of each intervention of the store, in the file's order; () for those that the file says.
+    strengths: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         """Says in a line which sequence it is, without the prompt's tokens."""
+        steered = f", strengths {list(self.strengths)}" if self.strengths else ""
         return (
             f"SequenceId({self.task_id!r} test {self.test_index} {self.augmentation} sample "
-            f"{self.sample_index}, prompt of {len(self.prompt_token_ids)} tokens)"
+            f"{self.sample_index}, prompt of {len(self.prompt_token_ids)} tokens{steered})"
         )
 
 
@@ -305,6 +309,7 @@ class SequenceRecord(NamedTuple):
     shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
     failure: Sentence | None
     numerics: OptionalNumerics = ""  # which of its host's made it (host_files.py); "" where not known
+    strengths: Strengths = ()  # of the store's interventions (SequenceId)
 
     def __repr__(self) -> str:
         """Says in a line which sequence it is and what there is of it; `_asdict()` has every field."""
@@ -313,6 +318,17 @@ class SequenceRecord(NamedTuple):
             f"SequenceRecord({self.task_id!r} test {self.test_index} {self.augmentation} sample "
             f"{self.sample_index}: {self.failure if self.failed else there}, {self.finish_reason}, "
             f"key {self.key!r})"
+        )
+
+    def identity(self, prompt_token_ids: np.ndarray) -> SequenceId:
+        """Returns the sequence's name with a prompt, int32 [prompt_length]."""
+        return SequenceId(
+            self.task_id,
+            self.test_index,
+            self.sample_index,
+            self.augmentation,
+            prompt_token_ids,
+            self.strengths,
         )
 
     @property
@@ -342,7 +358,8 @@ class SequenceRecord(NamedTuple):
 def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
-    Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ.
+    Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ; so
+    are strengths, where there are any.
 
     Raises:
         StoreError: the name is none that an index line can hold.
@@ -355,6 +372,8 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     ]
     try:
         schema.checked(name, tuple[Name, Length, Length, Name])
+        if sequence_id.strengths:
+            name.append(list(map(float, schema.checked(_plain(sequence_id.strengths), Strengths))))
     except ValueError as error:
         raise StoreError(f"a sequence cannot be stored as {str(name)[:200]} ({error})") from error
     digest = hashlib.sha256(canonical_json([settings.to_json(), name]).encode())
@@ -381,6 +400,8 @@ def encode_line(record: SequenceRecord) -> bytes:
         StoreError: `decode_line` would refuse it.
     """
     values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
+    if not record.strengths:  # as before there were any
+        del values["strengths"]
     line = seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
     decode_line(line, record.host)
     return line

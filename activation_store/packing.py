@@ -127,6 +127,8 @@ def _check(settings: StoreSettings, sequence: FinishedSequence) -> None:
         raise StoreError(f"{name}: {generated} generated tokens, expected 1 to {settings.max_output_tokens}")
     if sequence.logprobs.shape != (generated,):
         raise StoreError(f"{name}: {sequence.logprobs.shape} log-probabilities for {generated} tokens")
+    if sequence.id.strengths and not settings.interventions:
+        raise StoreError(f"{name} has strengths of interventions, but the store has no interventions")
     if not settings.hook_names and (sequence.rows is not None or sequence.points):
         raise StoreError(f"{name} has activation rows, but the store captures no layers")
     by_point = settings.hooks_by_point

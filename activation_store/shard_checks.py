@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from activation_store.format import SequenceId, SequenceRecord, StoreError, StoreSettings, sequence_key
+from activation_store.format import SequenceRecord, StoreError, StoreSettings, sequence_key
 from activation_store.reader import ActivationStore
 from activation_store.recovery import shard_sha256
 from activation_store.shard import Shard
@@ -129,8 +129,7 @@ def _sequence_problems(settings: StoreSettings, record: SequenceRecord, shard: S
         lengths = f"{record.prompt_length} prompt and {record.generated_length} generated tokens"
         yield f"{record.n_rows} rows for {lengths}"
         return
-    identity = SequenceId(record.task_id, record.test_index, record.sample_index, record.augmentation, prompt)
-    if sequence_key(settings, identity) != record.key or record.seed != settings.seed:
+    if sequence_key(settings, record.identity(prompt)) != record.key or record.seed != settings.seed:
         yield WRONG_KEY
     of_rows = shard.column("sequence_index")
     order = of_rows[record.row_start]

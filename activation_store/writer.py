@@ -294,6 +294,7 @@ class ActivationWriter:
                         shard_mtime_ns=stored.mtime_ns if placement else 0,
                         failure=packed.failures.get(place),
                         numerics=self._numerics_id,
+                        strengths=tuple(map(float, sequence.id.strengths)),
                     )
                 )
             )

@@ -111,5 +111,11 @@ def say_changed_prompts(requests: Sequence[SequenceRequest], committed: Sequence
         )
 
 
-def _name(sequence: SequenceId | SequenceRecord) -> tuple[str, int, str, int]:
-    return sequence.task_id, sequence.test_index, sequence.augmentation, sequence.sample_index
+def _name(sequence: SequenceId | SequenceRecord) -> tuple[Any, ...]:
+    return (
+        sequence.task_id,
+        sequence.test_index,
+        sequence.augmentation,
+        sequence.sample_index,
+        sequence.strengths,
+    )

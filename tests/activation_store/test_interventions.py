@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from activation_fakes import SETTINGS, batch, sequence, settings
+from activation_fakes import SETTINGS, batch, read_index, sequence, settings, write_index
 
 from activation_store import (
     ActivationStore,
@@ -22,6 +22,7 @@ from activation_store import (
     verify_store,
 )
 from activation_store import interventions as interventions_module
+from activation_store.dataset_check import verify_coverage, verify_prompts
 from activation_store.format import INTERVENTIONS
 from activation_store.interventions import interventions_sha256
 from activation_store.verify import store_notes
@@ -183,6 +184,46 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_read_whole(
         ActivationStore(store).interventions()
     with pytest.raises(StoreError, match="name fewer layers or positions"):
         interventions_sha256(DATA)
+
+
+def test_strengths_of_one_sequence_make_another_of_it(tmp_path: Path):
+    """A sweep: one prompt and sample, steered in several ways."""
+    sweep = [(), (0.0,), (1.5,), (np.float32(0.1),)]
+    made = [
+        dataclasses.replace(one, id=dataclasses.replace(one.id, strengths=strengths))
+        for one in [sequence("a", of=STEERED)]
+        for strengths in sweep
+    ]
+    with ActivationWriter(tmp_path, STEERED, provenance={}, interventions=DATA) as writer:
+        writer.submit(made)
+    store = ActivationStore(tmp_path)
+    assert [record.strengths for record in store] == [(), (0.0,), (1.5,), (float(np.float32(0.1)),)]
+    assert len({record.key for record in store}) == len(sweep)
+    assert list(verify_store(store)) == []
+    assert list(verify_coverage(store, [("a", 0)])) == []
+    assert list(verify_prompts(store)) == []
+    lines = read_index(tmp_path)
+    assert "strengths" not in lines[0]
+    write_index(tmp_path, [lines[0], lines[1] | {"strengths": [0.5]}, *lines[2:]])
+    (found,) = verify_store(ActivationStore(tmp_path))
+    assert "its key is not that of its task, prompt and settings" in found
+
+
+@pytest.mark.parametrize("strengths", [(np.nan,), ("1",), (1.0,) * 1025, (True,)])
+def test_strengths_that_no_sequence_can_have_are_refused(strengths: tuple[float, ...]):
+    identity = dataclasses.replace(sequence("a").id, strengths=strengths)
+    with pytest.raises(StoreError, match="a sequence cannot be stored as"):
+        sequence_key(STEERED, identity)
+
+
+def test_strengths_of_nothing_are_refused(tmp_path: Path):
+    one = sequence("a")
+    one = dataclasses.replace(one, id=dataclasses.replace(one.id, strengths=(1.0,)))
+    with (
+        pytest.raises(StoreError, match="the store has no interventions"),
+        ActivationWriter(tmp_path, SETTINGS, provenance={}) as writer,
+    ):
+        writer.submit([one])
 
 
 def test_rows_of_zeros_are_no_finding_where_something_was_written_into_the_model(tmp_path: Path):
