@@ -136,6 +136,7 @@ class StoreSettings:
     prompt: dict[Name, Name]  # grid_encoder, prompt_version
     widths: dict[Name, Width] = field(default_factory=dict)  # {"mlp.hook_post": 4864}
     interventions: OptionalSha256 = ""  # of INTERVENTIONS: what was written into the model; "" for nothing
+    capture_before: bool = False  # rows are those before interventions at their own point, not after
 
     def __post_init__(self) -> None:
         try:
@@ -159,6 +160,8 @@ class StoreSettings:
                     f"a store of {hooks_text(self.hook_names)}, with hidden_size {self.hidden_size}, "
                     f"cannot have a width {self.widths[point]} of {point!r}"
                 )
+        if self.capture_before and not self.interventions:
+            raise StoreError("capture_before says nothing where there are no interventions: leave it out")
         object.__setattr__(self, "widths", dict(sorted(widths.items())))
 
     def __repr__(self) -> str:
@@ -201,7 +204,8 @@ class StoreSettings:
         expected = {field.name for field in fields(cls)}
         left_out = {name for name in _LEFT_OUT if name not in values}
         if odd := set(values) ^ (expected - left_out):
-            raise StoreError(f"settings do not have the fields of this program: {', '.join(sorted(odd))}")
+            names = ", ".join(sorted(odd))
+            raise StoreError(f"settings do not have the fields of this program: {names}")
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -225,7 +229,8 @@ class StoreSettings:
         ]
 
 
-_LEFT_OUT = frozenset({"widths", "interventions"})  # of the manifest and of keys, where they are empty
+# Of the manifest and of keys, where they are empty.
+_LEFT_OUT = frozenset({"widths", "interventions", "capture_before"})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ This checks the generation itself: nothing of its cache, its loop or its batchin
 module of the store that needs jax and the model; import it where it is used.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from activation_store.format import SequenceRecord
+from activation_store.format import INTERVENTIONS, SequenceRecord, StoreError
 from activation_store.hook_labels import hook_label
 from activation_store.reader import ActivationStore
 from activation_store.verify import Progress, silently
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.compilation import defined_settings
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, parse_name, width_of
+from qwen2_core.intervention_files import decode_interventions
+from qwen2_core.interventions import Steering, steer
 from qwen2_core.sharding import Layout
 from qwen2_core.weights import load_params, read_config
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -49,7 +52,8 @@ _COLUMN_OUTLIER = 5.0
 _CLEARLY = 0.7  # rows fit another place only with less than this share of their error here
 
 Rows = Mapping[str, np.ndarray]  # float32 [n, width] by hook name
-Forward = Callable[[np.ndarray], tuple[Rows, np.ndarray]]
+# Of tokens, the length of their prompt, and the strengths of interventions (SequenceId).
+Forward = Callable[[np.ndarray, int, Sequence[float]], tuple[Rows, np.ndarray]]
 
 
 def replay_store(
@@ -80,8 +84,14 @@ def replay_store(
         if (width := settings.hook_widths[hook]) != (of_model := width_of(parse_name(hook)[0], config)):
             yield f"the stored rows of {hook} are {width} wide, the model's are {of_model}"
             return
+    try:
+        steering = _steering(store, config)
+    except ValueError as error:
+        yield str(error)
+        return
     chosen = progress(_choose(store, count, seed), "replay", "seq")
-    yield from replay_sequences(store, chosen, plain_forward(config, params, settings.hook_names))
+    forward = plain_forward(config, params, settings.hook_names, steering, settings.capture_before)
+    yield from replay_sequences(store, chosen, forward)
 
 
 def replay_sequences(
@@ -106,50 +116,83 @@ def _choose(store: ActivationStore, count: int, seed: int) -> list[SequenceRecor
     return chosen
 
 
-def plain_forward(config: Any, params: Any, hooks: Sequence[str]) -> Forward:
+def _steering(store: ActivationStore, config: Any) -> Steering | None:
+    """Returns what is to be written into the model; raises ValueError where that is not known or fits not."""
+    data = store.interventions()
+    if data is None:
+        return None
+    found = decode_interventions(data, INTERVENTIONS)
+    try:
+        return steer(found, config, rows=1)
+    except ValueError as error:
+        raise ValueError(f"{INTERVENTIONS} does not fit the model: {error}") from error
+
+
+def plain_forward(
+    config: Any, params: Any, hooks: Sequence[str], steering: Steering | None = None, before: bool = False
+) -> Forward:
     """Returns the model without any cache as a function of one sequence.
 
-    It takes tokens, int32 [n], and returns the rows of `hooks`, float32 [n, width] by name, and the
-    log-probabilities of the tokens after the first, float32 [n - 1].
+    It takes tokens, int32 [n], the prompt's length, and strengths, one for each intervention of `steering`,
+    or () for its own. It returns the rows of `hooks`, float32 [n, width] by name, and the log-probabilities
+    of the tokens after the first, float32 [n - 1]. With `before` rows are those before interventions.
     """
-    captured = _capture(config, hooks)
+    captured = _capture(config, hooks, before)
 
     @jax.jit
-    def run(params: Any, tokens: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        logits, found = captured(params, tokens[None])
+    def run(
+        params: Any, tokens: jax.Array, done: Steering | None, prompt_length: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        logits, found = captured(params, tokens[None], done, prompt_length)
         following = jnp.roll(tokens, -1)
         chosen = jnp.take_along_axis(logits[0], following[:, None], axis=-1)[:, 0]
         return found, chosen - jax.nn.logsumexp(logits[0], axis=-1)
 
     @defined_settings()
-    def forward(tokens: np.ndarray) -> tuple[Rows, np.ndarray]:
+    def forward(
+        tokens: np.ndarray, prompt_length: int, strengths: Sequence[float]
+    ) -> tuple[Rows, np.ndarray]:
         padded = np.zeros(-(-len(tokens) // _BUCKET) * _BUCKET, np.int32)  # after the end: nothing sees it
         padded[: len(tokens)] = tokens
-        found, logprobs = jax.device_get(run(params, jnp.asarray(padded)))
+        done, known = steering, 0 if steering is None else len(steering.placed)
+        if len(strengths) not in (0, known):
+            raise StoreError(f"it has {len(strengths)} strengths of {known} interventions")
+        if done is not None and strengths:
+            done = dataclasses.replace(done, strengths=np.array([strengths], np.float32))
+        found, logprobs = jax.device_get(run(params, jnp.asarray(padded), done, jnp.asarray(prompt_length)))
         rows = {hook: of_hook[: len(tokens)].astype(np.float32) for hook, of_hook in found.items()}
         return rows, logprobs[: len(tokens) - 1]
 
     return forward
 
 
-def _capture(config: Any, hooks: Sequence[str]) -> Callable[[Any, jax.Array], tuple[jax.Array, Any]]:
+def _capture(config: Any, hooks: Sequence[str], before: bool) -> Callable[..., tuple[jax.Array, Any]]:
     """Returns what gives logits and the rows [n, width] of each hook, for one sequence, int32 [1, n]."""
-    of_points: dict[str, list[int | None]] = {RESID_POST: []}
+    of_points: dict[str, list[int | None]] = {}
     for point, layer in map(parse_name, hooks):
         of_points.setdefault(point, []).append(layer)
-    layers = of_points.pop(RESID_POST)
-    points = {point: True if point == LN_FINAL else of_point for point, of_point in of_points.items()}
-    if points:
-        model: Any = create_model_with_hooks(config, layers, points=points)
-    else:
-        model = create_model_with_hooks(config, layers or (0,))
+    layers = of_points.get(RESID_POST, [] if of_points else [0])
+    points = {
+        point: True if point == LN_FINAL else of_point
+        for point, of_point in of_points.items()
+        if point != RESID_POST
+    }
+    model = create_model_with_hooks(config, layers, points=points, capture_before=before)
 
-    def captured(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        output = model.apply({"params": params}, tokens, method=model.forward)
+    def captured(
+        params: Any, tokens: jax.Array, steering: Steering | None, prompt_length: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        output: Any = model.apply(
+            {"params": params},
+            tokens,
+            interventions=() if steering is None else steering,
+            prompt_lengths=prompt_length[None],
+            method=model.forward,
+        )
         arrays = {RESID_POST: output.activations} | (output.points if points else {})
         rows = {
             full_name(point, layer): arrays[point][place, :, 0]
-            for point, of_point in {RESID_POST: layers, **of_points}.items()
+            for point, of_point in of_points.items()
             for place, layer in enumerate(of_point)
         }
         return output.logits, rows
@@ -159,7 +202,11 @@ def _capture(config: Any, hooks: Sequence[str]) -> Callable[[Any, jax.Array], tu
 
 def _compare(store: ActivationStore, record: SequenceRecord, forward: Forward) -> Iterator[str]:
     prompt, generated = store.prompt_token_ids(record), store.generated_tokens(record)
-    replayed, logprobs = forward(np.concatenate([prompt, generated]))
+    try:
+        replayed, logprobs = forward(np.concatenate([prompt, generated]), len(prompt), record.strengths)
+    except StoreError as error:
+        yield str(error)
+        return
     limit = _tolerance(store)
     expected = logprobs[len(prompt) - 1 :]
     worst = np.abs(store.generated_logprobs(record) - expected)
