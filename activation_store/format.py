@@ -153,7 +153,7 @@ class StoreSettings:
             raise StoreError(str(error)) from error
         if len(set(self.hook_names)) != len(self.hook_names):
             raise StoreError(f"a hook name is given twice: {', '.join(self.hook_names)}")
-        widths = {point: width for point, width in self.widths.items() if width != self.hidden_size}
+        widths = {point: int(width) for point, width in self.widths.items() if width != self.hidden_size}
         for point in self.widths:
             if point not in points or (point == RESID_POST and widths.get(point)):
                 raise StoreError(

@@ -82,11 +82,11 @@ def test_a_manifest_says_the_widths_that_are_not_the_hidden_size():
 
 def test_widths_equal_to_the_hidden_size_make_no_other_key():
     identity = sequence("a").id
-    same = settings(hook_names=HOOKS[-1:], widths={LAST: 16})
+    same = settings(hook_names=HOOKS[-1:], widths={LAST: np.int64(16)})
     assert sequence_key(same, identity) == sequence_key(settings(hook_names=HOOKS[-1:]), identity)
-    assert sequence_key(dataclasses.replace(OF, widths={**WIDTHS, "mlp.hook_post": 25}), identity) != (
-        sequence_key(OF, identity)
-    )
+    assert sequence_key(
+        dataclasses.replace(OF, widths={**WIDTHS, "mlp.hook_post": np.int64(25)}), identity
+    ) != (sequence_key(OF, identity))
 
 
 @pytest.mark.parametrize(
