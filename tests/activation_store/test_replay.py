@@ -5,7 +5,7 @@ store against itself finds nothing, and only computing the rows again does.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,9 +278,9 @@ class SteeredRun(NamedTuple):
     params: Any
     interventions: bytes | None
 
-    def forward(self, *, steered: bool = True) -> Forward:
-        done = decode_interventions(self.interventions, "") if self.interventions and steered else None
-        before = self.settings.capture_before and steered
+    def forward(self) -> Forward:
+        done = decode_interventions(self.interventions, "") if self.interventions else None
+        before = self.settings.capture_before
         return plain_forward(self.config, self.params, HOOKS, steer(done, self.config, 1), before)
 
     def findings(self, directory: Path, sequences: list[FinishedSequence], forward: Forward) -> list[str]:
@@ -401,7 +401,12 @@ def test_in_16_bits_every_point_is_within_what_is_allowed(tmp_path: Path):
 def test_a_steered_run_is_replayed_with_each_sequences_strengths(tmp_path: Path, steered: SteeredRun):
     assert steered.findings(tmp_path, steered.sequences, steered.forward()) == []
     store = ActivationStore(tmp_path)
-    without = list(replay_sequences(store, store.sequences(), steered.forward(steered=False)))
+    clean = plain_forward(steered.config, steered.params, HOOKS)
+
+    def unsteered(tokens: np.ndarray, prompt_length: int, strengths: Sequence[float]) -> Any:
+        return clean(tokens, prompt_length, ())
+
+    without = list(replay_sequences(store, store.sequences(), unsteered))
     assert {line.split()[3] for line in without} == {"task1", "task2"}  # task0 has strengths of 0
     assert any("blocks.11.hook_resid_mid: " in line for line in without)
     assert not any("blocks.11.hook_resid_pre: " in line for line in without)
