@@ -38,7 +38,6 @@ from kvcache_utils import (
 from qwen2_core.compilation import AbstractParams, check_surroundings, compile_all, raise_on_nan, traced_apart
 from qwen2_core.generation import CompiledGenerate, GenerateShape, Generation
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
-from qwen2_core.interventions import Steering, check_prompt_strengths, steer
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import (
     PromptBatch,
@@ -56,6 +55,7 @@ from qwen2_core.sampling import (
     sequence_keys,
 )
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of, layout_of
+from qwen2_core.steering import Steering, check_prompt_strengths, steer
 from qwen2_jax import HookedOutput, ModelOutput, QwenModel, check_model, make_output
 
 __all__ = [
@@ -352,7 +352,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     check_model(model)
     check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
     capture = yes_or_no("extract_activations", extract_activations)
-    if capture and not (model.capture_layers or model.capture_points):
+    if capture and not model.captures:
         way = "make it with create_model_with_hooks(config), or pass extract_activations=False"
         raise ValueError(f"This model returns no activations: {way}.")
     if not capture:
@@ -372,7 +372,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
         eos_capacity=len(traced.eos_token_ids),
     )
-    steering = steer(interventions, model.config, shape.batch_size, shape.positions)
+    steering = steer(interventions, model.config, shape.batch_size)
     check_prompt_strengths(steering, prompts.lengths)
     generation = compile_generate(model, params, shape, steering)(params, prompts, traced, ids, steering)
     raise_on_nan(generation.logprobs)
@@ -392,7 +392,7 @@ def compile_generate(
     interventions only kinds, points, layers and shapes count.
     """
     check_params(model.config, params)
-    steering = AbstractParams.of(steer(interventions, model.config, shape.batch_size, shape.positions))
+    steering = AbstractParams.of(steer(interventions, model.config, shape.batch_size))
     # pyright takes flax modules for unhashable.
     return _compile(model, shape, AbstractParams.of(params), steering)  # pyright: ignore[reportArgumentType]
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,10 +41,10 @@ from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
-from qwen2_core.interventions import edits, steer
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
-from qwen2_core.kernels.matmul import embed, linear, logits_f32
+from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
 from qwen2_core.model_inputs import read_mask, read_token_ids
+from qwen2_core.steering import edits, steer
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
 __all__ = [
@@ -128,6 +129,19 @@ def apply_rope(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Returns a module's parameter, made by ``init`` where there is none yet.
+
+    ``module.param`` alone would trace ``init`` in every forward pass, and takes nothing but arrays.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, dtype)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square (Zhang & Sennrich 2019), in float32, and multiplies by a weight."""
 
@@ -135,7 +149,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, hooks: LayerHooks, point: str) -> Array:
-        weight = self.param("weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype)
+        weight = _parameter(
+            self, "weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype
+        )
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         # As Hugging Face: back to the model's dtype first, then times the weight.
@@ -152,10 +168,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         init = nn.initializers.normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.dtype)
-        bias = (
-            self.param("bias", nn.initializers.zeros, (self.features,), self.dtype) if self.use_bias else None
-        )
+        kernel = _parameter(self, "kernel", init, (x.shape[-1], self.features), self.dtype)
+        bias = None
+        if self.use_bias:
+            bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype)
         return linear(x, kernel, bias)
 
 
@@ -197,8 +213,8 @@ class QwenAttention(nn.Module):
             """Returns queries, keys or values: ``name`` is q, k or v."""
             # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
             # copy all of q, k and v into it (49 MB at batch 64).
-            flat = lax.optimization_barrier(Linear(heads * config.head_dim, True, config.dtype, name=f"{name}_proj")(x))
-            flat = hooks(f"attn.hook_{name}", flat)
+            flat = Linear(heads * config.head_dim, True, config.dtype, name=f"{name}_proj")(x)
+            flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
         q = apply_rope(project("q", config.num_attention_heads), context.cos, context.sin)
@@ -262,6 +278,11 @@ class QwenModel(nn.Module):
     def capture_points(self) -> PointLayers:
         """The points beside these outputs whose values a forward pass returns, and the layers of each."""
         return ()
+
+    @property
+    def captures(self) -> bool:
+        """Whether a forward pass returns any rows."""
+        return bool(self.capture_layers or self.capture_points)
 
     @property
     def capture_before(self) -> bool:
@@ -379,9 +400,7 @@ class QwenModel(nn.Module):
         if steering is not None:
             todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
         hooks = Hooks(points, self.capture_before, config.num_hidden_layers, todo)
-        context = TokenContext(
-            *rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks
-        )
+        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks)
         buffers = _point_buffers(config, points, tokens, len(input_ids))
         kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
 
@@ -413,10 +432,9 @@ class QwenModel(nn.Module):
         context: TokenContext,
         capture: tuple[int, ...],
     ) -> tuple[LayerCarry, list[LayerKV], list[Array]]:
-        depth = self.config.num_hidden_layers
         if self.config.scan_layers:
             stacked = None if grown is None else jax.tree.map(lambda *kv: jnp.stack(kv), *grown)
-            carry, (outputs, new_kv) = self.layers(carry, jnp.arange(depth), stacked, context)
+            carry, (outputs, new_kv) = self._scan_layers(carry, stacked, context)
             kv_list = [] if new_kv is None else list(zip(*(list(part) for part in new_kv), strict=True))
             return carry, kv_list, [outputs[layer] for layer in capture]
         outputs, kv_list = [], []
@@ -425,6 +443,31 @@ class QwenModel(nn.Module):
             outputs.append(output)
             kv_list.append(layer_kv)
         return carry, kv_list, [outputs[layer] for layer in capture]
+
+    def _scan_layers(self, carry: LayerCarry, stacked_kv: LayerKV | None, context: TokenContext) -> Any:
+        """Runs the layers as one ``lax.scan``: returns its carry and, stacked, what the layers return.
+
+        Flax's own scan makes the parameters. It would trace the layer twice in each forward pass, and copy
+        the weights out of their stacks, which the kernels for CPU read where they lie.
+        """
+        numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        if self.is_initializing():
+            return self.layers(carry, numbers, stacked_kv, context)
+        stacks, tree = jax.tree.flatten(self.variables["params"]["layers"])
+        stay = [stack.ndim == 3 and uses_cpu_kernel(carry[0], stack) for stack in stacks]
+        sliced = [stack for stack, stays in zip(stacks, stay, strict=True) if not stays]
+
+        def run_layer(carry: Any, of_layer: Any) -> Any:
+            number, slices, layer_kv = of_layer
+            slices = iter(slices)
+            weights = [
+                MatrixInStack(stack, number) if stays else next(slices)
+                for stack, stays in zip(stacks, stay, strict=True)
+            ]
+            layer = QwenDecoderLayer(self.config, parent=None)
+            return layer.apply({"params": tree.unflatten(weights)}, carry, number, layer_kv, context)
+
+        return lax.scan(run_layer, carry, (numbers, sliced, stacked_kv))
 
 
 def _generated(positions: Array, kv_caches: Any, prompt_lengths: ArrayLike | None) -> Array:
@@ -466,7 +509,8 @@ class _Embedding(nn.Module):
 
     def setup(self) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), shape, self.config.dtype)
+        init = nn.initializers.normal(0.02)
+        self.embedding = _parameter(self, "embedding", init, shape, self.config.dtype)
 
     def __call__(self, token_ids: Array) -> Array:
         return embed(token_ids, self.embedding)
@@ -477,4 +521,4 @@ class _Head(nn.Module):
 
     def setup(self) -> None:
         shape = (self.config.hidden_size, self.config.vocab_size)
-        self.kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.config.dtype)
+        self.kernel = _parameter(self, "kernel", nn.initializers.normal(0.02), shape, self.config.dtype)

@@ -20,7 +20,7 @@ from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import RESID_POST, check_point, point_names
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import layer_numbers, yes_or_no
-from qwen2_core.interventions import point_layers
+from qwen2_core.intervention_values import point_layers
 from qwen2_core.layers import FIXED_EXTRACT_LAYERS
 from qwen2_jax import QwenModel
 

@@ -20,8 +20,8 @@ from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.compilation import defined_settings
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, parse_name, width_of
 from qwen2_core.intervention_files import decode_interventions
-from qwen2_core.interventions import Steering, steer
 from qwen2_core.sharding import Layout
+from qwen2_core.steering import Steering, steer
 from qwen2_core.weights import load_params, read_config
 from qwen2_jax_with_hooks import create_model_with_hooks
 

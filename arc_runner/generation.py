@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from activation_store import ActivationWriter
 from arc_runner.cluster.work import Work
+from arc_runner.compilation_cache import use_own_cache
 from arc_runner.continuous_loop import make_continuously
 from arc_runner.job import Job
 from arc_runner.loaded_model import LoadedModel
@@ -25,6 +26,8 @@ def generate_missing(
     """
     if not job.left(writer.committed):
         return
+    if job.options.compilation_cache_dir is None:
+        use_own_cache()
     loading = Clock()
     with loading, Waiting(f"loading the weights of {job.options.model_path}"):
         model = LoadedModel.load(job)

@@ -22,7 +22,7 @@ from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
 from arc_runner.numerics import run_numerics
-from arc_runner.options import RunOptions
+from arc_runner.options import NO_CACHE, RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report
 from arc_runner.store_check import check_store
@@ -109,7 +109,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     for notice in loaded.notices:
         say(notice)
     check_places(options)
-    if options.compilation_cache_dir is not None:
+    if options.compilation_cache_dir not in (None, NO_CACHE):
         use_compilation_cache(options.compilation_cache_dir)
     with Waiting(f"looking at the model {options.model_path}"):
         config = load_config(options)

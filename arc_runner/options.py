@@ -21,6 +21,7 @@ PROMPTS = "prompts"
 GENERATION = "generation"
 PROCESSES = "several processes"
 CAPTURE = "capture"
+NO_CACHE = "none"  # --compilation_cache_dir
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -198,7 +199,9 @@ class RunOptions:
     compilation_cache_dir: str | None = _path(
         GENERATION,
         None,
-        "keep compiled programs in this directory of yours, for runs of the same shapes",
+        "keep compiled programs in this directory of yours, for runs of the same shapes; 'none' keeps none "
+        "(default: in your cache folder, at most 1 GB)",
+        default_text="",
     )
 
     coordinator_address: str | None = _flag(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from arc_runner.command_line import parse_options
 from arc_runner.console import open_closed_streams, refuse
 from arc_runner.errors import EXIT_USAGE, UsageError
@@ -22,4 +24,6 @@ def begin() -> None:
     except UsageError as error:
         refuse(str(error))
         raise SystemExit(EXIT_USAGE) from None
+    # Transformers would import it where it is installed, for a second. A run has no use for it.
+    sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
     importing.begin()

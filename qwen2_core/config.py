@@ -52,7 +52,7 @@ class QwenConfig:
     (False), or keep none (True: the caller creates fixed caches).
 
     ``scan_layers`` runs the layers as one ``lax.scan`` over stacked weights
-    (``qwen2_core.weights.stack_layers``) instead of unrolled. The results are the same.
+    (``qwen2_core.weights.stack_layers``) instead of unrolled. The results are the same but for last bits.
 
     The names and their meaning are those of Hugging Face's ``Qwen2Config``.
 

@@ -7,6 +7,7 @@ import hashlib
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import Array
 

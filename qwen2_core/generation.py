@@ -16,9 +16,9 @@ from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import RESID_POST
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import as_int
-from qwen2_core.interventions import Steering, steer_prompts
 from qwen2_core.requests import PromptBatch
 from qwen2_core.sampling import SamplingParams
+from qwen2_core.steering import Steering, steer_prompts
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +40,7 @@ class Generation:
     layers: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # captured, in order
     # The values of other points by name, as activations and prompt_activations, and the layers of each.
     points: dict[str, Float[Array, "layers max_tokens batch width"]] = dataclasses.field(default_factory=dict)
-    prompt_points: dict[str, Float[Array, "layers width prompts _"]] = dataclasses.field(
-        default_factory=dict
-    )
+    prompt_points: dict[str, Float[Array, "layers width prompts _"]] = dataclasses.field(default_factory=dict)
     point_layers: PointLayers = dataclasses.field(default=(), metadata={"static": True})
 
     def __repr__(self) -> str:
@@ -63,9 +61,7 @@ class Generation:
         with defined_settings():
             return np.asarray(self.token_ids)[row, : int(self.lengths[row])].tolist()
 
-    def layer(
-        self, layer: Any, row: Any, point: str = RESID_POST
-    ) -> Float32[np.ndarray, "tokens width"]:
+    def layer(self, layer: Any, row: Any, point: str = RESID_POST) -> Float32[np.ndarray, "tokens width"]:
         """Returns the rows of one layer for one sequence, on the host, cut to the sequence's length.
 
         ``out.layer(12, row=5)[t]`` is the output of decoder block 12 after reading generated token t of row
@@ -122,11 +118,6 @@ class GenerateShape:
     def batch_size(self) -> int:
         """Number of sequences."""
         return self.num_prompts * self.samples_per_prompt
-
-    @property
-    def positions(self) -> int:
-        """Positions that a sequence has at most."""
-        return self.prompt_width + self.max_tokens
 
     def cache_config(self, config: QwenConfig) -> KVCacheConfig:
         """Returns the sizes of the KV cache."""

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from kvcache_utils import update_slice
-from qwen2_core.interventions import Edit
+from qwen2_core.steering import Edit
 
 PointLayers = tuple[tuple[str, tuple[int | None, ...]], ...]  # points, and the layers of each
 Kept = dict[str, Array]  # by point: [layers, tokens, batch, width]
@@ -50,7 +50,7 @@ class LayerHooks:
         if chosen:
             wide = x.astype(jnp.float32)
             for edit, place in chosen:
-                wide = edit.of_layer(*place).apply(wide)
+                wide = edit.apply(wide, *place)
             x = wide.astype(x.dtype)
         for kept, layers in self._hooks.points:
             place = _find(layers, self._layer, self._hooks.depth) if kept == point else None

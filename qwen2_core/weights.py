@@ -34,12 +34,14 @@ from qwen2_core.config import QwenConfig, said_dtype
 from qwen2_core.errors import CheckpointError
 from qwen2_core.generation_config import unapplied_settings
 from qwen2_core.inputs import yes_or_no
+from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.tensor_names import HEAD, TensorSpec, is_tied, locate, locate_stored, tensor_specs
 
 Params = dict[str, Any]
 _logger = logging.getLogger(__name__)
 _CACHE_LINE, _HUGE_PAGE = 64, 2**21  # bytes
+_SMALL_LAYER = 2**22  # bytes of a layer's weights that XLA copies on CPU in no measurable time
 
 
 @defined_settings()
@@ -82,8 +84,8 @@ def load_qwen2(
         dtype: of the weights and of the computation, also as torch's or by name; the checkpoint's own by
             default and for "auto".
         revision: branch, tag or commit of a hub model.
-        scan_layers: stack the layers' weights, to be run as one ``lax.scan``; by default on TPUs only. On CPU
-            unrolled layers run faster, and on GPUs a scan copies each layer's weights before it uses them.
+        scan_layers: stack the layers' weights, to be run as one ``lax.scan``, which compiles sooner; by
+            default where it runs as fast, see ``scans_layers_by_default``.
         mesh_shape: (data, model) devices, see :mod:`qwen2_core.sharding`. Generation runs where the weights
             are.
 
@@ -132,7 +134,7 @@ def read_config(
         CheckpointError: as ``load_qwen2``.
         ValueError: scan_layers is no flag.
     """
-    scan_layers = scans_layers_by_default() if scan_layers is None else yes_or_no("scan_layers", scan_layers)
+    scan_layers = None if scan_layers is None else yes_or_no("scan_layers", scan_layers)
     if not isinstance(revision, str | None):
         raise CheckpointError(f"revision must be a branch, tag or commit, not {revision!r}.")
     if revision is not None and not is_hub_id(path_or_hub_id):
@@ -142,7 +144,10 @@ def read_config(
     dtype = None if isinstance(dtype, str) and dtype == "auto" else dtype
     if dtype is None and said_dtype(hf) is None:
         dtype = weights_dtype(path_or_hub_id, revision=revision)
-    config = config.replace(scan_layers=scan_layers, dtype=config.dtype if dtype is None else dtype)
+    config = config.replace(dtype=config.dtype if dtype is None else dtype)
+    config = config.replace(
+        scan_layers=scans_layers_by_default(config) if scan_layers is None else scan_layers
+    )
     if not config.tie_word_embeddings:
         return config
     with open_tensors(path_or_hub_id, revision=revision) as stored:
@@ -158,9 +163,19 @@ def read_config(
         return config.replace(tie_word_embeddings=False)
 
 
-def scans_layers_by_default() -> bool:
-    """Tells whether ``load_qwen2`` stacks the layers' weights by default: on TPUs."""
-    return jax.default_backend() == "tpu"
+def scans_layers_by_default(config: QwenConfig) -> bool:
+    """Tells whether ``load_qwen2`` stacks the layers' weights by default: where a scan costs no speed.
+
+    That is on TPUs; on CPU in bfloat16, where the compiled kernels read weights within their stacks, and for
+    small layers in any dtype. Elsewhere XLA copies each layer's weights out of the stacks in every step.
+    """
+    platform = jax.default_backend()
+    if platform != "cpu":
+        return platform == "tpu"
+    specs = tensor_specs(config).values()
+    layer = sum(math.prod(spec.tree_shape) for spec in specs if spec.path[0] == "layers_0")
+    in_place = config.dtype == jnp.bfloat16 and is_available()
+    return in_place or layer * config.dtype.itemsize <= _SMALL_LAYER
 
 
 @defined_settings()

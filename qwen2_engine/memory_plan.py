@@ -121,5 +121,4 @@ class MemoryPlanner:
         return self._row_buffer(shape.max_tokens, shape.slots)
 
     def _row_buffer(self, tokens: int, rows: int) -> int:
-        buffer = self.model.activation_buffer(tokens, rows)
-        return 0 if buffer is None else buffer.nbytes
+        return self.model.captured_bytes(tokens, rows)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from qwen2_core.compilation import AbstractParams, compiler_options, traced_apart
 from qwen2_core.sampling import SamplingParams, abstract_sampling_params
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
+from qwen2_core.steering import Placed, Steering
 from qwen2_engine.decode_window import (
     SlotShape,
     Window,
@@ -32,7 +33,7 @@ from qwen2_engine.decode_window import (
 )
 from qwen2_jax import QwenModel
 
-_WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
+_WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,10 @@ class SlotPrograms:
     program   arguments                                                                       results
     ========  ==============================================================================  ================
     create                                                                                    slots
-    prefills  by width: params, input_ids [D, width], lengths [D]                             prompts, rows
+    prefills  by width: params, input_ids [D, width], lengths [D], steering of D rows         prompts, rows
     insert    slots, prompts, slot [D] in each group or -1, sequence_id [D], limit [D],       slots
-              sampling
-    window    params, slots, sampling                                                         slots, window
+              sampling, strengths [D, interventions] or None
+    window    params, slots, sampling, placed interventions                                   slots, window
     ========  ==============================================================================  ================
     """
 
@@ -82,21 +83,29 @@ class SlotPrograms:
 
 
 def compile_slots(
-    model: Any, params: Any, layout: Layout, shape: SlotShape, widths: tuple[int, ...]
+    model: Any,
+    params: Any,
+    layout: Layout,
+    shape: SlotShape,
+    widths: tuple[int, ...],
+    placed: tuple[Placed, ...] = (),
 ) -> SlotPrograms:
-    """Compiles all that slots of one shape need for prompts padded to ``widths``.
+    """Compiles all that slots of one shape need for prompts padded to ``widths``, with these interventions.
 
     Raises:
         ValueError: a width beyond the shape's.
     """
     if max(widths) > shape.prompt_width:
         raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
-    weights = AbstractParams.of(params)
+    weights, steered = AbstractParams.of(params), AbstractParams.of(placed)
     jobs: list[Callable[[], jax.stages.Compiled]] = [
         functools.partial(compile_create, model, shape, layout),
         functools.partial(compile_insert, model, shape, layout),
-        functools.partial(compile_window, model, shape, layout, weights),
-        *(functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, w) for w in widths),
+        functools.partial(compile_window, model, shape, layout, weights, steered),
+        *(
+            functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, width, steered)
+            for width in widths
+        ),
     ]
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside the GIL
@@ -118,16 +127,23 @@ def compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
 @functools.lru_cache(maxsize=64)
 @traced_apart
 def compile_prefill(
-    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, width: int
+    model: QwenModel,
+    shape: SlotShape,
+    layout: Layout,
+    params: AbstractParams,
+    width: int,
+    placed: AbstractParams,
 ) -> jax.stages.Compiled:
     """Compiles the program that reads a prompt padded to ``width``."""
+    steering = Steering(placed.tree, _strengths(shape, layout)) if placed.leaves else None
+    steered: Any = None if steering is None else Steering(WHOLE, ROWS)  # pyright: ignore[reportArgumentType]
     program = layout.jit(
         functools.partial(prefill_prompt, model, shape),
-        in_axes=(WHOLE, ROWS, ROWS),
+        in_axes=(WHOLE, ROWS, ROWS, steered),
         out_axes=(axes_of(_prompt(model, shape)), ACTIVATIONS),
     )
     input_ids, lengths = layout.struct((1, width), jnp.int32, ROWS), layout.struct((1,), jnp.int32, ROWS)
-    return _compile(program.lower(params.tree, input_ids, lengths))
+    return _compile(program.lower(params.tree, input_ids, lengths, steering))
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,34 +153,42 @@ def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
     slots, prompt = _slots(model, shape), _prompt(model, shape)
     program = layout.jit(
         insert,
-        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE),
+        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, ROWS),
         out_axes=axes_of(slots),
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
     sampling = abstract_sampling_params(shape.eos_capacity)
-    return _compile(program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling))
+    strengths = _strengths(shape, layout)
+    return _compile(
+        program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, strengths)
+    )
 
 
 @functools.lru_cache(maxsize=64)
 @traced_apart
 def compile_window(
-    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams
+    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, placed: AbstractParams
 ) -> jax.stages.Compiled:
     """Compiles the program that makes a window of steps of all slots."""
     slots = _slots(model, shape)
     program = layout.jit(
         functools.partial(run_window, model, shape),
-        in_axes=(WHOLE, axes_of(slots), WHOLE),
+        in_axes=(WHOLE, axes_of(slots), WHOLE, WHOLE),
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
     sampling = abstract_sampling_params(shape.eos_capacity)
-    return _compile(program.lower(params.tree, layout.structs(slots), sampling))
+    return _compile(program.lower(params.tree, layout.structs(slots), sampling, placed.tree))
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return lowered.compile(compiler_options())  # pyright: ignore[reportArgumentType]
+
+
+def _strengths(shape: SlotShape, layout: Layout) -> Any:
+    """Returns the abstract strengths of one sequence of each group; None without interventions."""
+    return layout.struct((1, shape.interventions), jnp.float32, ROWS) if shape.interventions else None
 
 
 def _slots(model: QwenModel, shape: SlotShape) -> Any:

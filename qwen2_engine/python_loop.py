@@ -16,10 +16,10 @@ from jax import Array
 from generate_jitted import Generation, Rows, rows_of
 from qwen2_core.compilation import check_surroundings, defined_settings
 from qwen2_core.inputs import whole_number, yes_or_no
-from qwen2_core.interventions import check_prompt_strengths, steer
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import check_prompts, check_sequence_ids
 from qwen2_core.sampling import Sampling, sample_tokens, sampling_params, sequence_keys
+from qwen2_core.steering import check_prompt_strengths, steer
 from qwen2_jax import QwenModel, check_model
 
 _sample = jax.jit(sample_tokens)
@@ -66,7 +66,7 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     batch, width = ids.shape
     keys = sequence_keys(traced.seed, jnp.asarray(own_ids))
 
-    steering = steer(interventions, config, batch, width + max_tokens)
+    steering = steer(interventions, config, batch)
     check_prompt_strengths(steering, prompts.lengths)
 
     def forward(*inputs: Any) -> tuple[Array, Any, Rows]:

@@ -6,16 +6,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import SHALLOW, Lively, assert_lively, pad_right, row_errors
 
 from generate_jitted import Generation, generate_single_task_jitted
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, point_names
-from qwen2_core.requests import SequenceRequest
-from qwen2_engine.continuous_batching import ContinuousEngine
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import convert_hf_to_jax_weights, stack_layers
 from qwen2_jax_with_hooks import create_model_with_hooks

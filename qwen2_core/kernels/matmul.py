@@ -17,6 +17,7 @@ activations claim. GPUs and TPUs get plain dots. On CPU, bfloat16 needs care:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -24,13 +25,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32, Int, Int32
 
 from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.cpu.matmul import cpu_matmul
 
 _MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA does not fuse longer sums
 _PARTIAL_BYTES = 2**22  # of partial sums at once, which stay in the processor's cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MatrixInStack:
+    """One layer's matrix, left where it lies among those of all layers. ``linear`` takes it as a kernel."""
+
+    stack: Float[Array, "layers _ _"]
+    layer: Int32[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's own shape."""
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        """The matrix's dtype."""
+        return self.stack.dtype
 
 
 def einsum_f32(subscripts: str, a: Float[Array, "*a"], b: Float[Array, "*b"]) -> Float32[Array, "*out"]:
@@ -64,7 +84,7 @@ def einsum_f32(subscripts: str, a: Float[Array, "*a"], b: Float[Array, "*b"]) ->
 
 def linear(
     x: Float[Array, "*rows inputs"],
-    kernel: Float[Array, "inputs outputs"],
+    kernel: Float[Array, "inputs outputs"] | MatrixInStack,
     bias: Float[Array, " outputs"] | None = None,
 ) -> Float[Array, "*rows outputs"]:
     """Returns ``x @ kernel + bias`` in x's dtype. The bias is added in float32."""
@@ -89,21 +109,25 @@ def embed(
     return table.at[token_ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def _product(x: Array, weights: Array, contract: int, dtype: Any) -> Array:
+def _product(x: Array, weights: Array | MatrixInStack, contract: int, dtype: Any) -> Array:
     """Multiplies x [..., in] by a matrix along the matrix's axis ``contract``: dtype [..., out]."""
 
-    def plain(x: Array, weights: Array) -> Array:
+    def plain(x: Array, weights: Array | MatrixInStack) -> Array:
+        weights = _copied_out(weights)
         dimensions = (((x.ndim - 1,), (contract,)), ((), ()))
         precision = _precision(x, weights)
         out = lax.dot_general(x, weights, dimensions, precision, preferred_element_type=jnp.float32)
         return out.astype(dtype)
 
-    def cpu_kernel(x: Array, weights: Array) -> Array:
-        rows = cpu_matmul(x.reshape(-1, x.shape[-1]), weights, contract == 1, dtype)
+    def cpu_kernel(x: Array, weights: Array | MatrixInStack) -> Array:
+        stack, layer = (
+            (weights.stack, weights.layer) if isinstance(weights, MatrixInStack) else (weights, None)
+        )
+        rows = cpu_matmul(x.reshape(-1, x.shape[-1]), stack, contract == 1, dtype, layer)
         return rows.reshape(*x.shape[:-1], -1)
 
-    def by_slices(x: Array, weights: Array) -> Array:
-        return _row_by_slices(x, weights, contract).astype(dtype)
+    def by_slices(x: Array, weights: Array | MatrixInStack) -> Array:
+        return _row_by_slices(x, _copied_out(weights), contract).astype(dtype)
 
     cpu = plain
     if uses_cpu_kernel(x, weights):
@@ -113,7 +137,13 @@ def _product(x: Array, weights: Array, contract: int, dtype: Any) -> Array:
     return lax.platform_dependent(x, weights, cpu=cpu, default=plain)
 
 
-def uses_cpu_kernel(x: Float[Array, "*x"], weights: Float[Array, "*weights"]) -> bool:
+def _copied_out(weights: Array | MatrixInStack) -> Array:
+    if isinstance(weights, MatrixInStack):
+        return lax.dynamic_index_in_dim(weights.stack, weights.layer, keepdims=False)
+    return weights
+
+
+def uses_cpu_kernel(x: Float[Array, "*x"], weights: Float[Array, "*weights"] | MatrixInStack) -> bool:
     """Returns whether the compiled kernels for CPU multiply (or attend with) these.
 
     They take bfloat16 of an even number of inputs. They do not take what a mesh may split: XLA cannot split

@@ -29,8 +29,9 @@ from generate_jitted import generate_single_task_jitted
 from qwen2_core.checkpoint_files import checkpoint_fingerprint
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, point_names, width_of
 from qwen2_core.intervention_files import decode_interventions, encode_interventions
-from qwen2_core.interventions import AblateHeads, Add, steer
+from qwen2_core.interventions import AblateHeads, Add
 from qwen2_core.sampling import Sampling
+from qwen2_core.steering import steer
 from qwen2_core.weights import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 

@@ -21,8 +21,8 @@ from qwen2_core.interventions import (
     ProjectOut,
     Replace,
     ScaleFeature,
-    steer,
 )
+from qwen2_core.steering import steer
 
 CONFIG = QwenConfig(
     vocab_size=64, hidden_size=8, intermediate_size=12, num_hidden_layers=4, num_attention_heads=4

@@ -67,7 +67,9 @@ class TorchHooks:
         attention, mlp = layer.self_attn, layer.mlp
         attention.register_forward_hook(after_attention)
         for letter in "qkv":
-            getattr(attention, f"{letter}_proj").register_forward_hook(self._output(name(f"attn.hook_{letter}")))
+            getattr(attention, f"{letter}_proj").register_forward_hook(
+                self._output(name(f"attn.hook_{letter}"))
+            )
         attention.o_proj.register_forward_pre_hook(self._input(name("attn.hook_z")))
         mlp.down_proj.register_forward_pre_hook(self._input(name("mlp.hook_post")))
         mlp.register_forward_hook(self._output(name("hook_mlp_out")))

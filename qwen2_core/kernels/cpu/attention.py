@@ -31,10 +31,8 @@ def cpu_attention(
     """
 
     def buffers(part: Array | tuple[Array, ...]) -> Array:
-        """Returns one layer's buffer; of a stacked cache all layers', one after the other, without a copy."""
-        if isinstance(part, tuple):
-            return part[layer]  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return part.reshape(-1, *part.shape[2:])
+        """Returns one layer's buffer, or the stack as it is: XLA would copy it to reshape it."""
+        return part[layer] if isinstance(part, tuple) else part  # pyright: ignore[reportArgumentType, reportCallIssue]
 
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     prefill, ar = cache.prefill, cache.ar

@@ -16,7 +16,8 @@
 namespace ffi = xla::ffi;
 
 using Heads = ffi::Buffer<ffi::BF16, 3>;
-using Cache = ffi::Buffer<ffi::BF16, 4>;  // also the queries, keys and values of whole prompts
+using Cache = ffi::AnyBuffer;              // of one layer [rows, kv_heads, positions, dim], or a stack of all layers'
+using Prompts = ffi::Buffer<ffi::BF16, 4>;  // queries, keys and values of whole prompts
 using Mask = ffi::Buffer<ffi::PRED, 2>;
 using Indices = ffi::Buffer<ffi::S32, 1>;
 using Index = ffi::Buffer<ffi::S32, 0>;
@@ -236,7 +237,7 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
 }
 
-ffi::Error RunCausal(ffi::ThreadPool pool, Cache q, Cache k, Cache v, Mask valid, ffi::Result<Cache> out,
+ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask valid, ffi::Result<Prompts> out,
                      bool tiles) {
   const auto queries = q.dimensions(), keys = k.dimensions(), mask = valid.dimensions();
   const bool fits = keys[0] == queries[0] && keys[1] > 0 && queries[2] % keys[1] == 0 && keys[2] >= queries[1] &&
@@ -267,14 +268,23 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Cache q, Cache k, Cache v, Mask valid
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
                Cache step_v, Indices start, Index index, Index layer, ffi::Result<Heads> out, bool tiles) {
-  const auto queries = q.dimensions(), prompt = prompt_k.dimensions(), step = step_k.dimensions();
+  const auto queries = q.dimensions(), prompt_dims = prompt_k.dimensions(), step_dims = step_k.dimensions();
+  const int64_t stacked = static_cast<int64_t>(step_dims.size()) - 4, layers = stacked == 1 ? step_dims[0] : 1;
+  const auto is_cache = [](const Cache& k, const Cache& v) {
+    return k.element_type() == ffi::BF16 && v.element_type() == ffi::BF16 && v.dimensions() == k.dimensions();
+  };
+  if ((stacked != 0 && stacked != 1) || prompt_dims.size() != step_dims.size() || !is_cache(prompt_k, prompt_v) ||
+      !is_cache(step_k, step_v)) {
+    return ffi::Error::InvalidArgument("cpu_attention: keys and values do not fit");
+  }
+  const int64_t *prompt = prompt_dims.begin() + stacked, *step = step_dims.begin() + stacked;  // of a layer
   const int64_t rows = queries[0], prompts = length.dimensions()[0], kv_heads = step[1];
-  if (rows * prompts * kv_heads == 0) return ffi::Error::InvalidArgument("cpu_attention: nothing to attend to");
-  const int64_t layers = step[0] / rows;
+  if (rows * prompts * kv_heads * layers == 0) {
+    return ffi::Error::InvalidArgument("cpu_attention: nothing to attend to");
+  }
   const bool fits = rows % prompts == 0 && start.dimensions()[0] == rows && queries[1] % kv_heads == 0 &&
-                    queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == layers * rows &&
-                    prompt[0] == layers * prompts && prompt[1] == kv_heads && prompt[3] == step[3] &&
-                    prompt_v.dimensions() == prompt && step_v.dimensions() == step &&
+                    queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == rows && prompt[0] == prompts &&
+                    prompt[1] == kv_heads && prompt[3] == step[3] && (!stacked || prompt_dims[0] == layers) &&
                     out->dimensions() == queries;
   if (!fits) return ffi::Error::InvalidArgument("cpu_attention: shapes do not fit, or an odd head_dim");
   const auto bits = [](const void* values) { return static_cast<const uint16_t*>(values); };
@@ -317,7 +327,7 @@ ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indi
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
 }
 
-ffi::Error RunCausal(ffi::ThreadPool, Cache, Cache, Cache, Mask, ffi::Result<Cache>, bool) {
+ffi::Error RunCausal(ffi::ThreadPool, Prompts, Prompts, Prompts, Mask, ffi::Result<Prompts>, bool) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX-512 BF16");
 }
 
@@ -328,11 +338,11 @@ ffi::Error RunCausal(ffi::ThreadPool, Cache, Cache, Cache, Mask, ffi::Result<Cac
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuCausalAttention, RunCausal,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Cache>()
-                                  .Arg<Cache>()
-                                  .Arg<Cache>()
+                                  .Arg<Prompts>()
+                                  .Arg<Prompts>()
+                                  .Arg<Prompts>()
                                   .Arg<Mask>()
-                                  .Ret<Cache>()
+                                  .Ret<Prompts>()
                                   .Attr<bool>("tiles"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,

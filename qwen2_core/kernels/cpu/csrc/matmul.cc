@@ -1,7 +1,8 @@
 // Multiplies bfloat16 matrices on CPUs with AVX-512 BF16 or AMX, as an XLA custom call (cpu/matmul.py).
 //
 // out[i, r, n] = sum over k of x[i, r, k] * w[i, k, n], or w[i, n, k]: a few or many rows times weights that are
-// stored row by row. A decode step reads every weight once for a handful of rows, so the kernel must read as fast as
+// stored row by row. w may be a stack of as many matrices for each of several layers, of which `layer` is taken where
+// it lies: XLA would copy a layer's weights out of the stack. A decode step reads every weight once for a handful of rows, so the kernel must read as fast as
 // the memory allows. A prompt must keep the multipliers busy. XLA's own kernels repack the weights at each call.
 
 #include "kernels.h"
@@ -11,6 +12,7 @@
 namespace ffi = xla::ffi;
 
 using Matrices = ffi::Buffer<ffi::BF16, 3>;  // several matrices of one shape
+using Index = ffi::Buffer<ffi::S32, 0>;
 using Sums = ffi::AnyBuffer;  // float32, or rounded to bfloat16
 
 #ifdef CPU_KERNELS
@@ -20,19 +22,22 @@ namespace {
 constexpr int64_t kSumsBytes = 1 << 19;  // sums that a thread works on: they fit in part of the second-level cache
 constexpr int64_t kAlone = 1 << 20;      // fewer multiplications (of at least 8 rows) are not worth a second thread
 
-ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, ffi::Result<Sums> out, bool transposed,
+ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, Index layer, ffi::Result<Sums> out, bool transposed,
                bool tiles) {
   const auto x_shape = x.dimensions(), w_shape = w.dimensions(), out_shape = out->dimensions();
   const int64_t products = x_shape[0], rows = x_shape[1], inputs = x_shape[2];
   const int64_t outputs = w_shape[2 - transposed];
   const bool rounded = out->element_type() == ffi::BF16;
-  if (inputs % 2 || w_shape[0] != products || w_shape[1 + transposed] != inputs || out_shape[0] != products ||
+  const int64_t layers = products ? w_shape[0] / products : 0;
+  if (inputs % 2 || w_shape[0] != layers * products || w_shape[1 + transposed] != inputs || out_shape[0] != products ||
       out_shape[1] != rows || out_shape[2] != outputs || !(rounded || out->element_type() == ffi::F32)) {
     return ffi::Error::InvalidArgument("cpu_matmul: shapes do not fit, or an odd number of inputs");
   }
   if (products * rows * outputs == 0) return ffi::Error::Success();
+  if (layers == 0) return ffi::Error::InvalidArgument("cpu_matmul: no weights");
+  const int64_t first_matrix = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1) * products;
   const Product first = {.x = reinterpret_cast<const uint16_t*>(x.typed_data()),
-                         .w = reinterpret_cast<const uint16_t*>(w.typed_data()),
+                         .w = reinterpret_cast<const uint16_t*>(w.typed_data()) + first_matrix * inputs * outputs,
                          .out = rounded ? nullptr : static_cast<float*>(out->untyped_data()),
                          .rows = rows,
                          .inputs = inputs,
@@ -83,7 +88,7 @@ bool TilesSupported() { return MayUseTiles(); }
 
 namespace {
 
-ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, ffi::Result<Sums>, bool, bool) {
+ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, Index, ffi::Result<Sums>, bool, bool) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_matmul: only for x86 with AVX-512 BF16");
 }
 
@@ -99,13 +104,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Run,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Matrices>()
                                   .Arg<Matrices>()
+                                  .Arg<Index>()
                                   .Ret<Sums>()
                                   .Attr<bool>("transposed")
                                   .Attr<bool>("tiles"));
 
 // The version of the handlers. Count it up, here and in cpu/library.py (_INTERFACE), when their names, arguments or
 // results change.
-extern "C" int CpuInterface() { return 3; }
+extern "C" int CpuInterface() { return 4; }
 
 // Whether this machine can run the kernels.
 extern "C" int CpuKernelsSupported() { return Supported(); }
