@@ -278,19 +278,15 @@ class SteeredRun(NamedTuple):
     config: Any
     params: Any
     interventions: bytes | None
+    forward: Forward
 
-    def forward(self) -> Forward:
-        done = decode_interventions(self.interventions, "") if self.interventions else None
-        before = self.settings.capture_before
-        return plain_forward(self.config, self.params, HOOKS, steer(done, self.config, 1), before)
-
-    def findings(self, directory: Path, sequences: list[FinishedSequence], forward: Forward) -> list[str]:
+    def findings(self, directory: Path, sequences: list[FinishedSequence]) -> list[str]:
         of, data = self.settings, self.interventions
         with ActivationWriter(directory, of, provenance={}, interventions=data) as writer:
             writer.submit(sequences)
         store = ActivationStore(directory)
         assert list(verify_store(store)) == []
-        return list(replay_sequences(store, store.sequences(), forward))
+        return list(replay_sequences(store, store.sequences(), self.forward))
 
 
 def make_run(dtype: str, steering: list[Any], *, before: bool = False) -> SteeredRun:
@@ -349,7 +345,9 @@ def make_run(dtype: str, steering: list[Any], *, before: bool = False) -> Steere
         interventions=interventions_sha256(data) if data else "",
         capture_before=before,
     )
-    return SteeredRun(settings, sequences, config, params, data)
+    done = steer(decode_interventions(data, "") if data else None, config, 1)
+    forward = plain_forward(config, params, HOOKS, done, before)
+    return SteeredRun(settings, sequences, config, params, data, forward)
 
 
 @pytest.fixture(scope="module")
@@ -365,8 +363,7 @@ def steered() -> SteeredRun:
 def test_rows_of_every_point_are_those_of_a_plain_pass_and_shifted_ones_are_found(
     tmp_path: Path, plain: SteeredRun
 ):
-    forward = plain.forward()
-    assert plain.findings(tmp_path / "sound", plain.sequences, forward) == []
+    assert plain.findings(tmp_path / "sound", plain.sequences) == []
 
     def shifted(rows: np.ndarray) -> np.ndarray:
         return np.concatenate([rows[:, 1:], rows[:, -1:]], axis=1)
@@ -375,18 +372,19 @@ def test_rows_of_every_point_are_those_of_a_plain_pass_and_shifted_ones_are_foun
     assert first.rows is not None
     points = {point: shifted(rows) for point, rows in first.points.items()}
     first = dataclasses.replace(first, rows=shifted(first.rows), points=points)
-    found = plain.findings(tmp_path / "shifted", [first, *others], forward)
+    found = plain.findings(tmp_path / "shifted", [first, *others])
     assert [line.split(": ")[1] for line in found] == list(HOOKS)
     assert all("the rows are those of position +1" in line for line in found)
 
 
 def test_rows_of_another_point_are_found_by_its_name(tmp_path: Path, plain: SteeredRun):
     first, *others = plain.sequences
-    points = first.points | {
+    points = {
+        **first.points,
         "hook_resid_pre": first.points["hook_resid_mid"],
         "attn.hook_k": first.points["attn.hook_v"],
     }
-    found = plain.findings(tmp_path, [dataclasses.replace(first, points=points), *others], plain.forward())
+    found = plain.findings(tmp_path, [dataclasses.replace(first, points=points), *others])
     assert [line.split(": ", 1)[1] for line in found] == [
         f"blocks.{layer}.{point}: the rows are those of blocks.{layer}.{other}"
         for point, other in (("hook_resid_pre", "hook_resid_mid"), ("attn.hook_k", "attn.hook_v"))
@@ -396,11 +394,11 @@ def test_rows_of_another_point_are_found_by_its_name(tmp_path: Path, plain: Stee
 
 def test_in_16_bits_every_point_is_within_what_is_allowed(tmp_path: Path):
     run = make_run("bfloat16", [])
-    assert run.findings(tmp_path, run.sequences, run.forward()) == []
+    assert run.findings(tmp_path, run.sequences) == []
 
 
 def test_a_steered_run_is_replayed_with_each_sequences_strengths(tmp_path: Path, steered: SteeredRun):
-    assert steered.findings(tmp_path, steered.sequences, steered.forward()) == []
+    assert steered.findings(tmp_path, steered.sequences) == []
     store = ActivationStore(tmp_path)
     clean = plain_forward(steered.config, steered.params, HOOKS)
 
@@ -416,13 +414,13 @@ def test_a_steered_run_is_replayed_with_each_sequences_strengths(tmp_path: Path,
 def test_strengths_of_other_interventions_are_a_finding(tmp_path: Path, steered: SteeredRun):
     first, *_ = steered.sequences
     identity = dataclasses.replace(first.id, strengths=(0.0, 0.0, 0.0))
-    (found,) = steered.findings(tmp_path, [dataclasses.replace(first, id=identity)], steered.forward())
+    (found,) = steered.findings(tmp_path, [dataclasses.replace(first, id=identity)])
     assert "it has 3 strengths of 2 interventions" in found
 
 
 def test_rows_from_before_an_intervention_are_replayed_as_such(tmp_path: Path):
     run = make_run("float32", STEERING, before=True)
-    assert run.findings(tmp_path, run.sequences, run.forward()) == []
+    assert run.findings(tmp_path, run.sequences) == []
     after = plain_forward(run.config, run.params, HOOKS, steer(STEERING, run.config, 1))
     store = ActivationStore(tmp_path)
     found = list(replay_sequences(store, store.sequences(), after))
@@ -430,7 +428,7 @@ def test_rows_from_before_an_intervention_are_replayed_as_such(tmp_path: Path):
 
 
 def test_the_whole_audit_takes_interventions_from_the_store(tmp_path: Path, steered: SteeredRun):
-    assert steered.findings(tmp_path, steered.sequences, steered.forward()) == []
+    assert steered.findings(tmp_path, steered.sequences) == []
     assert list(replay_store(ActivationStore(tmp_path), TINY, count=99)) == []
     (tmp_path / INTERVENTIONS).write_bytes(b"{}")
     (found,) = replay_store(ActivationStore(tmp_path), TINY, count=1)

@@ -63,10 +63,11 @@ def test_the_same_interventions_give_the_same_bytes():
 def test_a_file_written_by_hand_is_read():
     text = json.dumps([{"kind": "Add", "point": "hook_resid_pre", "layers": [1]}])
     tensors = {"0.vector": ROW.astype(ml_dtypes.bfloat16)}
-    (found,) = decode_interventions(safetensors.numpy.save(tensors, {"interventions": text}), "f")
+    data = safetensors.numpy.save(tensors, {"interventions": text})
+    found: Any = decode_interventions(data, "f")[0]
     assert isinstance(found, Add)
     assert (found.layers, found.positions, found.strength) == ((1,), "all", 1.0)
-    assert found.vector.dtype == np.float32
+    np.testing.assert_array_equal(found.vector, ROW.astype(ml_dtypes.bfloat16).astype(np.float32))
 
 
 @pytest.mark.parametrize(
