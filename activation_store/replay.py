@@ -53,7 +53,7 @@ TOLERANCES = {
     "float16": Tolerance(row=0.02, outlier=10, rows=0.03, column=0.1, logprob=0.3),
 }
 # Attention and the MLP round what they compute from the stream once more. Over four sequences of up to 250
-# tokens of the embedded model (bfloat16) what they add, and is made on the way, differed by 1.5 times as much.
+# tokens of the embedded model (bfloat16) their values differed by 1.5 times as much as the stream's.
 _BRANCH = 2.0
 _BRANCH_POINTS = ("mlp.hook_post", "attn.hook_z", "hook_attn_out", "hook_mlp_out")
 # A damaged column stands out from the others; where all columns are a little off, the row's limit decides.
