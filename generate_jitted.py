@@ -54,8 +54,8 @@ from qwen2_core.sampling import (
     sampling_params,
     sequence_keys,
 )
-from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of, layout_of
-from qwen2_core.steering import Steering, check_prompt_strengths, steer
+from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
+from qwen2_core.steering import STEERING, Steering, abstract_steering, check_prompt_strengths, steer
 from qwen2_jax import HookedOutput, ModelOutput, QwenModel, check_model, make_output
 
 __all__ = [
@@ -430,34 +430,26 @@ def lower_generate(
     sequence_ids = layout.struct((shape.batch_size,), jnp.uint32, ROWS)
     empty = jax.eval_shape(functools.partial(_empty_state, model, shape))
     state_axes = axes_of(empty)
-    steered = None if steering is None else Steering(WHOLE, ROWS)  # pyright: ignore[reportArgumentType]
+    of_prompts, of_rows, steered = (), (), ()
+    if steering is not None:
+        of_prompts = (abstract_steering(layout, steering.placed, shape.num_prompts),)
+        of_rows = (abstract_steering(layout, steering.placed, shape.batch_size),)
+        steered = (STEERING,)
     prefill = layout.jit(
         functools.partial(run_prefill, model, shape),
-        in_axes=(WHOLE, ROWS, WHOLE, ROWS, steered),
+        in_axes=(WHOLE, ROWS, WHOLE, ROWS, *steered),
         out_axes=(state_axes, ACTIVATIONS),
     )
     decode = layout.jit(
         functools.partial(run_decode, model, shape),
-        in_axes=(WHOLE, state_axes, WHOLE, ROWS, steered),
+        in_axes=(WHOLE, state_axes, WHOLE, ROWS, *steered),
         out_axes=state_axes,
         donate_argnums=(1,),
     )
-    of_prompts, of_rows = (
-        abstract_steering(layout, steering, rows) for rows in (shape.num_prompts, shape.batch_size)
-    )
     return (
-        prefill.lower(params, prompts, sampling, sequence_ids, of_prompts),
-        decode.lower(params, layout.structs(empty), sampling, sequence_ids, of_rows),
+        prefill.lower(params, prompts, sampling, sequence_ids, *of_prompts),
+        decode.lower(params, layout.structs(empty), sampling, sequence_ids, *of_rows),
     )
-
-
-def abstract_steering(layout: Layout, steering: Steering | None, rows: int) -> Steering | None:
-    """Returns interventions as abstract arguments of a program for so many rows in each group."""
-    if steering is None:
-        return None
-    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), steering.placed)
-    strengths = layout.struct((rows, len(placed)), jnp.float32, ROWS)
-    return Steering(placed, strengths)  # pyright: ignore[reportArgumentType]
 
 
 def _empty_state(model: QwenModel, shape: GenerateShape) -> DecodeState:

@@ -158,11 +158,13 @@ class CompiledGenerate:
         steering: Steering | None = None,
     ) -> Generation:
         """Runs both, one after the other. Returns at once; the device may still compute."""
-        of_prompts = steer_prompts(steering, len(prompts.lengths))
+        of_prompts, of_rows = (), ()
+        if steering is not None:
+            of_prompts, of_rows = (steer_prompts(steering, len(prompts.lengths)),), (steering,)
         state, (prompt_activations, prompt_points) = self.prefill(
-            params, prompts, sampling, sequence_ids, of_prompts
+            params, prompts, sampling, sequence_ids, *of_prompts
         )
-        state = self.decode(params, state, sampling, sequence_ids, steering)
+        state = self.decode(params, state, sampling, sequence_ids, *of_rows)
         return Generation(
             token_ids=state.token_ids,
             lengths=state.lengths,

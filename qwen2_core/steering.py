@@ -23,6 +23,7 @@ from qwen2_core.intervention_values import (
     position_numbers,
 )
 from qwen2_core.interventions import PHASES, Intervention, as_list
+from qwen2_core.sharding import ROWS, WHOLE, Layout
 
 _STATIC = {"static": True}
 
@@ -59,6 +60,9 @@ class Steering:
         """Returns what a prompt is read with: 0 for what does not reach it, so that it can be shared."""
         reached = [placed.reaches([length])[0] for placed in self.placed]
         return np.where(reached, strengths, 0).astype(np.float32)
+
+
+STEERING: Any = Steering(WHOLE, ROWS)  # pyright: ignore[reportArgumentType]
 
 
 @jax.tree_util.register_dataclass
@@ -135,10 +139,14 @@ def steer(interventions: Any, config: QwenConfig, rows: int | None) -> Steering 
     return Steering(placed, stack(strengths, axis=1))
 
 
-def steer_prompts(steering: Steering | None, prompts: int) -> Steering | None:
+def abstract_steering(layout: Layout, placed: tuple[Placed, ...], rows: int) -> Steering:
+    """Returns interventions as abstract arguments of a program for so many rows in each group of devices."""
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), placed)
+    return Steering(placed, layout.struct((rows, len(placed)), jnp.float32, ROWS))
+
+
+def steer_prompts(steering: Steering, prompts: int) -> Steering:
     """Returns interventions of P prompts, in place of those of their samples."""
-    if steering is None:
-        return None
     strengths = np.asarray(steering.strengths)
     return dataclasses.replace(steering, strengths=strengths.reshape(prompts, -1, strengths.shape[1])[:, 0])
 

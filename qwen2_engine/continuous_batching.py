@@ -234,9 +234,9 @@ class ContinuousEngine:
         programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths, placed)
         try:
             slots = programs.create()
-            slots, _ = jax.block_until_ready(
-                programs.window(self.params, slots, programs.idle_sampling, placed)
-            )
+            steered = (placed,) if placed else ()
+            window = programs.window(self.params, slots, programs.idle_sampling, *steered)
+            slots, _ = jax.block_until_ready(window)
             memory = self._planner.memory(programs)
             return RunningSlots(programs, slots, self.params, self._sampling, memory, self._steering)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -359,11 +359,11 @@ class RunningSlots:
             for group, (slot, request) in chosen.items():
                 slots[group], limits[group] = slot, request.max_tokens
                 sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
-            strengths = None
+            strengths = ()
             if self._steering is not None:
-                strengths = np.stack([chosen.get(group, idle)[1].strengths for group in range(groups)])
+                strengths = (np.stack([chosen.get(group, idle)[1].strengths for group in range(groups)]),)
             self._slots = self.programs.insert(
-                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, strengths
+                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, *strengths
             )
             rows = _by_point(read.rows) if any(one.capture_prompt for _, one in chosen.values()) else {}
             for group, (slot, request) in chosen.items():
@@ -399,11 +399,11 @@ class RunningSlots:
             self._read = None  # makes room for the next one
             width = requests[0].width
             prompts = pad_to([request.prompt_token_ids for request in requests], width)
-            steering = self._steering
-            if steering is not None:
-                strengths = np.stack([_prompt_strengths(request, steering) for request in requests])
-                steering = dataclasses.replace(steering, strengths=strengths)
-            read = self.programs.prefills[width](self._params, *prompts, steering)
+            steered = ()
+            if self._steering is not None:
+                strengths = np.stack([_prompt_strengths(request, self._steering) for request in requests])
+                steered = (dataclasses.replace(self._steering, strengths=strengths),)
+            read = self.programs.prefills[width](self._params, *prompts, *steered)
             self._read = _ReadPrompts(keys, *read)
             self._prompts_read += len(set(keys))
         return self._read
@@ -411,8 +411,8 @@ class RunningSlots:
     @program_settings()
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
-        placed = () if self._steering is None else self._steering.placed
-        self._slots, window = self.programs.window(self._params, self._slots, self._sampling, placed)
+        steered = () if self._steering is None else (self._steering.placed,)
+        self._slots, window = self.programs.window(self._params, self._slots, self._sampling, *steered)
         return window
 
     @program_settings()

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from qwen2_core.compilation import AbstractParams, compiler_options, traced_apart
 from qwen2_core.sampling import SamplingParams, abstract_sampling_params
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
-from qwen2_core.steering import Placed, Steering
+from qwen2_core.steering import STEERING, Placed, abstract_steering
 from qwen2_engine.decode_window import (
     SlotShape,
     Window,
@@ -33,6 +33,7 @@ from qwen2_engine.decode_window import (
 )
 from qwen2_jax import QwenModel
 
+_NO_INTERVENTIONS = AbstractParams.of(())
 _WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
 
 
@@ -45,11 +46,14 @@ class SlotPrograms:
     program   arguments                                                                       results
     ========  ==============================================================================  ================
     create                                                                                    slots
-    prefills  by width: params, input_ids [D, width], lengths [D], steering of D rows         prompts, rows
+    prefills  by width: params, input_ids [D, width], lengths [D]                             prompts, rows
     insert    slots, prompts, slot [D] in each group or -1, sequence_id [D], limit [D],       slots
-              sampling, strengths [D, interventions] or None
-    window    params, slots, sampling, placed interventions                                   slots, window
+              sampling
+    window    params, slots, sampling                                                         slots, window
     ========  ==============================================================================  ================
+
+    Where there are interventions, each has a last argument more: the steering of D prompts; strengths
+    [D, interventions]; the interventions.
     """
 
     shape: SlotShape  # of one group
@@ -132,18 +136,17 @@ def compile_prefill(
     layout: Layout,
     params: AbstractParams,
     width: int,
-    placed: AbstractParams,
+    placed: AbstractParams = _NO_INTERVENTIONS,
 ) -> jax.stages.Compiled:
     """Compiles the program that reads a prompt padded to ``width``."""
-    steering = Steering(placed.tree, _strengths(shape, layout)) if placed.leaves else None
-    steered: Any = None if steering is None else Steering(WHOLE, ROWS)  # pyright: ignore[reportArgumentType]
+    steering = (abstract_steering(layout, placed.tree, 1),) if placed.tree else ()
     program = layout.jit(
         functools.partial(prefill_prompt, model, shape),
-        in_axes=(WHOLE, ROWS, ROWS, steered),
+        in_axes=(WHOLE, ROWS, ROWS, *(STEERING for _ in steering)),
         out_axes=(axes_of(_prompt(model, shape)), ACTIVATIONS),
     )
     input_ids, lengths = layout.struct((1, width), jnp.int32, ROWS), layout.struct((1,), jnp.int32, ROWS)
-    return _compile(program.lower(params.tree, input_ids, lengths, steering))
+    return _compile(program.lower(params.tree, input_ids, lengths, *steering))
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,44 +154,45 @@ def compile_prefill(
 def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
     """Compiles the program that gives a free slot of each group a new sequence."""
     slots, prompt = _slots(model, shape), _prompt(model, shape)
+    strengths = ()
+    if shape.interventions:
+        strengths = (layout.struct((1, shape.interventions), jnp.float32, ROWS),)
     program = layout.jit(
         insert,
-        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, ROWS),
+        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, *(ROWS for _ in strengths)),
         out_axes=axes_of(slots),
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
     sampling = abstract_sampling_params(shape.eos_capacity)
-    strengths = _strengths(shape, layout)
     return _compile(
-        program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, strengths)
+        program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, *strengths)
     )
 
 
 @functools.lru_cache(maxsize=64)
 @traced_apart
 def compile_window(
-    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, placed: AbstractParams
+    model: QwenModel,
+    shape: SlotShape,
+    layout: Layout,
+    params: AbstractParams,
+    placed: AbstractParams = _NO_INTERVENTIONS,
 ) -> jax.stages.Compiled:
     """Compiles the program that makes a window of steps of all slots."""
-    slots = _slots(model, shape)
+    slots, interventions = _slots(model, shape), (placed.tree,) if placed.tree else ()
     program = layout.jit(
         functools.partial(run_window, model, shape),
-        in_axes=(WHOLE, axes_of(slots), WHOLE, WHOLE),
+        in_axes=(WHOLE, axes_of(slots), WHOLE, *(WHOLE for _ in interventions)),
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
     sampling = abstract_sampling_params(shape.eos_capacity)
-    return _compile(program.lower(params.tree, layout.structs(slots), sampling, placed.tree))
+    return _compile(program.lower(params.tree, layout.structs(slots), sampling, *interventions))
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     return lowered.compile(compiler_options())  # pyright: ignore[reportArgumentType]
-
-
-def _strengths(shape: SlotShape, layout: Layout) -> Any:
-    """Returns the abstract strengths of one sequence of each group; None without interventions."""
-    return layout.struct((1, shape.interventions), jnp.float32, ROWS) if shape.interventions else None
 
 
 def _slots(model: QwenModel, shape: SlotShape) -> Any:
