@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from activation_store import SequenceId, SequenceRecord, StoreSettings, hook_layer
+from activation_store import SequenceId, SequenceRecord, StoreSettings
 from activation_store.format import MANIFEST
+from activation_store.hook_labels import hook_label
 from activation_store.index import SequenceIndex
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest
 from activation_store.prompts import is_of_own_prompts
@@ -71,18 +72,18 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yields the name of each setting that differs, with its value there and here."""
-    for name, old in there.items():
-        new = asked.get(name)
+    for name in there | asked:  # a setting that is empty is not among them
+        old, new = there.get(name), asked.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(dict.fromkeys(new) | old, new)
+            yield from _differences(old, new)
         elif old != new:
             yield _FLAG_OF.get(name, name), old, new
 
 
 def _value(name: str, value: Any) -> str:
     if name == "layers_to_extract":
-        return " ".join(str(hook_layer(hook)) for hook in value) or "none"
-    return json.dumps(value)
+        return " ".join(str(hook_label(hook)) for hook in value) or "none"
+    return "nothing" if value is None else json.dumps(value)
 
 
 def _flag(name: str, value: Any) -> str:
@@ -120,5 +121,11 @@ def say_changed_prompts(
         )
 
 
-def _name(sequence: SequenceId | SequenceRecord) -> tuple[str, int, str, int]:
-    return sequence.task_id, sequence.test_index, sequence.augmentation, sequence.sample_index
+def _name(sequence: SequenceId | SequenceRecord) -> tuple[Any, ...]:
+    return (
+        sequence.task_id,
+        sequence.test_index,
+        sequence.augmentation,
+        sequence.sample_index,
+        sequence.strengths,
+    )

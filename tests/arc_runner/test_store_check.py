@@ -47,6 +47,11 @@ DIFFERENT = [
     ),
     ({"model_fingerprint": "ef" * 32}, "model_fingerprint is", "--model_path 'Qwen/Q w'"),
     ({"tokenizer_sha256": "ef" * 32}, "tokenizer_sha256 is", "--model_path 'Qwen/Q w'"),
+    (
+        {"hook_names": ("blocks.3.hook_resid_post", "blocks.3.attn.hook_z")},
+        "--layers_to_extract is 10 11 12 there and 3 blocks.3.attn.hook_z here",
+        "--layers_to_extract 10 11 12",
+    ),
     ({"eos_token_ids": (1, 2)}, "eos_token_ids is [5] there and [1, 2] here", "--model_path 'Qwen/Q w'"),
 ]
 
@@ -60,6 +65,12 @@ def test_other_settings_are_refused_with_the_flags_that_would_continue_it(
         check_store(str(tmp_path), settings(**changes))
     assert difference in str(refused.value)
     assert str(refused.value).endswith(f"; choose another --activations_dir, or continue it with {flags}")
+
+
+def test_interventions_that_a_store_was_not_made_with_are_named(tmp_path: Path):
+    make_store(tmp_path)
+    with pytest.raises(UsageError, match=r'interventions is nothing there and "abab.*" here'):
+        check_store(str(tmp_path), settings(interventions="ab" * 32))
 
 
 def test_what_a_store_without_activations_or_prompts_needs_is_named(tmp_path: Path):
