@@ -252,7 +252,7 @@ def test_answers_to_puzzles_of_seen_rules_end_with_the_token_that_ends_a_turn(de
 
 
 def test_transformers_gives_the_right_answers_too(default_run: Path, tokenizer: Any):
-    """Of those that are right; a wrong one may hang on the last bits, which bfloat16 and float32 round apart."""
+    """Of those that are right; a wrong one may hang on last bits, which the two dtypes round apart."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     from transformers import Qwen2ForCausalLM
 
