@@ -9,7 +9,8 @@ from collections.abc import Container, Iterator, Sequence
 import jax
 
 from activation_store import ActivationStore
-from activation_store.format import DTYPES, ROW_BYTES, hook_layer, layers_text
+from activation_store.format import DTYPES, ROW_BYTES
+from activation_store.hook_labels import hooks_text
 from activation_store.shard import GROUPS
 from arc_puzzles.data_files import shown
 from arc_runner.answer_files import answer_files, local_store
@@ -97,11 +98,10 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[
     if options.generation != "continuous":
         shards = len(plan_calls(job.requests, options, committed))
     bytes_expected = rows + shards * _bytes_of_a_shard(job)
-    layers = layers_text([hook_layer(name) for name in settings.hook_names])
     several = f"{shards} shards" if shards > 1 else "a shard"
     yield (
-        f"  to store          at most {_size(bytes_expected)} in {several}: layers {layers} in "
-        f"{settings.dtype}, {'with' if settings.capture_prompt else 'without'} the rows of prompts"
+        f"  to store          at most {_size(bytes_expected)} in {several}: "
+        f"{hooks_text(settings.hook_names)} in {settings.dtype}, {'with' if settings.capture_prompt else 'without'} the rows of prompts"
     )
     store = local_store(options)
     if store is None:
@@ -116,8 +116,8 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[
 def _bytes_of_sequences(job: Job, requests: Sequence[SequenceRequest]) -> int:
     """Returns what sequences take in a store, if each answer is as long as may be."""
     settings = job.settings
-    of_layer = settings.hidden_size * DTYPES[settings.dtype].itemsize + _NORM_BYTES
-    row = ROW_BYTES + len(settings.hook_names) * of_layer
+    widths = settings.hook_widths.values()
+    row = ROW_BYTES + sum(width * DTYPES[settings.dtype].itemsize + _NORM_BYTES for width in widths)
     total = 0
     for request in requests:
         prompt = len(request.prompt_token_ids)
@@ -128,8 +128,9 @@ def _bytes_of_sequences(job: Job, requests: Sequence[SequenceRequest]) -> int:
 
 def _bytes_of_a_shard(job: Job) -> int:
     """Returns what a shard takes beside its sequences: a header, and statistics of both groups of rows."""
-    layers, hidden = len(job.settings.hook_names), job.settings.hidden_size
-    return (layers + 32) * _ENTRY_BYTES + len(GROUPS) * layers * (2 * hidden + 1) * _NORM_BYTES
+    widths = job.settings.hook_widths.values()
+    statistics_bytes = sum((2 * width + 1) * _NORM_BYTES for width in widths)
+    return (len(widths) + 32) * _ENTRY_BYTES + len(GROUPS) * statistics_bytes
 
 
 def _failure_lines(job: Job, report: Report) -> Iterator[str]:

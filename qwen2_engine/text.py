@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from activation_store.format import FinishedSequence, layers_text
+from activation_store.format import FinishedSequence
+from activation_store.hook_labels import layers_text
 from arc_puzzles import ArcFormatError
 from arc_puzzles.prompt_files import Messages, check_messages, check_text, encode_own
 from qwen2_core.generation_config import eos_token_ids as eos_of_checkpoint

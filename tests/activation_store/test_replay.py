@@ -53,9 +53,13 @@ class Run(NamedTuple):
     checkpoint: str
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(MODEL.save(tmp_path_factory.mktemp("model")))
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    checkpoint = str(MODEL.save(tmp_path_factory.mktemp("model")))
+def run(request: pytest.FixtureRequest, checkpoint: str) -> Run:
     config, params = load_qwen2(checkpoint, dtype=request.param, scan_layers=True)  # soon compiled
     model = create_model_with_hooks(config, LAYERS)
     prompts = np.random.default_rng(0).integers(0, 500, (len(PROMPTS), max(PROMPTS))).astype(np.int32)
@@ -292,8 +296,8 @@ class SteeredRun(NamedTuple):
         return list(replay_sequences(store, store.sequences(), self.forward))
 
 
-def make_run(dtype: str, steering: list[Any], *, before: bool = False) -> SteeredRun:
-    config, params = load_qwen2(TINY, dtype=dtype, scan_layers=True)
+def make_run(checkpoint: str, dtype: str, steering: list[Any], *, before: bool = False) -> SteeredRun:
+    config, params = load_qwen2(checkpoint, dtype=dtype, scan_layers=True)
     model = create_model_with_hooks(config, (11, 22), points=POINTS | {LN_FINAL: True}, capture_before=before)
     prompts = np.random.default_rng(0).integers(0, 500, (len(PROMPTS), max(PROMPTS))).astype(np.int32)
     strengths = np.array(SWEEP).T
@@ -333,7 +337,7 @@ def make_run(dtype: str, steering: list[Any], *, before: bool = False) -> Steere
             )
         )
     settings = StoreSettings(
-        model_fingerprint=checkpoint_fingerprint(TINY),
+        model_fingerprint=checkpoint_fingerprint(checkpoint),
         hook_names=HOOKS,
         hidden_size=config.hidden_size,
         dtype=dtype,
@@ -354,13 +358,13 @@ def make_run(dtype: str, steering: list[Any], *, before: bool = False) -> Steere
 
 
 @pytest.fixture(scope="module")
-def plain() -> SteeredRun:
-    return make_run("float32", [])
+def plain(checkpoint: str) -> SteeredRun:
+    return make_run(checkpoint, "float32", [])
 
 
 @pytest.fixture(scope="module")
-def steered() -> SteeredRun:
-    return make_run("float32", STEERING)
+def steered(checkpoint: str) -> SteeredRun:
+    return make_run(checkpoint, "float32", STEERING)
 
 
 def test_rows_of_every_point_are_those_of_a_plain_pass_and_shifted_ones_are_found(
@@ -395,8 +399,8 @@ def test_rows_of_another_point_are_found_by_its_name(tmp_path: Path, plain: Stee
     ]
 
 
-def test_in_16_bits_every_point_is_within_what_is_allowed(tmp_path: Path):
-    run = make_run("bfloat16", [])
+def test_in_16_bits_every_point_is_within_what_is_allowed(tmp_path: Path, checkpoint: str):
+    run = make_run(checkpoint, "bfloat16", [])
     assert run.findings(tmp_path, run.sequences) == []
 
 
@@ -421,8 +425,8 @@ def test_strengths_of_other_interventions_are_a_finding(tmp_path: Path, steered:
     assert "it has 3 strengths of 2 interventions" in found
 
 
-def test_rows_from_before_an_intervention_are_replayed_as_such(tmp_path: Path):
-    run = make_run("float32", STEERING, before=True)
+def test_rows_from_before_an_intervention_are_replayed_as_such(tmp_path: Path, checkpoint: str):
+    run = make_run(checkpoint, "float32", STEERING, before=True)
     assert run.findings(tmp_path, run.sequences) == []
     after = plain_forward(run.config, run.params, HOOKS, steer(STEERING, run.config, 1))
     store = ActivationStore(tmp_path)
@@ -430,27 +434,31 @@ def test_rows_from_before_an_intervention_are_replayed_as_such(tmp_path: Path):
     assert {line.split(": ")[1] for line in found} == {"blocks.11.hook_resid_mid", "blocks.22.attn.hook_z"}
 
 
-def test_the_whole_audit_takes_interventions_from_the_store(tmp_path: Path, steered: SteeredRun):
+def test_the_whole_audit_takes_interventions_from_the_store(
+    tmp_path: Path, steered: SteeredRun, checkpoint: str
+):
     assert steered.findings(tmp_path, steered.sequences) == []
-    assert list(replay_store(ActivationStore(tmp_path), TINY, count=99)) == []
+    assert list(replay_store(ActivationStore(tmp_path), checkpoint, count=99)) == []
     (tmp_path / INTERVENTIONS).write_bytes(b"{}")
-    (found,) = replay_store(ActivationStore(tmp_path), TINY, count=1)
+    (found,) = replay_store(ActivationStore(tmp_path), checkpoint, count=1)
     assert "is not the file that the manifest names" in found
 
 
-def test_interventions_that_do_not_fit_the_model_are_a_finding(tmp_path: Path, steered: SteeredRun):
+def test_interventions_that_do_not_fit_the_model_are_a_finding(
+    tmp_path: Path, steered: SteeredRun, checkpoint: str
+):
     for number, data in enumerate((b"{}", encode_interventions(Add("hook_resid_post", 11, np.ones(63))))):
         of = dataclasses.replace(steered.settings, interventions=interventions_sha256(data))
         with ActivationWriter(tmp_path / str(number), of, provenance={}, interventions=data):
             pass
-        (found,) = replay_store(ActivationStore(tmp_path / str(number)), TINY, count=1)
+        (found,) = replay_store(ActivationStore(tmp_path / str(number)), checkpoint, count=1)
         assert found.startswith("interventions.safetensors ")
 
 
-def test_a_width_that_is_not_the_models_is_a_finding(tmp_path: Path, plain: SteeredRun):
+def test_a_width_that_is_not_the_models_is_a_finding(tmp_path: Path, plain: SteeredRun, checkpoint: str):
     of = dataclasses.replace(plain.settings, widths=plain.settings.widths | {"mlp.hook_post": 5})
     with ActivationWriter(tmp_path, of, provenance={}):
         pass
-    assert list(replay_store(ActivationStore(tmp_path), TINY, 1)) == [
+    assert list(replay_store(ActivationStore(tmp_path), checkpoint, 1)) == [
         "the stored rows of blocks.11.mlp.hook_post are 5 wide, the model's are 128"
     ]
