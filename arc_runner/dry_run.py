@@ -20,6 +20,7 @@ from arc_runner.job import Job, sequences_of
 from arc_runner.loaded_model import LoadedModel
 from arc_runner.preflight import nearest_folder
 from arc_runner.report import Report
+from arc_runner.steering_file import steering_lines
 from arc_runner.workload import plan_calls
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import bytes_on_device
@@ -54,6 +55,8 @@ def _work_lines(job: Job, report: Report, left: int) -> Iterator[str]:
     )
     yield f"  {report.asked:<17s} {report.tasks} ({len(job.failures)} failed)"
     yield f"  sequences         {len(job.requests)} ({sequences_of(options)}), {done} of them done already"
+    for number, steered in enumerate(steering_lines(job.interventions)):
+        yield f"  {'steering' if number == 0 else '':<17s} {steered}"
     if job.requests:
         lengths = [len(request.prompt_token_ids) for request in job.requests]
         yield (
@@ -97,11 +100,12 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[
     shards = max(-(-rows // SHARD_BYTES), -(-len(left) // SHARD_SEQUENCES))
     if options.generation != "continuous":
         shards = len(plan_calls(job.requests, options, committed))
-    bytes_expected = rows + shards * _bytes_of_a_shard(job)
+    bytes_expected = rows + shards * _bytes_of_a_shard(job) + len(job.interventions or b"")
     several = f"{shards} shards" if shards > 1 else "a shard"
+    prompts = "with" if settings.capture_prompt else "without"
     yield (
         f"  to store          at most {_size(bytes_expected)} in {several}: "
-        f"{hooks_text(settings.hook_names)} in {settings.dtype}, {'with' if settings.capture_prompt else 'without'} the rows of prompts"
+        f"{hooks_text(settings.hook_names)} in {settings.dtype}, {prompts} the rows of prompts"
     )
     store = local_store(options)
     if store is None:

@@ -220,6 +220,11 @@ class RunOptions:
         type=float,
         metavar="GB",
     )
+    steer: str | None = _path(
+        GENERATION,
+        None,
+        "change the model's values as this safetensors file of interventions says; it is kept in the store",
+    )
     compilation_cache_dir: str | None = _path(
         GENERATION,
         None,
@@ -264,6 +269,21 @@ class RunOptions:
         type=int,
         nargs="+",
         metavar="LAYER",
+    )
+    hook_points: tuple[str, ...] = _flag(
+        CAPTURE,
+        (),
+        "other points to store beside these, by TransformerLens' names, as attn.hook_z:10,12-14 or "
+        "blocks.12.hook_resid_mid or ln_final.hook_normalized",
+        default_text="",
+        nargs="+",
+        metavar="POINT",
+    )
+    capture_before: bool = _flag(
+        CAPTURE,
+        False,
+        "store values as they are before --steer changes them at their own point, not after",
+        action="store_true",
     )
     extract_activations: bool = _flag(CAPTURE, True, "the default", action="store_true")
     extract_prompt: bool = _flag(
