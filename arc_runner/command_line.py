@@ -64,7 +64,9 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], parser.flags(), 1)
+        word = unknown[0].split("=")[0]
+        longer = [flag for flag in parser.flags() if flag.endswith(word.replace("--", "_", 1))]
+        close = longer or difflib.get_close_matches(word, parser.flags(), 1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
         raise UsageError(f"unknown argument {unknown[0]}; {hint}")
     values: dict[str, Any] = vars(given)

@@ -62,7 +62,8 @@ def steering_lines(data: bytes | None) -> Iterator[str]:
         layers = ()
         if one.layers is not True:
             layers = one.layers if isinstance(one.layers, tuple) else (one.layers,)
-        where = "all layers" if one.layers is True else f"layers {layers_text(layers)}"
+        several = "s" if len(layers) > 1 else ""
+        where = "all layers" if one.layers is True else f"layer{several} {layers_text(layers)}"
         of_model = one.layers is None
         listed = "" if isinstance(one.positions, str) else "positions "
         positions = one.positions if isinstance(one.positions, str) else ", ".join(map(str, one.positions))

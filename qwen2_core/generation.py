@@ -72,7 +72,8 @@ class Generation:
             IndexError: the layer was not captured, or there is no such row.
             TypeError: either is no whole number.
         """
-        layer, row = None if layer is None else _index("layer", layer), self._row(row)
+        of_model = layer is None and point != RESID_POST
+        layer, row = None if of_model else _index("layer", layer), self._row(row)
         layers, values = self.layers, self.activations
         if point != RESID_POST:
             layers, values = dict(self.point_layers).get(point, ()), self.points.get(point)
