@@ -24,7 +24,7 @@ from arc_runner.steering_file import steering_lines
 from arc_runner.workload import plan_calls
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import bytes_on_device
-from qwen2_engine.memory_plan import MemoryPlanner, device_memory_budget
+from qwen2_engine.memory_plan import device_memory_budget
 
 _LISTED = 20  # failures
 _LINE_BYTES = 1024  # of an index line, at most with ids of usual length
@@ -76,14 +76,14 @@ def _memory_lines(
         yield f"  calls             {len(calls)}, in {len({model.shape(call) for call in calls})} shapes"
         yield f"  memory            weights {_size(weights)}, KV cache and rows of a call up to {largest}"
         return
-    planner = MemoryPlanner(model.model, model.params, job.layout)
+    engine = make_engine(model)
     groups = job.layout.data_parallel
     each = f" on each of {groups} groups of devices" if groups > 1 else ""
-    for stage in make_engine(model).plan(left):
+    for stage in engine.plan(left):
         shape = stage.shape
         yield (
             f"  slots             {shape.slots}{each} for prompts of up to {shape.prompt_width} tokens, "
-            f"windows of {shape.window} steps: about {_size(planner.estimate(shape))}"
+            f"windows of {shape.window} steps: about {_size(engine.estimate(stage))}"
         )
     budget = job.options.memory_budget
     yield (

@@ -125,7 +125,8 @@ class ContinuousEngine:
             if memory_budget is None
             else whole_number("memory_budget", memory_budget, 1)
         )
-        self._planner = MemoryPlanner(model, params, self.layout)
+        placed = None if self._steering is None else self._steering.placed
+        self._planner = MemoryPlanner(model, params, self.layout, placed)
 
     def run(
         self,
@@ -224,6 +225,10 @@ class ContinuousEngine:
         longest = max((request.max_tokens for request in requests), default=1)
         shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
         return self._planner.stages({request.width for request in requests}, shape, self._budget)
+
+    def estimate(self, stage: Stage) -> int:
+        """Estimates the bytes that a stage takes on each device, before anything is compiled."""
+        return self._planner.estimate(stage.shape)
 
     @program_settings()
     def start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,13 @@ def test_the_same_command_continues_and_others_are_told_what_would(steered: Path
     assert outcome.err.endswith(f"or continue it with --steer {kept}\n")
     outcome = run_main(steered, extract_prompt=True, steer=kept)
     assert_refused(outcome, "--hook_points is attn.hook_z:0,1 hook_resid_mid:0 mlp.hook_post:1 ln_final")
-    assert " and none here; choose another" in outcome.err
+    assert "ln_final.hook_normalized there and none here); choose another" in outcome.err
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_dry_run_tells_points_and_interventions_and_counts_their_bytes(tmp_path: Path):
-    four(tmp_path)
-    outcome = run(tmp_path, steer=write_steering(tmp_path), dry_run=True)
+def test_a_dry_run_tells_points_and_interventions_and_counts_their_bytes(steered: Path):
+    file = steered / "steer.safetensors"
+    outcome = run(steered, steer=file, dry_run=True, activations_dir=steered / "none")
     assert outcome.code == 0, outcome.err
     assert (
         "  steering          Add at hook_resid_mid of layer 0, generated, strength 1\n"
@@ -98,6 +99,9 @@ def test_a_dry_run_tells_points_and_interventions_and_counts_their_bytes(tmp_pat
     ) in outcome.out
     points = "hook_resid_mid of layer 0, mlp.hook_post of layer 1, ln_final.hook_normalized in float32"
     assert f"layers 0, 1, attn.hook_z of layers 0, 1, {points}" in outcome.out
+    [limit] = re.findall(r"at most ([0-9.]+) kB", outcome.out)
+    stored = store_of(steered)[0].shard_bytes + file.stat().st_size
+    assert stored < 1000 * float(limit) < 1.5 * stored
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
