@@ -68,9 +68,11 @@ def _flag(
     return dataclasses.field(default=default, metadata={"flag": flag})
 
 
-def _path(group: str, default: str | None, help: str, default_text: str | None = None) -> Any:
+def _path(
+    group: str, default: str | None, help: str, default_text: str | None = None, **arguments: Any
+) -> Any:
     """Returns a dataclass field whose flag names a file or directory."""
-    flag = Flag(group, help, default_text, None, True, {})
+    flag = Flag(group, help, default_text, None, True, arguments)
     return dataclasses.field(default=default, metadata={"flag": flag})
 
 
@@ -224,6 +226,7 @@ class RunOptions:
         GENERATION,
         None,
         "change the model's values as this safetensors file of interventions says; it is kept in the store",
+        metavar="FILE",
     )
     compilation_cache_dir: str | None = _path(
         GENERATION,
