@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from runner_cases import (
     assert_refused,
     four,
@@ -21,6 +22,7 @@ from runner_cases import (
 
 from activation_store import ActivationStore, verify_store
 from activation_store.replay import replay_store
+from arc_runner.steering_file import read_steering
 from qwen2_core.hook_points import LN_FINAL
 from qwen2_core.intervention_files import encode_interventions
 from qwen2_core.interventions import AblateHeads, Add
@@ -138,6 +140,15 @@ def test_files_that_do_not_fit_are_refused_before_the_weights(content: Any, sent
     file = tmp_path / "steer.safetensors"
     file.write_bytes(content if isinstance(content, bytes) else encode_interventions(content))
     assert_refused(run_main(tmp_path, steer=file), sentence)
+
+
+def test_equal_interventions_are_kept_as_equal_bytes_however_they_are_written(tmp_path: Path):
+    file = write_steering(tmp_path, [Add("hook_resid_mid", [0], np.ones(64))])
+    other = tmp_path / "other.safetensors"
+    where = '[ {"layers": [0], "point": "hook_resid_mid", "kind": "Add"} ]'
+    safetensors.numpy.save_file({"0.vector": np.ones(64, np.float16)}, other, {"interventions": where})
+    assert other.read_bytes() != file.read_bytes()
+    assert read_steering(str(other)) == read_steering(str(file)) == file.read_bytes()
 
 
 @pytest.mark.slow
