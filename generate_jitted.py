@@ -27,6 +27,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, Key, UInt32
 
 from kvcache_utils import (
+    ACTIVATION_AXES,
     ROW_AXES,
     KVCache,
     axes,
@@ -54,7 +55,8 @@ from qwen2_core.sampling import (
     sequence_keys,
 )
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
-from qwen2_jax import ModelOutput, QwenModel, check_model
+from qwen2_core.steering import STEERING, Steering, abstract_steering, check_prompt_strengths, steer
+from qwen2_jax import HookedOutput, ModelOutput, QwenModel, check_model, make_output
 
 __all__ = [
     "DecodeState",
@@ -69,6 +71,8 @@ __all__ = [
     "prefill_with_cache",
 ]
 
+
+Rows = tuple[Array | None, dict[str, Array]]  # of the chosen layers, and of other points by name
 
 # --- The loop's state -------------------------------------------------------------------------------------
 
@@ -90,7 +94,10 @@ class DecodeState:
     logprobs: Float32[Array, "batch columns"] = dataclasses.field(metadata=axes("rows", "tokens"))
     lengths: Int32[Array, " batch"] = dataclasses.field(metadata=ROW_AXES)
     activations: Float[Array, "layers columns batch hidden"] | None = dataclasses.field(
-        metadata=axes("layers", "tokens", "rows", "hidden")
+        metadata=ACTIVATION_AXES
+    )
+    points: dict[str, Float[Array, "layers columns batch width"]] = dataclasses.field(
+        metadata=ACTIVATION_AXES, default_factory=dict
     )
 
 
@@ -105,6 +112,7 @@ def start_decode_state(
     """Makes a state with zeroed outputs of ``columns`` steps; activations only for a model that captures."""
     batch = cache.ar.batch_size
     buffer = model.activation_buffer(columns, batch)
+    points = model.point_buffers(columns, batch)
     return DecodeState(
         cache=cache,
         next_token=token,
@@ -114,6 +122,7 @@ def start_decode_state(
         logprobs=jnp.zeros((batch, columns), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
         activations=None if buffer is None else create_activation_buffer(buffer),
+        points={point: create_activation_buffer(of_point) for point, of_point in points.items()},
     )
 
 
@@ -128,7 +137,8 @@ def prefill_with_cache(
     cache: KVCache,
     *,
     capture: bool = True,
-) -> ModelOutput:
+    steering: Steering | None = None,
+) -> ModelOutput | HookedOutput:
     """Reads whole prompts and fills the prefill part of ``cache``.
 
     Args:
@@ -138,19 +148,21 @@ def prefill_with_cache(
         prompt_lengths: at least 1 each.
         cache: its prefill part is overwritten.
         capture: False leaves the prompts' rows out.
+        steering: interventions, of P rows.
 
     Returns:
         (logits [P, vocab] float32 that predict each prompt's first new token; the cache; the prompts' rows
-        [layers, width, P, hidden], zero past each prompt's length, or None).
+        [layers, width, P, hidden], zero past each prompt's length, or None; and, where other points are
+        captured, theirs).
     """
     with jax.named_scope("prefill"):
         mask = jnp.arange(input_ids.shape[1], dtype=jnp.int32) < prompt_lengths[:, None]
-        layers = model.capture_layers if capture else ()
-        output = _forward(model, params, input_ids, mask, cache.prefill, layers)
-        rows = output.activations
-        if rows is not None:
-            rows = jnp.where(mask.T[None, :, :, None], rows, 0)
-        return ModelOutput(output.logits[:, 0], dataclasses.replace(cache, prefill=output.cache), rows)
+        output = _forward(model, params, input_ids, mask, cache.prefill, steering, capture=capture)
+        rows, points = jax.tree.map(
+            lambda rows: jnp.where(mask.T[None, :, :, None], rows, 0), rows_of(output)
+        )
+        cache = dataclasses.replace(cache, prefill=output.cache)
+        return make_output(output.logits[:, 0], cache, rows, points)
 
 
 def run_prefill(
@@ -160,36 +172,45 @@ def run_prefill(
     prompts: tuple[Int32[Array, "prompts width"], Int32[Array, " prompts"]],
     sampling: SamplingParams,
     sequence_ids: UInt32[Array, " batch"],
-) -> tuple[DecodeState, Array | None]:
+    steering: Steering | None = None,
+) -> tuple[DecodeState, Rows]:
     """Allocates the loop's state, reads the prompts into it, and chooses every sequence's first token.
 
     Returns:
-        the state, and the prompts' rows as ``prefill_with_cache`` gives them if the shape asks for them.
+        the state, and the prompts' rows as ``rows_of`` gives them if the shape asks for them.
     """
     cache = create_kv_cache_buffers(shape.cache_config(model.config))
-    logits, cache, rows = prefill_with_cache(model, params, *prompts, cache, capture=shape.capture_prompt)
-    logits = jnp.repeat(logits, shape.samples_per_prompt, axis=0)
+    output = prefill_with_cache(
+        model, params, *prompts, cache, capture=shape.capture_prompt, steering=steering
+    )
+    cache = output.cache
+    logits = jnp.repeat(output.logits, shape.samples_per_prompt, axis=0)
     token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0)
     ended = jnp.zeros(token.shape, bool)
-    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens), rows
+    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens), rows_of(output)
 
 
 # --- One decode step --------------------------------------------------------------------------------------
 
 
 def decode_step_with_cache(
-    model: QwenModel, params: Any, token_ids: Int32[Array, " batch"], cache: KVCache
-) -> ModelOutput:
+    model: QwenModel,
+    params: Any,
+    token_ids: Int32[Array, " batch"],
+    cache: KVCache,
+    steering: Steering | None = None,
+) -> ModelOutput | HookedOutput:
     """Reads one token of every sequence.
 
     Returns:
         (logits [B, vocab] float32 that predict the next token; the cache, its index one further; the rows
-        [layers, B, hidden] of the token that was read, or None for a model that captures nothing).
+        [layers, B, hidden] of the token that was read, or None for a model that captures no layers; and,
+        where other points are captured, theirs [layers, B, width]).
     """
     with jax.named_scope("decode_step"):
-        output = _forward(model, params, token_ids[:, None], None, cache, model.capture_layers)
-        rows = output.activations
-        return ModelOutput(output.logits[:, 0], output.cache, None if rows is None else rows[:, 0])
+        output = _forward(model, params, token_ids[:, None], None, cache, steering)
+        rows, points = jax.tree.map(lambda rows: rows[:, 0], rows_of(output))
+        return make_output(output.logits[:, 0], output.cache, rows, points)
 
 
 def decode_one(
@@ -199,18 +220,21 @@ def decode_one(
     column: Int32[Array, ""],
     sampling: SamplingParams,
     keys: Key[Array, " batch"],
+    steering: Steering | None = None,
 ) -> DecodeState:
     """Reads ``next_token``, keeps its row in ``column`` of the outputs, and chooses the token after it."""
     step, live = state.cache.ar.tokens_read, ~state.ended
-    logits, cache, rows = decode_step_with_cache(model, params, state.next_token, state.cache)
-    activations = state.activations
-    if activations is not None and rows is not None:
-        activations = update_activation_buffer(activations, jnp.where(live[:, None], rows, 0), column)
+    output = decode_step_with_cache(model, params, state.next_token, state.cache, steering)
+    activations, points = jax.tree.map(
+        lambda buffer, rows: update_activation_buffer(buffer, jnp.where(live[:, None], rows, 0), column),
+        (state.activations, state.points),
+        rows_of(output),
+    )
     token_column = jnp.where(live, state.next_token, 0)[:, None]
     logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
-    next_token, next_logprob = sample_tokens(logits, sampling, keys, step + 1)
+    next_token, next_logprob = sample_tokens(output.logits, sampling, keys, step + 1)
     return DecodeState(
-        cache=cache,
+        cache=output.cache,
         next_token=next_token,
         next_logprob=next_logprob,
         ended=state.ended | jnp.any(state.next_token[:, None] == sampling.eos_token_ids, axis=-1),
@@ -218,16 +242,36 @@ def decode_one(
         logprobs=lax.dynamic_update_slice(state.logprobs, logprob_column, (0, column)),
         lengths=state.lengths + live,
         activations=activations,
+        points=points,
     )
+
+
+def rows_of(output: ModelOutput | HookedOutput) -> Rows:
+    """Returns the rows of the chosen layers, or None, and those of other points by name."""
+    return output.activations, output.points if isinstance(output, HookedOutput) else {}
 
 
 def _forward(
-    model: QwenModel, params: Any, input_ids: Array, mask: Array | None, cache: Any, layers: tuple[int, ...]
-) -> ModelOutput:
+    model: QwenModel,
+    params: Any,
+    input_ids: Array,
+    mask: Array | None,
+    cache: Any,
+    steering: Steering | None,
+    *,
+    capture: bool = True,
+) -> ModelOutput | HookedOutput:
     output: Any = model.apply(
-        {"params": params}, input_ids, mask, cache, capture_layers=layers, method=model.forward
+        {"params": params},
+        input_ids,
+        mask,
+        cache,
+        capture_layers=model.capture_layers if capture else (),
+        capture_points=model.capture_points if capture else (),
+        interventions=steering,
+        method=model.forward,
     )
-    return ModelOutput(*output)
+    return output
 
 
 # --- The loop ---------------------------------------------------------------------------------------------
@@ -240,6 +284,7 @@ def run_decode(
     state: DecodeState,
     sampling: SamplingParams,
     sequence_ids: UInt32[Array, " batch"],
+    steering: Steering | None = None,
 ) -> DecodeState:
     """Runs from the prefill's state to the last token.
 
@@ -249,7 +294,7 @@ def run_decode(
     keys = sequence_keys(sampling.seed, sequence_ids)
 
     def body(state: DecodeState) -> DecodeState:
-        return decode_one(model, params, state, state.cache.ar.index, sampling, keys)
+        return decode_one(model, params, state, state.cache.ar.index, sampling, keys, steering)
 
     if not shape.stop:
         return lax.fori_loop(0, shape.max_tokens, lambda _, state: body(state), state)
@@ -277,6 +322,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     cache_dtype: Any = None,
     extract_activations: bool = True,
     extract_prompt: bool = False,
+    interventions: Any = (),
 ) -> Generation:
     """Generates from P prompts, ``samples_per_prompt`` sequences each, and captures their activations.
 
@@ -297,6 +343,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         cache_dtype: of the KV cache; the model's by default.
         extract_activations: False returns tokens and log-probabilities alone.
         extract_prompt: True returns the prompts' rows too.
+        interventions: what to change on the way, of ``qwen2_core.interventions``.
 
     Raises:
         ValueError: a prompt, a number, a type or a shape that cannot be, parameters of another model, a call
@@ -305,7 +352,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     check_model(model)
     check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
     capture = yes_or_no("extract_activations", extract_activations)
-    if capture and not model.capture_layers:
+    if capture and not model.captures:
         way = "make it with create_model_with_hooks(config), or pass extract_activations=False"
         raise ValueError(f"This model returns no activations: {way}.")
     if not capture:
@@ -325,7 +372,9 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
         eos_capacity=len(traced.eos_token_ids),
     )
-    generation = compile_generate(model, params, shape)(params, prompts, traced, ids)
+    steering = steer(interventions, model.config, shape.batch_size)
+    check_prompt_strengths(steering, prompts.lengths)
+    generation = compile_generate(model, params, shape, steering)(params, prompts, traced, ids, steering)
     raise_on_nan(generation.logprobs)
     return generation
 
@@ -333,28 +382,35 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
 # --- Its two programs -------------------------------------------------------------------------------------
 
 
-def compile_generate(model: QwenModel, params: Any, shape: GenerateShape) -> CompiledGenerate:
+def compile_generate(
+    model: QwenModel, params: Any, shape: GenerateShape, interventions: Any = ()
+) -> CompiledGenerate:
     """Compiles prefill and decode for one shape, from the weights' shapes alone; cached.
 
     ``generate_single_task_jitted`` calls this itself. Call it before to be warm, from several threads for
-    several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays.
+    several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays. Of the
+    interventions only kinds, points, layers and shapes count.
     """
     check_params(model.config, params)
+    steering = AbstractParams.of(steer(interventions, model.config, shape.batch_size))
     # pyright takes flax modules for unhashable.
-    return _compile(model, shape, AbstractParams.of(params))  # pyright: ignore[reportArgumentType]
+    return _compile(model, shape, AbstractParams.of(params), steering)  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=256)
 @traced_apart
-def _compile(model: QwenModel, shape: GenerateShape, params: AbstractParams) -> CompiledGenerate:
+def _compile(
+    model: QwenModel, shape: GenerateShape, params: AbstractParams, steering: AbstractParams
+) -> CompiledGenerate:
     started = time.perf_counter()
-    prefill, decode = compile_all(lower_generate(model, params.tree, shape))
-    return CompiledGenerate(shape, prefill, decode, time.perf_counter() - started, model.capture_layers)
+    prefill, decode = compile_all(lower_generate(model, params.tree, shape, steering.tree))
+    seconds = time.perf_counter() - started
+    return CompiledGenerate(shape, prefill, decode, seconds, model.capture_layers, model.capture_points)
 
 
 @traced_apart
 def lower_generate(
-    model: QwenModel, params: Any, shape: GenerateShape
+    model: QwenModel, params: Any, shape: GenerateShape, steering: Steering | None = None
 ) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """Traces prefill and decode as ``CompiledGenerate`` calls them, without compiling them."""
     layout = layout_of(model.config, params)
@@ -374,20 +430,25 @@ def lower_generate(
     sequence_ids = layout.struct((shape.batch_size,), jnp.uint32, ROWS)
     empty = jax.eval_shape(functools.partial(_empty_state, model, shape))
     state_axes = axes_of(empty)
+    of_prompts, of_rows, steered = (), (), ()
+    if steering is not None:
+        of_prompts = (abstract_steering(layout, steering.placed, shape.num_prompts),)
+        of_rows = (abstract_steering(layout, steering.placed, shape.batch_size),)
+        steered = (STEERING,)
     prefill = layout.jit(
         functools.partial(run_prefill, model, shape),
-        in_axes=(WHOLE, ROWS, WHOLE, ROWS),
+        in_axes=(WHOLE, ROWS, WHOLE, ROWS, *steered),
         out_axes=(state_axes, ACTIVATIONS),
     )
     decode = layout.jit(
         functools.partial(run_decode, model, shape),
-        in_axes=(WHOLE, state_axes, WHOLE, ROWS),
+        in_axes=(WHOLE, state_axes, WHOLE, ROWS, *steered),
         out_axes=state_axes,
         donate_argnums=(1,),
     )
     return (
-        prefill.lower(params, prompts, sampling, sequence_ids),
-        decode.lower(params, layout.structs(empty), sampling, sequence_ids),
+        prefill.lower(params, prompts, sampling, sequence_ids, *of_prompts),
+        decode.lower(params, layout.structs(empty), sampling, sequence_ids, *of_rows),
     )
 
 

@@ -47,6 +47,7 @@ def axes(*names: str | None) -> dict[str, Any]:
 
 CACHE_AXES = axes("rows", "kv_heads", "positions", "head_dim")
 ROW_AXES = axes("rows")
+ACTIVATION_AXES = axes("layers", "tokens", "rows", "hidden")
 
 
 @dataclasses.dataclass(frozen=True)

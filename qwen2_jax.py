@@ -32,20 +32,25 @@ from kvcache_utils import (
     KVCache,
     PrefillCache,
     advance_ar_index,
+    create_activation_buffer,
     update_kv_cache_ar,
     write_prefill_cache,
 )
 from qwen2_core.checkpoint_files import CheckpointError
 from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
+from qwen2_core.hook_points import LN_FINAL, width_of
+from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
 from qwen2_core.kernels.platforms import by_platform
 from qwen2_core.model_inputs import read_mask, read_token_ids
+from qwen2_core.steering import edits, steer
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
 
 __all__ = [
     "CheckpointError",
+    "HookedOutput",
     "ModelOutput",
     "QwenConfig",
     "QwenModel",
@@ -56,6 +61,7 @@ __all__ = [
 ]
 
 FixedCache = PrefillCache | KVCache
+LayerCarry = tuple[Array, FixedCache | None, Kept]  # what passes from layer to layer
 LayerKV = tuple[Array, Array]  # the growing cache of one layer: k, v [B, kv_heads, positions, head_dim]
 
 
@@ -67,12 +73,31 @@ class ModelOutput(NamedTuple):
     activations: Float[Array, "layers tokens batch hidden"] | None  # None where no layer is captured
 
 
+class HookedOutput(NamedTuple):
+    """What one forward pass returns where values of other points are kept."""
+
+    logits: Float32[Array, "batch tokens vocab"]
+    cache: Any
+    activations: Float[Array, "layers tokens batch hidden"] | None
+    points: Kept  # by point: [layers, tokens, batch, width]
+
+
+def make_output(
+    logits: Array, cache: Any, activations: Array | None, points: Kept
+) -> ModelOutput | HookedOutput:
+    """Returns the outputs in the form that goes with them."""
+    if not points:
+        return ModelOutput(logits, cache, activations)
+    return HookedOutput(logits, cache, activations, points)
+
+
 class TokenContext(NamedTuple):
     """What every layer needs to know about the tokens of one forward pass."""
 
     cos: Float32[Array, "batch tokens half_head_dim"]
     sin: Float32[Array, "batch tokens half_head_dim"]
     key_valid: Bool[Array, "batch positions"] | None  # None where every position is valid
+    hooks: Hooks
 
 
 def rope_angles(
@@ -124,14 +149,14 @@ class RMSNorm(nn.Module):
     config: QwenConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, hooks: LayerHooks, point: str) -> Array:
         weight = _parameter(
             self, "weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype
         )
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         # As Hugging Face: back to the model's dtype first, then times the weight.
-        return weight * normed.astype(x.dtype)
+        return weight * hooks(point, normed.astype(self.config.dtype))
 
 
 class Linear(nn.Module):
@@ -157,13 +182,14 @@ class QwenMLP(nn.Module):
     config: QwenConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, hooks: LayerHooks) -> Array:
         config = self.config
         gate = Linear(config.intermediate_size, False, config.dtype, name="gate_proj")(x)
         up = Linear(config.intermediate_size, False, config.dtype, name="up_proj")(x)
         # Rounded once, as torch does; and XLA on CPU takes twice as long for it in bfloat16.
         activated = nn.silu(gate.astype(jnp.float32)).astype(gate.dtype)
-        return Linear(config.hidden_size, False, config.dtype, name="down_proj")(activated * up)
+        activated = hooks("mlp.hook_post", activated * up)
+        return Linear(config.hidden_size, False, config.dtype, name="down_proj")(activated)
 
 
 class QwenAttention(nn.Module):
@@ -179,20 +205,23 @@ class QwenAttention(nn.Module):
         layer: int | Array,
         cache: FixedCache | None,
         layer_kv: LayerKV | None,
+        hooks: LayerHooks,
     ) -> tuple[Array, FixedCache | None, LayerKV | None]:
         config = self.config
         batch, tokens, _ = x.shape
 
         def project(name: str, heads: int) -> Array:
+            """Returns queries, keys or values: ``name`` is q, k or v."""
             # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
             # copy all of q, k and v into it (49 MB at batch 64).
-            flat = lax.optimization_barrier(Linear(heads * config.head_dim, True, config.dtype, name=name)(x))
+            flat = Linear(heads * config.head_dim, True, config.dtype, name=f"{name}_proj")(x)
+            flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
-        q = apply_rope(project("q_proj", config.num_attention_heads), context.cos, context.sin)
-        k = apply_rope(project("k_proj", config.num_key_value_heads), context.cos, context.sin)
+        q = apply_rope(project("q", config.num_attention_heads), context.cos, context.sin)
+        k = apply_rope(project("k", config.num_key_value_heads), context.cos, context.sin)
         k = k.swapaxes(1, 2)
-        v = project("v_proj", config.num_key_value_heads).swapaxes(1, 2)
+        v = project("v", config.num_key_value_heads).swapaxes(1, 2)
 
         if isinstance(cache, KVCache):
             cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
@@ -205,7 +234,8 @@ class QwenAttention(nn.Module):
                 k, v = jnp.concatenate([layer_kv[0], k], axis=2), jnp.concatenate([layer_kv[1], v], axis=2)
             layer_kv = (k, v)
             out = attend_causal(q, k, v, context.key_valid)
-        out = Linear(config.hidden_size, False, config.dtype, name="o_proj")(out.reshape(batch, tokens, -1))
+        out = hooks("attn.hook_z", out.reshape(batch, tokens, -1))
+        out = Linear(config.hidden_size, False, config.dtype, name="o_proj")(out)
         return out, cache, layer_kv
 
 
@@ -216,22 +246,25 @@ class QwenDecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        carry: tuple[Array, FixedCache | None],
-        layer: int | Array,
-        layer_kv: LayerKV | None,
-        context: TokenContext,
-    ) -> tuple[tuple[Array, FixedCache | None], tuple[Array, LayerKV | None]]:
-        x, cache = carry
+        self, carry: LayerCarry, layer: int | Array, layer_kv: LayerKV | None, context: TokenContext
+    ) -> tuple[LayerCarry, tuple[Array, LayerKV | None]]:
+        x, cache, kept = carry
+        hooks, dtype = context.hooks.at(layer, kept), self.config.dtype
         with jax.named_scope("attention"):
-            normed = RMSNorm(self.config, name="input_layernorm")(x)
+            x = hooks.stream("hook_resid_pre", x)
+            normed = RMSNorm(self.config, name="input_layernorm")(x, hooks, "ln1.hook_normalized")
             attended, cache, layer_kv = QwenAttention(self.config, name="self_attn")(
-                normed, context, layer, cache, layer_kv
+                normed, context, layer, cache, layer_kv, hooks
             )
-            x = x + attended
+            x = hooks.stream("hook_resid_mid", x.astype(dtype) + hooks("hook_attn_out", attended))
         with jax.named_scope("mlp"):
-            x = x + QwenMLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_layernorm")(x))
-        return (x, cache), (x, layer_kv)
+            normed = RMSNorm(self.config, name="post_attention_layernorm")(x, hooks, "ln2.hook_normalized")
+            added = hooks("hook_mlp_out", QwenMLP(self.config, name="mlp")(normed, hooks))
+            before = x.astype(dtype) + added
+            x = hooks.stream("hook_resid_post", before)
+        output = before if context.hooks.before else x.astype(dtype)
+        # Unrolled layers pass float32 on; a scan carries one dtype, and rounds what it carries.
+        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept), (output, layer_kv)
 
 
 class QwenModel(nn.Module):
@@ -244,6 +277,21 @@ class QwenModel(nn.Module):
         """The layers whose outputs a forward pass returns; none here, see ``qwen2_jax_with_hooks``."""
         return ()
 
+    @property
+    def capture_points(self) -> PointLayers:
+        """The points beside these outputs whose values a forward pass returns, and the layers of each."""
+        return ()
+
+    @property
+    def captures(self) -> bool:
+        """Whether a forward pass returns any rows."""
+        return bool(self.capture_layers or self.capture_points)
+
+    @property
+    def capture_before(self) -> bool:
+        """Whether values are returned as they are before interventions at their own point."""
+        return False
+
     @nn.nowrap
     def activation_buffer(self, tokens: int, batch: int) -> ActivationBufferConfig | None:
         """Returns the sizes of a buffer for captured rows; None where nothing is captured."""
@@ -251,6 +299,18 @@ class QwenModel(nn.Module):
         if not layers:
             return None
         return ActivationBufferConfig(layers, tokens, batch, config.hidden_size, config.dtype)
+
+    @nn.nowrap
+    def point_buffers(self, tokens: int, batch: int) -> dict[str, ActivationBufferConfig]:
+        """Returns the sizes of buffers for the captured points, by point."""
+        return _point_buffers(self.config, self.capture_points, tokens, batch)
+
+    @nn.nowrap
+    def captured_bytes(self, tokens: int, batch: int) -> int:
+        """Returns the bytes of all that is captured of so many tokens of each of so many sequences."""
+        rows = self.activation_buffer(tokens, batch)
+        points = self.point_buffers(tokens, batch).values()
+        return sum(buffer.nbytes for buffer in (rows, *points) if buffer is not None)
 
     def setup(self) -> None:
         config = self.config
@@ -275,6 +335,9 @@ class QwenModel(nn.Module):
         attention_mask: ArrayLike | None = None,
         kv_caches: Any = None,
         position_offset: int | ArrayLike = 0,
+        *,
+        interventions: Any = (),
+        prompt_lengths: ArrayLike | None = None,
     ) -> Any:  # (logits, caches); a subclass may return more
         """Runs one forward pass.
 
@@ -285,15 +348,27 @@ class QwenModel(nn.Module):
                 all positions of a row, which changes nothing but rounding: RoPE is relative.
             kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
             position_offset: position of ``input_ids[:, 0]``, a scalar or [B]; fixed caches know their own.
+            interventions: what to change on the way, of ``qwen2_core.interventions``.
+            prompt_lengths: [B], where positions of generated tokens begin, for interventions; by default all
+                tokens are the prompt's without a past, and generated ones after it.
 
         Returns:
             (float32 logits, the updated caches).
         """
-        output = self.forward(input_ids, attention_mask, kv_caches, position_offset, capture_layers=())
+        output = self.forward(
+            input_ids,
+            attention_mask,
+            kv_caches,
+            position_offset,
+            capture_layers=(),
+            capture_points=(),
+            interventions=interventions,
+            prompt_lengths=prompt_lengths,
+        )
         return output.logits, output.cache
 
     @defined_settings()
-    def forward(
+    def forward(  # noqa: PLR0913 - the public pass; all but one have defaults
         self,
         input_ids: ArrayLike,
         attention_mask: ArrayLike | None = None,
@@ -301,8 +376,11 @@ class QwenModel(nn.Module):
         position_offset: int | ArrayLike = 0,
         *,
         capture_layers: tuple[int, ...] | None = None,
-    ) -> ModelOutput:
-        """Runs one forward pass and captures the outputs of ``capture_layers`` (the model's by default)."""
+        capture_points: PointLayers | None = None,
+        interventions: Any = (),
+        prompt_lengths: ArrayLike | None = None,
+    ) -> ModelOutput | HookedOutput:
+        """Runs one forward pass and captures layers' outputs and other points (the model's by default)."""
         config = self.config
         input_ids = read_token_ids(input_ids, config.vocab_size)
         tokens = input_ids.shape[1]
@@ -319,53 +397,59 @@ class QwenModel(nn.Module):
         else:
             grown, start = kv_caches, jnp.asarray(position_offset, jnp.int32).reshape(-1, 1)
         positions = jnp.broadcast_to(start + jnp.arange(tokens, dtype=jnp.int32), input_ids.shape)
-        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid)
-
         capture = self.capture_layers if capture_layers is None else capture_layers
+        points = self.capture_points if capture_points is None else capture_points
+        steering, todo = steer(interventions, config, len(input_ids)), ()
+        if steering is not None:
+            todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
+        hooks = Hooks(points, self.capture_before, config.num_hidden_layers, config.dtype, todo)
+        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks)
+        buffers = _point_buffers(config, points, tokens, len(input_ids))
+        kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
+
         x = self.embed_tokens(input_ids)
-        x, cache, grown, captured = self._run_layers(x, cache, grown, context, capture)
+        (x, cache, kept), grown, captured = self._run_layers((x, cache, kept), grown, context, capture)
         activations = jnp.stack(captured).swapaxes(1, 2) if captured else None
+        of_model = hooks.at(None, kept)
         if isinstance(cache, PrefillCache):
-            x = jnp.take_along_axis(x, (cache.length - 1)[:, None, None], axis=1)
-        x = self.norm(x)
+            last, narrow = (cache.length - 1)[:, None], x.astype(config.dtype)
+            if LN_FINAL in dict(points):
+                self.norm(narrow, of_model, LN_FINAL)  # keeps those of all tokens
+            x = jnp.take_along_axis(narrow, last[..., None], axis=1)
+            x = self.norm(x, hooks.at_tokens(last).at(None, {}), LN_FINAL)
+        else:
+            x = self.norm(x, of_model, LN_FINAL)
         with jax.named_scope("logits"):
             if config.tie_word_embeddings:
                 logits = logits_f32(x, self.embed_tokens.embedding, tied=True)
             else:
                 logits = logits_f32(x, self.lm_head.kernel, tied=False)
         if isinstance(cache, KVCache):
-            return ModelOutput(logits, advance_ar_index(cache), activations)
-        if isinstance(cache, PrefillCache):
-            return ModelOutput(logits, cache, activations)
-        return ModelOutput(
-            logits, None if config.use_fixed_cache and kv_caches is None else grown, activations
-        )
+            cache = advance_ar_index(cache)
+        elif cache is None and not (config.use_fixed_cache and kv_caches is None):
+            cache = grown
+        return make_output(logits, cache, activations, of_model.kept)
 
     def _run_layers(
         self,
-        x: Array,
-        cache: FixedCache | None,
+        carry: LayerCarry,
         grown: list[LayerKV] | None,
         context: TokenContext,
         capture: tuple[int, ...],
-    ) -> tuple[Array, FixedCache | None, list[LayerKV], list[Array]]:
+    ) -> tuple[LayerCarry, list[LayerKV], list[Array]]:
         if self.config.scan_layers:
             stacked = None if grown is None else jax.tree.map(lambda *kv: jnp.stack(kv), *grown)
-            (x, cache), (outputs, new_kv) = self._scan_layers((x, cache), stacked, context)
+            carry, (outputs, new_kv) = self._scan_layers(carry, stacked, context)
             kv_list = [] if new_kv is None else list(zip(*(list(part) for part in new_kv), strict=True))
-            return x, cache, kv_list, [outputs[layer] for layer in capture]
+            return carry, kv_list, [outputs[layer] for layer in capture]
         outputs, kv_list = [], []
         for i, layer in enumerate(self.layers):
-            (x, cache), (output, layer_kv) = layer(
-                (x, cache), i, None if grown is None else grown[i], context
-            )
+            carry, (output, layer_kv) = layer(carry, i, None if grown is None else grown[i], context)
             outputs.append(output)
             kv_list.append(layer_kv)
-        return x, cache, kv_list, [outputs[layer] for layer in capture]
+        return carry, kv_list, [outputs[layer] for layer in capture]
 
-    def _scan_layers(
-        self, carry: tuple[Array, FixedCache | None], stacked_kv: LayerKV | None, context: TokenContext
-    ) -> Any:
+    def _scan_layers(self, carry: LayerCarry, stacked_kv: LayerKV | None, context: TokenContext) -> Any:
         """Runs the layers as one ``lax.scan``: returns its carry and, stacked, what the layers return.
 
         Flax's own scan makes the parameters. It would trace the layer twice in each forward pass, and copy
@@ -389,6 +473,23 @@ class QwenModel(nn.Module):
             return layer.apply({"params": tree.unflatten(weights)}, carry, number, layer_kv, context)
 
         return lax.scan(run_layer, carry, (numbers, sliced, stacked_kv))
+
+
+def _generated(positions: Array, kv_caches: Any, prompt_lengths: ArrayLike | None) -> Array:
+    """Returns which tokens at these positions were generated, as far as interventions are concerned."""
+    if isinstance(kv_caches, KVCache | PrefillCache) or prompt_lengths is None:
+        after_prompt = bool(kv_caches) and not isinstance(kv_caches, PrefillCache)
+        return jnp.full(positions.shape, after_prompt)
+    return positions >= jnp.asarray(prompt_lengths, jnp.int32).reshape(-1, 1)
+
+
+def _point_buffers(
+    config: QwenConfig, points: PointLayers, tokens: int, batch: int
+) -> dict[str, ActivationBufferConfig]:
+    return {
+        point: ActivationBufferConfig(len(layers), tokens, batch, width_of(point, config), config.dtype)
+        for point, layers in points
+    }
 
 
 def check_model(model: Any) -> None:

@@ -6,16 +6,18 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, SupportsIndex, cast, overload
 
+import numpy as np
+
 from activation_store.format import (
     DTYPES,
     MANIFEST,
     ROW_BYTES,
     SequenceRecord,
     StoreError,
-    hook_layer,
-    layers_text,
 )
+from activation_store.hook_labels import hook_label, hooks_text
 from activation_store.index import SequenceIndex
+from activation_store.interventions import read_interventions
 from activation_store.local_files import LocalFiles
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest, manifest_problem
 from activation_store.open_shards import OpenShards
@@ -46,7 +48,8 @@ class SequenceCatalogue:
         self.settings, self.provenance = decode_manifest(manifest, f"{self.files.location}/{MANIFEST}")
         if problem := manifest_problem(manifest):  # what is stored can still be read, and verified
             _logger.warning("%s/%s cannot be relied on: %s", self.files.location, MANIFEST, problem)
-        self.layers = tuple(hook_layer(name) for name in self.settings.hook_names)
+        labels = map(hook_label, self.settings.hook_names)
+        self.layers = tuple(layer for layer in labels if isinstance(layer, int))  # of hook_resid_post
         self.index = SequenceIndex(self.files)
         self._shards = OpenShards(self.files, self.settings)
         self._listed: dict[int, dict[str, FileStatus]] = {}  # the shards of hosts
@@ -60,11 +63,16 @@ class SequenceCatalogue:
 
     def __repr__(self) -> str:
         """Says in a line what there is."""
+        width = "" if self.settings.widths else f" of width {self.settings.hidden_size}"
         return (
             f"{type(self).__name__}({self.files.location!r}: {len(self)} sequences, "
-            f"layers {layers_text(self.layers)} of width {self.settings.hidden_size}, "
-            f"stored as {self.settings.dtype})"
+            f"{hooks_text(self.settings.hook_names)}{width}, stored as {self.settings.dtype})"
         )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the stored rows."""
+        return DTYPES[self.settings.dtype]
 
     def __len__(self) -> int:
         """Returns how many sequences there are, failed ones included."""
@@ -154,6 +162,14 @@ class SequenceCatalogue:
         """
         return read_outcomes(self.files)
 
+    def interventions(self) -> bytes | None:
+        """Returns the file of what was written into the model, None where nothing was.
+
+        Raises:
+            StoreError: it is missing, or not the one that the manifest names.
+        """
+        return read_interventions(self.files, self.settings) if self.settings.interventions else None
+
     def own(self, record: SequenceRecord) -> SequenceRecord:
         """Returns the record; raises StoreError unless it is one of this store.
 
@@ -198,9 +214,7 @@ class SequenceCatalogue:
             raise StoreError(
                 f"{where} is {oddity or f'{size} bytes long'}, {record.shard_bytes} were written"
             )
-        row_bytes = (
-            ROW_BYTES + len(self.layers) * self.settings.hidden_size * DTYPES[self.settings.dtype].itemsize
-        )
+        row_bytes = ROW_BYTES + sum(self.settings.hook_widths.values()) * self.dtype.itemsize
         if (record.row_start + record.n_rows) * row_bytes > size:
             raise StoreError(f"{record.label}: its rows end outside {where}")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from activation_store.hook_labels import hook_label
 from qwen2_core.messages import did_you_mean, masked, printable, similar_name
 
 PACKAGE = "qwen2-jax-activations"
@@ -148,6 +149,14 @@ def _name(text: str) -> str:
 _layer = _whole(0, 9_999)
 
 
+def _hook(text: str) -> int | str:
+    """Returns the number of a layer, or a hook's name as it is."""
+    try:
+        return hook_label(text)
+    except ValueError:
+        return _layer(text)
+
+
 # --- Commands -----------------------------------------------------------------------------------------------
 
 
@@ -270,7 +279,13 @@ def _add_export(parser: _Parser) -> None:
     _add_store(parser)
     parser.add_argument("--output", type=_path, required=True, help="new directory")
     rows = parser.add_argument_group("which rows")
-    rows.add_argument("--layer", type=_layer, required=True)
+    rows.add_argument(
+        "--layer",
+        type=_hook,
+        required=True,
+        metavar="L",
+        help="a layer's number, or another hook's name, such as blocks.12.attn.hook_z",
+    )
     rows.add_argument("--context_size", type=_whole(1, 2**20), required=True, help="rows in a window")
     rows.add_argument(
         "--first_position",

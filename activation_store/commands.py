@@ -110,13 +110,13 @@ def _bar(items: Collection[Item], name: str, unit: str) -> Iterable[Item]:
 def stats(options: argparse.Namespace) -> int:
     store = ActivationStore(options.directory)
     print("layer  group      rows        mean norm   rms of a value   rms without the mean")
-    for layer in store.layers:
+    for layer in store.choose_layers(None).layers:
         for group in ("generated", "prompt"):
             with contextlib.suppress(StoreUsageError):  # no such rows
                 of_layer = store.statistics(layer, group)
                 spread = of_layer.variance.mean()
                 print(
-                    f"{layer:5d}  {group:9s}  {of_layer.count:<10d}  {of_layer.mean_norm:<10.4g}  "
+                    f"{layer:>5}  {group:9s}  {of_layer.count:<10d}  {of_layer.mean_norm:<10.4g}  "
                     f"{(spread + (of_layer.mean**2).mean()) ** 0.5:<15.4g}  {spread**0.5:.4g}"
                 )
     return 0

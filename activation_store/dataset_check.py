@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 
-import numpy as np
-
 from activation_store.format import SequenceId, SequenceRecord, StoreSettings, sequence_key
 from activation_store.index import SequenceIndex
 from activation_store.reader import ActivationStore
@@ -20,7 +18,7 @@ def verify_coverage(store: ActivationStore, expected: Collection[tuple[str, int]
         store: each (task_id, test_index) in it should have as many sequences as the others.
         expected: the (task_id, test_index) of each puzzle that the store should cover.
     """
-    found = Counter((task_id, test) for task_id, test, _, _ in set(map(_name, store.index.records())))
+    found = Counter((task_id, test) for task_id, test, *_ in set(map(_name, store.index.records())))
     wanted = set(expected)
     most = max((count for puzzle, count in found.items() if puzzle in wanted), default=0)
     for task_id, test in sorted(wanted):
@@ -34,7 +32,7 @@ def verify_coverage(store: ActivationStore, expected: Collection[tuple[str, int]
 def verify_prompts(store: ActivationStore) -> Iterator[str]:
     """Yields findings about sequences that are there of two prompts; one is not of the data set any more."""
     names = Counter(map(_name, store.index.records()))
-    twice = Counter(task_id for (task_id, _, _, _), count in names.items() if count > 1)
+    twice = Counter(task_id for (task_id, *_), count in names.items() if count > 1)
     for task_id, count in sorted(twice.items()):
         yield (
             f"task {task_id}: {count} sequences are there of two prompts; give --model_path to learn which "
@@ -67,15 +65,10 @@ def stale_sequences(
         if (record.task_id, record.test_index) not in tests:
             return True
         prompt = prompts.get((record.task_id, record.test_index, record.augmentation))
-        return prompt is not None and _key_with(settings, record, prompt) != record.key
+        return prompt is not None and sequence_key(settings, record.identity(prompt)) != record.key
 
     return [record for record in index.records() if is_stale(record)]
 
 
-def _key_with(settings: StoreSettings, record: SequenceRecord, prompt: np.ndarray) -> str:
-    name = SequenceId(record.task_id, record.test_index, record.sample_index, record.augmentation, prompt)
-    return sequence_key(settings, name)
-
-
-def _name(record: SequenceRecord) -> tuple[str, int, str, int]:
-    return record.task_id, record.test_index, record.augmentation, record.sample_index
+def _name(record: SequenceRecord) -> tuple[str, int, str, int, tuple[float, ...]]:
+    return record.task_id, record.test_index, record.augmentation, record.sample_index, record.strengths

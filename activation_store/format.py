@@ -3,17 +3,19 @@
 ```
 DIRECTORY/
   manifest.json                        StoreSettings (must be equal to continue) and provenance (may differ)
+  interventions.safetensors            what was written into the model, if anything was (interventions.py)
   host-00000.json                      what decides the last bits of host 0's sequences (host_files.py)
   host-00000/index.jsonl               one SequenceRecord per line
   host-00000/shard-000000.safetensors  the rows of one batch (layout: shard.py)
 ```
 """
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import ml_dtypes
@@ -22,6 +24,7 @@ import numpy as np
 
 from activation_store import schema
 from activation_store.checked_json import canonical_json, seal_line, unseal_line
+from activation_store.hook_labels import hook_label, hooks_text
 from activation_store.schema import (
     Count,
     Finite,
@@ -35,10 +38,12 @@ from activation_store.schema import (
     Sentence,
     Width,
 )
+from qwen2_core.hook_points import RESID_POST, parse_name
 
 MANIFEST = "manifest.json"
+INTERVENTIONS = "interventions.safetensors"
 LINE_BYTES = 1 << 17  # no index line is longer
-ROW_BYTES = 17  # of a row's columns in a shard, whatever its layers take
+ROW_BYTES = 17  # of a row's columns in a shard, whatever its hooks take
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -48,9 +53,9 @@ DTYPES: dict[str, np.dtype] = {
 FinishReason = Annotated[str, msgspec.Meta(pattern=r"\A(?:stop|length|failed|imported)\Z")]
 
 # Exactly the names that the functions below give: no other digits, no second spelling of a number.
-_HOOK = re.compile(r"blocks\.(0|[1-9][0-9]{0,8})\.hook_resid_post")
 _SHARD = re.compile(r"shard-([0-9]{6}|[1-9][0-9]{6,11})\.safetensors")
 _HOST = re.compile(r"host-([0-9]{5}|[1-9][0-9]{5,8})")
+Strengths = Annotated[tuple[Finite, ...], msgspec.Meta(max_length=1024)]
 OptionalShardName = Annotated[str, msgspec.Meta(pattern=rf"\A(?:{_SHARD.pattern})?\Z")]
 
 
@@ -67,16 +72,22 @@ class StoreWriteError(StoreError):
 
 
 def hook_name(layer: int) -> str:
-    """Returns the name of decoder block `layer`'s output: `hook_name(10) == "blocks.10.hook_resid_post"`."""
-    return f"blocks.{layer}.hook_resid_post"
+    """Returns the name of decoder block `layer`'s output: `hook_name(10) == "blocks.10.hook_resid_post"`.
+
+    Those of other points are given by `qwen2_core.hook_points.full_name`.
+    """
+    return f"blocks.{layer}.{RESID_POST}"
 
 
 def hook_layer(name: str) -> int:
-    """Returns the layer of a hook name; raises StoreError for any other name."""
-    match = _HOOK.fullmatch(name)
-    if match is None:
-        raise StoreError(f"{name!r} is not a hook name of the form blocks.<layer>.hook_resid_post")
-    return int(match.group(1))
+    """Returns the layer in the name of a block's output; raises StoreError for any other name."""
+    try:
+        label = hook_label(name)
+    except ValueError:
+        label = None
+    if not isinstance(label, int):
+        raise StoreError(f"{name!r} is not a hook name of the form blocks.<layer>.{RESID_POST}")
+    return label
 
 
 def host_name(host_index: int) -> str:
@@ -101,16 +112,12 @@ def shard_number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def layers_text(layers: Sequence[int]) -> str:
-    """Returns layers in a few words: `layers_text([10, 11, 12]) == "10-12"`, else "0, 5, 12" or "none"."""
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[0] + len(layers))):
-        return f"{layers[0]}-{layers[-1]}"
-    return ", ".join(map(str, layers)) or "none"
-
-
 @dataclass(frozen=True)
 class StoreSettings:
     """Everything that decides the stored bytes: a directory is continued only under equal settings.
+
+    `widths` may name every point that is stored; those as wide as `hidden_size` are left out of it. A setting
+    that is empty by default is not in the manifest and in no key, so that both are as they were without it.
 
     Raises:
         StoreError: a value of a type, or a dtype, width or hook name, that no store can have.
@@ -118,7 +125,7 @@ class StoreSettings:
 
     model_fingerprint: Name  # sha256 hex over weights and config
     hook_names: tuple[Name, ...]  # ("blocks.10.hook_resid_post", ...); () when capture is off
-    hidden_size: Width
+    hidden_size: Width  # of a row, but for the points in `widths`
     dtype: Name  # "float32" | "bfloat16" | "float16"
     capture_prompt: bool
     max_output_tokens: Positive
@@ -127,6 +134,9 @@ class StoreSettings:
     eos_token_ids: tuple[Length, ...]
     tokenizer_sha256: Name
     prompt: dict[Name, Name]  # grid_encoder, prompt_version
+    widths: dict[Name, Width] = field(default_factory=dict)  # {"mlp.hook_post": 4864}
+    interventions: OptionalSha256 = ""  # of INTERVENTIONS: what was written into the model; "" for nothing
+    capture_before: bool = False  # rows are those before interventions at their own point, not after
 
     def __post_init__(self) -> None:
         try:
@@ -137,19 +147,45 @@ class StoreSettings:
             raise StoreError(
                 f"activations cannot be stored as {self.dtype!r}: choose one of {', '.join(DTYPES)}"
             )
-        for name in self.hook_names:
-            hook_layer(name)
+        try:
+            points = {parse_name(name)[0] for name in self.hook_names}
+        except ValueError as error:
+            raise StoreError(str(error)) from error
         if len(set(self.hook_names)) != len(self.hook_names):
             raise StoreError(f"a hook name is given twice: {', '.join(self.hook_names)}")
+        widths = {point: int(width) for point, width in self.widths.items() if width != self.hidden_size}
+        for point in self.widths:
+            if point not in points or (point == RESID_POST and widths.get(point)):
+                raise StoreError(
+                    f"a store of {hooks_text(self.hook_names)}, with hidden_size {self.hidden_size}, "
+                    f"cannot have a width {self.widths[point]} of {point!r}"
+                )
+        if self.capture_before and not self.interventions:
+            raise StoreError("capture_before says nothing where there are no interventions: leave it out")
+        object.__setattr__(self, "widths", dict(sorted(widths.items())))
 
     def __repr__(self) -> str:
         """Says in a line what is stored; `to_json()` has every setting."""
-        layers = layers_text([hook_layer(name) for name in self.hook_names])
+        width = "" if self.widths else f" of width {self.hidden_size}"
+        steered = f", interventions {self.interventions[:8]!r}" if self.interventions else ""
         return (
-            f"StoreSettings(model {self.model_fingerprint[:8]!r}, layers {layers} of width "
-            f"{self.hidden_size} in {self.dtype}, {'with' if self.capture_prompt else 'without'} prompts, "
-            f"up to {self.max_output_tokens} tokens, sampling {self.sampling}, seed {self.seed})"
+            f"StoreSettings(model {self.model_fingerprint[:8]!r}, {hooks_text(self.hook_names)}{width} "
+            f"in {self.dtype}, {'with' if self.capture_prompt else 'without'} prompts, "
+            f"up to {self.max_output_tokens} tokens, sampling {self.sampling}, seed {self.seed}{steered})"
         )
+
+    @functools.cached_property
+    def hook_widths(self) -> dict[str, int]:
+        """How many values a row of each hook has; the hooks are in their order."""
+        return {name: self.widths.get(parse_name(name)[0], self.hidden_size) for name in self.hook_names}
+
+    @functools.cached_property
+    def hooks_by_point(self) -> dict[str, list[str]]:
+        """The hooks of each point, in their order: their rows are handed over as one stacked array."""
+        found: dict[str, list[str]] = {}
+        for name in self.hook_names:
+            found.setdefault(parse_name(name)[0], []).append(name)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON values; sampling values are floats, so that 0 and 0.0 are the same setting."""
@@ -157,28 +193,44 @@ class StoreSettings:
         values["hook_names"] = list(self.hook_names)
         values["eos_token_ids"] = sorted(int(token) for token in self.eos_token_ids)
         values["sampling"] = {name: float(value) for name, value in self.sampling.items()}
+        for name in _LEFT_OUT:
+            if not values[name]:
+                del values[name]
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "StoreSettings":
         """Returns the settings that `to_json` gave; raises StoreError for any other values."""
         expected = {field.name for field in fields(cls)}
-        if set(values) != expected:
-            odd = ", ".join(sorted(set(values) ^ expected))
-            raise StoreError(f"settings do not have the fields of this program: {odd}")
+        left_out = {name for name in _LEFT_OUT if name not in values}
+        if odd := set(values) ^ (expected - left_out):
+            names = ", ".join(sorted(odd))
+            raise StoreError(f"settings do not have the fields of this program: {names}")
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
-        return cls(**plain)
+        settings = cls(**plain)
+        for name in _LEFT_OUT - left_out:  # one form only: the keys are made of it
+            if not values[name] or values[name] != getattr(settings, name):
+                raise StoreError(f"{name} has values that this program leaves out: {values[name]!r:.200}")
+        return settings
 
     def differences(self, asked: "StoreSettings") -> list[str]:
         """Returns one phrase per field in which `asked` differs from these settings; [] for equal ones."""
         mine, theirs = self.to_json(), asked.to_json()
+
+        def shown(value: Any) -> str:
+            return "nothing" if value is None else json.dumps(value)
+
         return [
-            f"{name} is {json.dumps(mine[name])} there and {json.dumps(theirs[name])} here"
-            for name in mine
-            if mine[name] != theirs[name]
+            f"{name} is {shown(mine.get(name))} there and {shown(theirs.get(name))} here"
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
         ]
+
+
+# Of the manifest and of keys, where they are empty.
+_LEFT_OUT = frozenset({"widths", "interventions", "capture_before"})
 
 
 @dataclass(frozen=True)
@@ -190,12 +242,15 @@ class SequenceId:
     sample_index: int
     augmentation: str  # "identity" or the name of the transformation applied to the puzzle
     prompt_token_ids: np.ndarray  # int32 [prompt_length]
+    # Of each intervention of the store, in the file's order; () for those that the file says.
+    strengths: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
         """Says in a line which sequence it is, without the prompt's tokens."""
+        steered = f", strengths {list(self.strengths)}" if self.strengths else ""
         return (
             f"SequenceId({self.task_id!r} test {self.test_index} {self.augmentation} sample "
-            f"{self.sample_index}, prompt of {len(self.prompt_token_ids)} tokens)"
+            f"{self.sample_index}, prompt of {len(self.prompt_token_ids)} tokens{steered})"
         )
 
 
@@ -204,20 +259,31 @@ class FinishedSequence:
     """A generated sequence as handed to the writer; n generated tokens, EOS included.
 
     Row r of a layer belongs to the token that was read: prompt tokens first where they are captured,
-    then generated token t at position `len(prompt) + t`.
+    then generated token t at position `len(prompt) + t`. The layers of an array are in the order in which
+    the settings' `hook_names` have them, and all arrays have the same number of rows.
     """
 
     id: SequenceId
     token_ids: np.ndarray  # int32 [n]
     logprobs: np.ndarray  # float32 [n]
     finish_reason: str  # "stop" | "length"
-    rows: np.ndarray | None  # [layers, n or prompt_length + n, hidden], any strides; None when capture is off
+    # Of hook_resid_post: [layers, n or prompt_length + n, hidden], any strides; None where it is not stored.
+    rows: np.ndarray | None
     key: str | None = None  # the sequence's key in a store of these settings, where it is known already
+    points: Mapping[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of each other point: [layers, rows, width]
 
     def __repr__(self) -> str:
         """Says in a line what there is, without the values."""
         rows = "no rows" if self.rows is None else f"rows {list(self.rows.shape)} in {self.rows.dtype}"
-        return f"FinishedSequence({self.id}, {len(self.token_ids)} tokens ({self.finish_reason}), {rows})"
+        points = "".join(f", {point} {list(of_point.shape)}" for point, of_point in self.points.items())
+        of_tokens = f"{len(self.token_ids)} tokens ({self.finish_reason})"
+        return f"FinishedSequence({self.id}, {of_tokens}, {rows}{points})"
+
+    def rows_of(self, point: str) -> np.ndarray | None:
+        """Returns the rows [layers, rows, width] of a point; None where there are none."""
+        return self.rows if point == RESID_POST else self.points.get(point)
 
 
 class SequenceRecord(NamedTuple):
@@ -248,6 +314,7 @@ class SequenceRecord(NamedTuple):
     shard_mtime_ns: Nanoseconds  # when it was written; a resume re-hashes only shards where this changed
     failure: Sentence | None
     numerics: OptionalNumerics = ""  # which of its host's made it (host_files.py); "" where not known
+    strengths: Strengths = ()  # of the store's interventions (SequenceId)
 
     def __repr__(self) -> str:
         """Says in a line which sequence it is and what there is of it; `_asdict()` has every field."""
@@ -256,6 +323,17 @@ class SequenceRecord(NamedTuple):
             f"SequenceRecord({self.task_id!r} test {self.test_index} {self.augmentation} sample "
             f"{self.sample_index}: {self.failure if self.failed else there}, {self.finish_reason}, "
             f"key {self.key!r})"
+        )
+
+    def identity(self, prompt_token_ids: np.ndarray) -> SequenceId:
+        """Returns the sequence's name with a prompt, int32 [prompt_length]."""
+        return SequenceId(
+            self.task_id,
+            self.test_index,
+            self.sample_index,
+            self.augmentation,
+            prompt_token_ids,
+            self.strengths,
         )
 
     @property
@@ -285,7 +363,8 @@ class SequenceRecord(NamedTuple):
 def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     """Returns the key that a resumed run compares: 32 hex digits over the settings, the prompt and the name.
 
-    Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ.
+    Task id, test and sample index and augmentation are part of it, so two tasks with one prompt differ; so
+    are strengths, where there are any.
 
     Raises:
         StoreError: the name is none that an index line can hold.
@@ -298,6 +377,8 @@ def sequence_key(settings: StoreSettings, sequence_id: SequenceId) -> str:
     ]
     try:
         schema.checked(name, tuple[Name, Length, Length, Name])
+        if sequence_id.strengths:
+            name.append(list(map(float, schema.checked(_plain(sequence_id.strengths), Strengths))))
     except ValueError as error:
         raise StoreError(f"a sequence cannot be stored as {str(name)[:200]} ({error})") from error
     digest = hashlib.sha256(canonical_json([settings.to_json(), name]).encode())
@@ -324,6 +405,8 @@ def encode_line(record: SequenceRecord) -> bytes:
         StoreError: `decode_line` would refuse it.
     """
     values = dict(zip(_LINE_FIELDS, record[1:], strict=True))
+    if not record.strengths:  # as before there were any
+        del values["strengths"]
     line = seal_line(json.dumps(values, separators=(",", ":"), allow_nan=False).encode()) + b"\n"
     decode_line(line, record.host)
     return line

@@ -6,6 +6,7 @@ arrays that are not contiguous, wants the whole file in memory and makes it mode
 files.
 """
 
+import itertools
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from activation_store.format import DTYPES, FinishedSequence, StoreError, StoreSettings
-from activation_store.shard import ALIGNMENT, FORMAT, GROUPS, TYPE_NAMES
+from activation_store.shard import ALIGNMENT, FORMAT, GROUPS, TYPE_NAMES, moments_shape
 from activation_store.statistics import measure_pieces
+from qwen2_core.hook_points import RESID_POST
 
 
 class Tensor(NamedTuple):
@@ -50,10 +52,11 @@ class PackedBatch:
     tensors: dict[str, Tensor]  # in file order; {} when every sequence failed
     placements: dict[int, Placement]  # by position in the batch
     failures: dict[int, str]  # by position in the batch: what is wrong, where
+    first_hook: str = ""  # the first tensor of rows
 
     def chunks(self) -> Iterator[memoryview]:
         """Yields the file's bytes, piece by piece; at most one piece is copied at a time."""
-        yield memoryview(_encode_header(self.tensors))
+        yield memoryview(_encode_header(self.tensors, self.first_hook))
         for tensor in self.tensors.values():
             for piece in tensor.pieces:
                 # Row-major bytes of any strides; a view to bytes, as bfloat16 has no buffer protocol.
@@ -82,23 +85,28 @@ def pack_batch(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> Pa
             if settings.hook_names:
                 columns |= {"norms": norms} | statistics
             tensors = {name: _whole(column) for name, column in columns.items()}
-            tensors |= _layers(settings, sequences) | {"is_generated": _whole(is_generated)}
-            return PackedBatch(tensors, dict(zip(kept, placements, strict=True)), failures)
+            tensors |= _hooks(settings, sequences) | {"is_generated": _whole(is_generated)}
+            return PackedBatch(
+                tensors,
+                dict(zip(kept, placements, strict=True)),
+                failures,
+                next(iter(settings.hook_names), ""),
+            )
         failures |= {kept[i]: reason for i, reason in broken.items()}
         kept = [i for i in kept if i not in failures]
     return PackedBatch({}, {}, failures)
 
 
-def _encode_header(tensors: dict[str, Tensor]) -> bytes:
+def _encode_header(tensors: dict[str, Tensor], aligned: str) -> bytes:
     """Returns the file's first bytes: the header's length, and the header as JSON.
 
-    Spaces at its end put the first layer at a multiple of ALIGNMENT.
+    Spaces at its end put the tensor `aligned` at a multiple of ALIGNMENT.
     """
     header: dict[str, object] = {"__metadata__": FORMAT}
-    offset = first_layer = 0
+    offset = aligned_offset = 0
     for name, tensor in tensors.items():
-        if not first_layer and name.startswith("blocks."):
-            first_layer = offset
+        if name == aligned:
+            aligned_offset = offset
         header[name] = {
             "dtype": TYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -106,58 +114,88 @@ def _encode_header(tensors: dict[str, Tensor]) -> bytes:
         }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text) + first_layer) % ALIGNMENT)
+    text += b" " * (-(8 + len(text) + aligned_offset) % ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
 def _check(settings: StoreSettings, sequence: FinishedSequence) -> None:
     name = f"sequence {sequence.id.task_id}/{sequence.id.test_index}/{sequence.id.sample_index}"
-    generated, prompt = len(sequence.token_ids), len(sequence.id.prompt_token_ids)
+    generated = len(sequence.token_ids)
     if sequence.finish_reason not in ("stop", "length", "imported"):
         raise StoreError(f"{name}: finish_reason {sequence.finish_reason!r} is neither 'stop' nor 'length'")
     if not 1 <= generated <= settings.max_output_tokens:
         raise StoreError(f"{name}: {generated} generated tokens, expected 1 to {settings.max_output_tokens}")
     if sequence.logprobs.shape != (generated,):
         raise StoreError(f"{name}: {sequence.logprobs.shape} log-probabilities for {generated} tokens")
-    if not settings.hook_names:
-        if sequence.rows is not None:
-            raise StoreError(f"{name} has activation rows, but the store captures no layers")
-        return
-    if sequence.rows is None:
-        raise StoreError(
-            f"{name} has no activation rows, but the store captures {len(settings.hook_names)} layers"
-        )
+    if sequence.id.strengths and not settings.interventions:
+        raise StoreError(f"{name} has strengths of interventions, but the store has no interventions")
+    if not settings.hook_names and (sequence.rows is not None or sequence.points):
+        raise StoreError(f"{name} has activation rows, but the store captures no layers")
+    by_point = settings.hooks_by_point
+    for point in dict.fromkeys((RESID_POST, *by_point, *sequence.points)):
+        problem = _problem(settings, sequence, point, len(by_point.get(point, ())))
+        if problem:
+            raise StoreError(f"{name}{'' if point == RESID_POST else f', {point}'}: {problem}")
+    counts = {point: found.shape[1] for point in by_point if (found := sequence.rows_of(point)) is not None}
+    if len(set(counts.values())) > 1:
+        raise StoreError(f"{name}: its points have different numbers of rows: {counts}")
+
+
+def _problem(settings: StoreSettings, sequence: FinishedSequence, point: str, layers: int) -> str:
+    """Returns what is wrong with the rows of a point that is stored of so many layers; "" for nothing."""
+    rows = sequence.points.get(point) if point != RESID_POST else sequence.rows
+    if point == RESID_POST and point in sequence.points:
+        return "these are `rows`, not one of `points`"
+    if rows is None:
+        return f"no activation rows, but the store captures {layers} layers" if layers else ""
+    if not layers:
+        return "rows of a point that the store does not capture"
+    generated, prompt = len(sequence.token_ids), len(sequence.id.prompt_token_ids)
     allowed = (generated, prompt + generated) if settings.capture_prompt else (generated,)
-    layers, rows, hidden = sequence.rows.shape
-    if hidden != settings.hidden_size:
-        raise StoreError(f"{name}: rows are {hidden} wide, the model's hidden size is {settings.hidden_size}")
-    if layers != len(settings.hook_names):
-        raise StoreError(f"{name}: rows of {layers} layers, expected {len(settings.hook_names)}")
-    if rows not in allowed:
-        raise StoreError(f"{name}: {rows} rows for {prompt} prompt and {generated} generated tokens")
-    if sequence.rows.dtype != DTYPES[settings.dtype]:
-        raise StoreError(f"{name}: rows are {sequence.rows.dtype}, the store holds {settings.dtype}")
+    if rows.ndim != 3:
+        return f"rows of shape {list(rows.shape)}, not [layers, rows, width]"
+    width = settings.widths.get(point, settings.hidden_size)
+    if rows.shape[2] != width:
+        promised = "the model's hidden size is" if point == RESID_POST else "the store's are"
+        return f"rows are {rows.shape[2]} wide, {promised} {width}"
+    if rows.shape[0] != layers:
+        return f"rows of {rows.shape[0]} layers, expected {layers}"
+    if rows.shape[1] not in allowed:
+        return f"{rows.shape[1]} rows for {prompt} prompt and {generated} generated tokens"
+    if rows.dtype != DTYPES[settings.dtype]:
+        return f"rows are {rows.dtype}, the store holds {settings.dtype}"
+    return ""
 
 
 def _whole(array: np.ndarray) -> Tensor:
     return Tensor(array.dtype, array.shape, (array,))
 
 
-def _layers(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> dict[str, Tensor]:
-    """Returns the rows [rows, hidden] of each hook name, one piece a sequence."""
-    count = sum(map(_row_count, batch))
+def _hooks(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> dict[str, Tensor]:
+    """Returns the rows [rows, width] of each hook, one piece a sequence."""
+    count, dtype = sum(map(_row_count, batch)), DTYPES[settings.dtype]
+    pieces = _pieces(settings, batch)
     return {
-        hook: Tensor(
-            DTYPES[settings.dtype],
-            (count, settings.hidden_size),
-            tuple(sequence.rows[layer] for sequence in batch if sequence.rows is not None),
-        )
-        for layer, hook in enumerate(settings.hook_names)
+        hook: Tensor(dtype, (count, settings.hook_widths[hook]), tuple(pieces[hook]))
+        for hook in settings.hook_names
     }
 
 
+def _pieces(settings: StoreSettings, batch: Sequence[FinishedSequence]) -> dict[str, list[np.ndarray]]:
+    """Returns of each hook, in the settings' order, the rows [n, width] of each sequence, as views."""
+    found: dict[str, list[np.ndarray]] = {hook: [] for hook in settings.hook_names}
+    for point, hooks in settings.hooks_by_point.items():
+        for sequence in batch:
+            rows = sequence.rows_of(point)
+            assert rows is not None  # as `_check` has seen
+            for layer, hook in enumerate(hooks):
+                found[hook].append(rows[layer])
+    return found
+
+
 def _row_count(sequence: FinishedSequence) -> int:
-    return len(sequence.token_ids) if sequence.rows is None else sequence.rows.shape[1]
+    rows = next((one for one in (sequence.rows, *sequence.points.values()) if one is not None), None)
+    return len(sequence.token_ids) if rows is None else rows.shape[1]
 
 
 def _is_generated(batch: Sequence[FinishedSequence]) -> np.ndarray:
@@ -173,30 +211,34 @@ def _is_generated(batch: Sequence[FinishedSequence]) -> np.ndarray:
 def _measure(
     settings: StoreSettings, batch: Sequence[FinishedSequence]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns the rows' norms, float32 [layers, rows], and the statistics tensors of each group by name."""
+    """Returns the rows' norms, float32 [hooks, rows], and the statistics tensors of each group by name."""
     generated = _is_generated(batch).astype(bool)
-    norms = np.empty((len(settings.hook_names), len(generated)), np.float32)
+    pieces = _pieces(settings, batch)
+    norms = np.empty((len(pieces), len(generated)), np.float32)
     tensors: dict[str, np.ndarray] = {}
     for group, mask in zip(GROUPS, (generated, ~generated), strict=True):
-        if not mask.any() or not settings.hook_names:
+        if not mask.any() or not pieces:
             continue
-        of_layers = []
-        for layer in range(len(settings.hook_names)):
-            pieces = (_rows_of_group(sequence, layer, group) for sequence in batch)
-            statistics, norms[layer, mask] = measure_pieces(pieces, settings.hidden_size)
-            of_layers.append(statistics)
-        tensors[f"statistics.{group}.mean"] = np.stack([s.mean for s in of_layers]).astype(np.float32)
-        tensors[f"statistics.{group}.variance"] = np.stack([s.variance for s in of_layers]).astype(np.float32)
-        tensors[f"statistics.{group}.norm"] = np.array([s.mean_norm for s in of_layers], np.float32)
+        of_hooks = []
+        for place, (hook, of_hook) in enumerate(pieces.items()):
+            of_group = map(_rows_of_group, batch, of_hook, itertools.repeat(group))
+            statistics, norms[place, mask] = measure_pieces(of_group, settings.hook_widths[hook])
+            of_hooks.append(statistics)
+        shape = moments_shape(settings)
+        for name, moments in (
+            ("mean", [s.mean for s in of_hooks]),
+            ("variance", [s.variance for s in of_hooks]),
+        ):
+            of_all = np.concatenate(moments).astype(np.float32).reshape(shape)
+            tensors[f"statistics.{group}.{name}"] = of_all
+        tensors[f"statistics.{group}.norm"] = np.array([s.mean_norm for s in of_hooks], np.float32)
     return norms, tensors
 
 
-def _rows_of_group(sequence: FinishedSequence, layer: int, group: str) -> np.ndarray:
-    """Returns the rows [n, hidden] of a layer that belong to "generated" or to "prompt" tokens."""
-    assert sequence.rows is not None  # as `_check` has seen
-    of_layer = sequence.rows[layer]
-    prompt_rows = len(of_layer) - len(sequence.token_ids)
-    return of_layer[prompt_rows:] if group == "generated" else of_layer[:prompt_rows]
+def _rows_of_group(sequence: FinishedSequence, rows: np.ndarray, group: str) -> np.ndarray:
+    """Returns those of a sequence's rows [n, width] that belong to "generated" or to "prompt" tokens."""
+    prompt_rows = len(rows) - len(sequence.token_ids)
+    return rows[prompt_rows:] if group == "generated" else rows[:prompt_rows]
 
 
 def _failures(

@@ -65,9 +65,7 @@ def sequences_now(store: ActivationStore, tasks: Iterable[Asked], tokenizer: Any
         puzzle = record.task_id, record.test_index, record.augmentation
         if puzzle not in prompts:
             prompts[puzzle] = _prompt(store.settings, task, record, tokenizer)
-        one = SequenceId(
-            record.task_id, record.test_index, record.sample_index, record.augmentation, prompts[puzzle]
-        )
+        one = record.identity(prompts[puzzle])
         now[sequence_key(store.settings, one)] = one
     if now and not any(key in store.index for key in now):
         raise StoreError(

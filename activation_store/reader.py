@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from activation_store.catalogue import SequenceCatalogue
-from activation_store.format import DTYPES, SequenceRecord, StoreError, StoreUsageError
+from activation_store.format import SequenceRecord, StoreError, StoreUsageError
+from activation_store.hook_labels import hook_label
 from activation_store.open_shards import SHARDS_AHEAD, ahead
 from activation_store.rows import (
     STORED,
+    Label,
     LayerChoice,
     Layers,
     OneLayer,
@@ -45,16 +47,12 @@ class ActivationStore(SequenceCatalogue):
     ...     text = store.answer(record, tokenizer)
     """
 
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the stored rows."""
-        return DTYPES[self.settings.dtype]
-
     def choose_layers(self, layer: Layers | None) -> LayerChoice:
         """Returns the choice of one layer, of several, or with None of all stored; StoreError for others."""
+        hooks = self.settings.hook_names
         if layer is None:
-            return LayerChoice(self.layers, tuple(range(len(self.layers))), alone=False)
-        return choose_layers(layer, self.layers, self.files.location)
+            return LayerChoice(tuple(map(hook_label, hooks)), tuple(range(len(hooks))), alone=False)
+        return choose_layers(layer, hooks, self.files.location)
 
     def require_layer(self, layer: OneLayer) -> int:
         """Returns a layer's index among the stored ones; raises StoreError when it is not stored."""
@@ -69,18 +67,20 @@ class ActivationStore(SequenceCatalogue):
     @overload
     def rows(
         self, record: SequenceRecord, layer: Iterable[OneLayer], *, dtype: str = "float32"
-    ) -> dict[int, Rows]: ...
+    ) -> dict[Label, Rows]: ...
 
     def rows(
         self, record: SequenceRecord, layer: Layers, *, dtype: str = "float32"
-    ) -> Rows | dict[int, Rows]:
-        """Returns the output of decoder block `layer` for a sequence, [n_rows, hidden].
+    ) -> Rows | dict[Label, Rows]:
+        """Returns the output of decoder block `layer`, or the rows of any hook, for a sequence.
 
-        Row r was computed from the token that `columns` names for it.
+        They are [n_rows, hidden], or as wide as the hook's point. Row r was computed from the token that
+        `columns` names for it.
 
         Args:
             record: a sequence of this store.
-            layer: its number or hook name; several of them give `{layer: rows}`, aligned row by row.
+            layer: its number or hook name; several of them give `{layer: rows}`, aligned row by row, where
+                a block's output is labelled with its number and any other hook with its name.
             dtype: "float32", a copy of your own, or "stored", the bytes as they lie: in a local store a
                 read-only view into the file's memory map, of which nothing is read before it is used. Do
                 not compute with bfloat16 in numpy, whose sums are wrong.
@@ -88,7 +88,7 @@ class ActivationStore(SequenceCatalogue):
         Raises:
             StoreError: the layer is not stored, the record is of another store, or the sequence failed.
         """
-        choice = choose_layers(layer, self.layers, self.files.location)
+        choice = choose_layers(layer, self.settings.hook_names, self.files.location)
         check_row_dtype(dtype)
         shard, start, stop = self._place(record)
         return choice.label(
@@ -122,7 +122,7 @@ class ActivationStore(SequenceCatalogue):
         sequences: Iterable[SequenceRecord] | None = None,
         rows: RowFilter | None = None,
         dtype: str = "float32",
-    ) -> Iterator[tuple[dict[int, np.ndarray], RowColumns, SequenceRecord]]: ...
+    ) -> Iterator[tuple[dict[Label, np.ndarray], RowColumns, SequenceRecord]]: ...
 
     def iterate(
         self,
@@ -137,7 +137,7 @@ class ActivationStore(SequenceCatalogue):
         `layer` and `dtype` are those of `ActivationStore.rows`. With dtype="stored" rows and columns are
         views; only filtering by norm copies.
         """
-        choice = choose_layers(layer, self.layers, self.files.location)
+        choice = choose_layers(layer, self.settings.hook_names, self.files.location)
         check_row_dtype(dtype)
         return self._iterate(choice, choice.hooks, sequences, row_filter(rows), dtype)
 
@@ -151,7 +151,8 @@ class ActivationStore(SequenceCatalogue):
         """Returns a pandas DataFrame with one line for each row, in the order of `iterate`, without the rows.
 
         Its columns: task_id, test_index, sample_index, augmentation and key of the sequence, position,
-        token_id, is_generated, logprob, and `norm_12` for each layer named, by default for all stored ones.
+        token_id, is_generated, logprob, and `norm_12` for each layer named, by default for all stored ones;
+        `norm_blocks.12.attn.hook_z` for another hook.
         `pandas.DataFrame(store)` has one line for each sequence.
 
         Raises:
@@ -197,7 +198,7 @@ class ActivationStore(SequenceCatalogue):
 
         def prefetched(of_shard: tuple[Shard, list[SequenceRecord]]) -> tuple[Shard, list[SequenceRecord]]:
             shard, records = of_shard
-            for name in (*_COLUMNS, "norms") if self.layers else _COLUMNS:
+            for name in (*_COLUMNS, "norms") if self.settings.hook_names else _COLUMNS:
                 shard.prefetch(name)
             for hook in hooks:
                 shard.prefetch(hook, [(min(r.row_start for r in records), max(_end(r) for r in records))])
@@ -270,9 +271,9 @@ class ActivationStore(SequenceCatalogue):
         """
         if group not in GROUPS:
             raise StoreError(f"there are statistics of {' and '.join(GROUPS)} rows, not of {group!r}")
-        hidden = self.settings.hidden_size
         place = self.require_layer(layer)
-        merged = LayerStatistics.empty(hidden)
+        hook = self.settings.hook_names[place]
+        merged = LayerStatistics.empty(self.settings.hook_widths[hook])
         by_shard: dict[str, list[SequenceRecord]] = {}
         for record in self.sequences():
             by_shard.setdefault(record.path, []).append(record)
@@ -281,15 +282,13 @@ class ActivationStore(SequenceCatalogue):
             if f"statistics.{group}.mean" not in shard:
                 continue
             if len(records) != shard.sequences:  # some were dropped; the stored figures are of all
-                merged = merged.merge(_measured(shard, self.settings.hook_names[place], group, records))
+                merged = merged.merge(_measured(shard, hook, group, records))
                 continue
             generated = int(np.count_nonzero(shard.column("is_generated")))
             count = generated if group == "generated" else shard.place("is_generated").shape[0] - generated
-            mean, variance, norm = (
-                shard.column(f"statistics.{group}.{name}")[place].astype(np.float64)
-                for name in ("mean", "variance", "norm")
-            )
-            merged = merged.merge(LayerStatistics(count, mean, variance * count, float(norm) * count))
+            mean, variance, norm = shard.statistics(group, place)
+            squared = variance.astype(np.float64) * count
+            merged = merged.merge(LayerStatistics(count, mean.astype(np.float64), squared, norm * count))
         if not merged.count:
             raise StoreUsageError(f"{self.files.location} has no {group} rows to take statistics of")
         return merged

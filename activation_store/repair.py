@@ -8,7 +8,6 @@ from collections.abc import Collection
 
 from activation_store.format import (
     MANIFEST,
-    SequenceId,
     StoreError,
     host_name,
     host_number,
@@ -92,8 +91,7 @@ def _require_settings(store: ActivationStore) -> None:
             prompt = store.prompt_token_ids(one)
         except StoreError:  # damaged
             continue
-        name = SequenceId(one.task_id, one.test_index, one.sample_index, one.augmentation, prompt)
-        if sequence_key(store.settings, name) == key:
+        if sequence_key(store.settings, one.identity(prompt)) == key:
             return
         compared += 1
     if compared > 1 or (compared and manifest_problem(store.files.read(MANIFEST))):

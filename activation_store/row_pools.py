@@ -23,7 +23,7 @@ _Pieces = tuple[Shard, list[tuple[int, int]]]  # rows [first, end) of a shard
 class Pool(NamedTuple):
     """Rows in memory, in stored order, and the order in which to hand them out."""
 
-    rows: np.ndarray  # [layers, n, hidden] in the stored dtype
+    rows: tuple[np.ndarray, ...]  # of each layer [n, width] in the stored dtype
     token_ids: np.ndarray
     positions: np.ndarray
     is_generated: np.ndarray
@@ -131,22 +131,25 @@ class RowPools:
             kept[of_shard] = before[self._runs[of_shard, 3]] - before[self._runs[of_shard, 2]]
         return kept
 
-    def buffers(self, pools: list[np.ndarray]) -> np.ndarray:
-        """Returns memory for two pools, [2, layers, rows, hidden]: one is handed out while one is filled.
+    def buffers(self, pools: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """Returns memory for two pools, [rows, width] a layer: one is handed out while one is filled.
 
         Fresh memory for every pool would cost as much as reading it.
         """
         largest = max((_row_count(self._runs[pool]) for pool in pools), default=0)
-        shape = (min(2, len(pools)), len(self._choice.layers), largest, self.store.settings.hidden_size)
-        return _aligned(shape, self.store.dtype)
+        widths = [self.store.settings.hook_widths[hook] for hook in self._choice.hooks]
+        return [
+            [_aligned((largest, width), self.store.dtype) for width in widths]
+            for _ in range(min(2, len(pools)))
+        ]
 
-    def load(self, pool: np.ndarray, buffer: np.ndarray, seed: tuple[int, ...]) -> Pool:
+    def load(self, pool: np.ndarray, buffer: list[np.ndarray], seed: tuple[int, ...]) -> Pool:
         """Reads a pool into `buffer`, one of `buffers`; `seed` decides the order of its rows."""
         runs = self._runs[pool]
         runs = runs[np.lexsort((runs[:, 2], runs[:, 1]))]  # in stored order: kind to the disk
         lengths = runs[:, 3] - runs[:, 2]
         count = int(lengths.sum())
-        rows = buffer[:, :count]
+        rows = tuple(of_layer[:count] for of_layer in buffer)
         token_ids, positions = np.empty(count, np.int32), np.empty(count, np.int32)
         keep = np.ones(count, bool)
         filled = 0

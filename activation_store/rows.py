@@ -8,10 +8,12 @@ from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from activation_store.format import SequenceRecord, StoreError, StoreUsageError, hook_layer, hook_name
+from activation_store.format import SequenceRecord, StoreError, StoreUsageError, hook_name
+from activation_store.hook_labels import hook_label, hooks_text, labelled_hook
 
 Value = TypeVar("Value")
-OneLayer: TypeAlias = SupportsIndex | str  # its number, or its hook name
+OneLayer: TypeAlias = SupportsIndex | str  # the number of a block, for its output, or any hook's name
+Label: TypeAlias = int | str  # what results are labelled with: as `hook_labels.hook_label`
 Layers: TypeAlias = OneLayer | Iterable[OneLayer]
 STORED = "stored"
 _ROW_DTYPES = ("float32", STORED)
@@ -94,18 +96,18 @@ class RowFilter:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layers that one call reads."""
+    """The layers that one call reads: the outputs of blocks, or other hooks."""
 
-    layers: tuple[int, ...]  # their numbers, in the order asked for
-    places: tuple[int, ...]  # their indices among the stored ones
+    layers: tuple[Label, ...]  # in the order asked for
+    places: tuple[int, ...]  # their indices among the stored hooks
     alone: bool  # one layer, named by itself: what is read of it is not put into a dict
 
     @property
     def hooks(self) -> list[str]:
         """The layers' hook names."""
-        return [hook_name(layer) for layer in self.layers]
+        return list(map(labelled_hook, self.layers))
 
-    def label(self, values: Sequence[Value]) -> Value | dict[int, Value]:
+    def label(self, values: Sequence[Value]) -> Value | dict[Label, Value]:
         """Returns one value a layer as `{layer: value}`, or the only one as it is."""
         return values[0] if self.alone else dict(zip(self.layers, values, strict=True))
 
@@ -118,36 +120,47 @@ class LayerChoice:
         return keep
 
 
-def choose_layers(layer: Layers, stored: tuple[int, ...], where: str) -> LayerChoice:
-    """Returns the choice of a layer's number or hook name, or of several.
+def choose_layers(layer: Layers, stored: tuple[str, ...], where: str) -> LayerChoice:
+    """Returns the choice of a layer's number or hook name, or of several, among the hooks stored.
 
     Raises:
         StoreError: a layer that is not stored or named twice, none at all, or what does not name a layer.
     """
-    alone, numbers = _layer_numbers(layer)
-    for number in numbers:
-        if number not in stored:
-            there = ", ".join(map(str, stored))
-            hint = f"its layers: {there}" if stored else "it was made without activations"
-            raise StoreUsageError(f"layer {number} is not in {where}; {hint}")
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise StoreUsageError(f"layers are named once each, at least one of them, not {list(numbers)}")
-    return LayerChoice(numbers, tuple(map(stored.index, numbers)), alone)
+    alone, labels = _labels(layer)
+    places = {hook: place for place, hook in enumerate(stored)}
+    for label in labels:
+        if labelled_hook(label) not in places:
+            raise StoreUsageError(f"{_called(label)} is not in {where}; {_there(stored)}")
+    if not labels or len(set(labels)) < len(labels):
+        raise StoreUsageError(f"layers are named once each, at least one of them, not {list(labels)}")
+    return LayerChoice(labels, tuple(places[labelled_hook(label)] for label in labels), alone)
 
 
-def _layer_numbers(layer: Any) -> tuple[bool, tuple[int, ...]]:
-    """Returns whether one layer is named by itself, and the numbers of all that are named."""
+def _called(label: Label) -> str:
+    return f"layer {label}" if isinstance(label, int) else label
+
+
+def _there(stored: tuple[str, ...]) -> str:
+    """Returns which hooks there are, as an answer to one that is not there."""
+    layers = [str(label) for label in map(hook_label, stored) if isinstance(label, int)]
+    if len(layers) == len(stored):
+        return f"its layers: {', '.join(layers)}" if stored else "it was made without activations"
+    return f"it has {hooks_text(stored)}"
+
+
+def _labels(layer: Any) -> tuple[bool, tuple[Label, ...]]:
+    """Returns whether one layer is named by itself, and the labels of all that are named."""
     if isinstance(layer, str | bytes) or not isinstance(layer, Iterable) or getattr(layer, "ndim", None) == 0:
-        return True, (_layer_number(layer),)
-    return False, tuple(map(_layer_number, layer))
+        return True, (_label(layer),)
+    return False, tuple(map(_label, layer))
 
 
-def _layer_number(layer: Any) -> int:
+def _label(layer: Any) -> Label:
     if _is_whole(layer):
         return operator.index(layer)
     try:
-        return hook_layer(layer)
-    except (StoreError, TypeError):
+        return hook_label(layer)
+    except (ValueError, TypeError):
         raise StoreUsageError(
             f"{layer!r} names no layer: give its number, such as 12, or its hook name, such as "
             f"{hook_name(12)!r}, or a list of them"

@@ -1,7 +1,7 @@
 """Writing stored rows as a dataset that SAELens loads as cached activations.
 
 That is a Hugging Face dataset (`datasets.load_from_disk`) with one float32 column of shape
-[context_size, hidden] named after the hook, and a column `token_ids` of context_size int32 each. Load it with
+[context_size, width] named after the hook, and a column `token_ids` of context_size int32 each. Load it with
 
     LanguageModelSAERunnerConfig(use_cached_activations=True, cached_activations_path=OUTPUT,
                                  hook_name="blocks.12.hook_resid_post", context_size=..., ...)
@@ -18,15 +18,15 @@ from typing import Any
 import filelock
 import numpy as np
 
-from activation_store.format import StoreError, StoreUsageError, StoreWriteError, hook_name
+from activation_store.format import StoreError, StoreUsageError, StoreWriteError
 from activation_store.local_files import LocalFiles
 from activation_store.reader import ActivationStore
-from activation_store.rows import STORED, RowFilter, row_filter, whole
+from activation_store.rows import STORED, OneLayer, RowFilter, row_filter, whole
 
 
 def export_saelens(
     store: ActivationStore,
-    layer: int,
+    layer: OneLayer,
     output: str | os.PathLike[str],
     context_size: int,
     rows: RowFilter | None = None,
@@ -40,7 +40,7 @@ def export_saelens(
 
     Args:
         store: the store to read.
-        layer: which layer's rows.
+        layer: which layer's rows, by its number, or another hook's, by its name.
         output: a directory that does not exist yet; a leading `~` is the home directory.
         context_size: rows in a window.
         rows: which rows to take, by default all.
@@ -54,7 +54,7 @@ def export_saelens(
         StoreWriteError: it cannot be written; nothing is left.
         StoreError: the store is damaged, or the library `datasets` is not installed.
     """
-    store.require_layer(layer)
+    hook = store.settings.hook_names[store.require_layer(layer)]
     context_size = whole(context_size, "context_size")
     if not 1 <= context_size < 1 << 31:
         raise StoreUsageError(f"context_size must be at least 1 and below 2**31, not {context_size}")
@@ -69,18 +69,17 @@ def export_saelens(
     # Counted before a window's memory is asked for; fewer may pass where they are chosen by their norm.
     ranges = (row_filter(rows).row_range(record) for record in store.sequences())
     windows = sum(stop - start for start, stop in ranges) // context_size
-    if not windows or next(_windows(store, layer, context_size, rows), None) is None:
+    if not windows or next(_windows(store, hook, context_size, rows), None) is None:
         raise StoreUsageError(f"the store has fewer than {context_size} such rows: not one window")
-    hook = hook_name(layer)
     features = datasets.Features(
         {
-            hook: datasets.Array2D((context_size, store.settings.hidden_size), "float32"),
+            hook: datasets.Array2D((context_size, store.settings.hook_widths[hook]), "float32"),
             "token_ids": datasets.Sequence(datasets.Value("int32"), length=context_size),
         }
     )
 
     def examples() -> Iterator[dict[str, Any]]:
-        for window, token_ids in _windows(store, layer, context_size, rows):
+        for window, token_ids in _windows(store, hook, context_size, rows):
             yield {hook: window, "token_ids": token_ids}
 
     try:
@@ -152,13 +151,13 @@ def _explained(error: BaseException, target: Path) -> StoreError:
 
 
 def _windows(
-    store: ActivationStore, layer: int, context_size: int, chosen: RowFilter | None
+    store: ActivationStore, hook: str, context_size: int, chosen: RowFilter | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields rows, float32 [context_size, hidden], and their tokens, int32 [context_size], end to end."""
-    rows = np.empty((context_size, store.settings.hidden_size), np.float32)
+    """Yields rows, float32 [context_size, width], and their tokens, int32 [context_size], end to end."""
+    rows = np.empty((context_size, store.settings.hook_widths[hook]), np.float32)
     token_ids = np.empty(context_size, np.int32)
     filled = 0
-    for data, columns, _ in store.iterate(layer, rows=chosen, dtype=STORED):
+    for data, columns, _ in store.iterate(hook, rows=chosen, dtype=STORED):
         start = 0
         while start < len(data):
             stop = min(len(data), start + context_size - filled)

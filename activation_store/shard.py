@@ -7,13 +7,15 @@
 | `sequence_index`                      | int32   | [rows] which sequence of the shard                 |
 | `logprobs`                            | float32 | [rows] of a generated token; NaN on prompt rows    |
 | `prompt_token_ids`                    | int32   | the prompts of the batch end to end                |
-| `norms`                               | float32 | [layers, rows] Euclidean norm of each row          |
-| `statistics.{generated,prompt}.{..}`  | float32 | mean and variance [layers, hidden], norm [layers]  |
+| `norms`                               | float32 | [hooks, rows] Euclidean norm of each row           |
+| `statistics.{generated,prompt}.{..}`  | float32 | mean and variance [hooks, hidden], norm [hooks]    |
 | `blocks.10.hook_resid_post`, ...      | settings.dtype | [rows, hidden]                              |
 | `is_generated`                        | uint8   | [rows]                                             |
 
-The statistics live in the shard, so one rename commits both. Without capture only `token_ids` to
-`prompt_token_ids` and `is_generated` are there. `packing.py` writes shards.
+Hooks are in the order of the settings. Where they have several widths (`StoreSettings.widths`), each has rows
+of its own width, and means and variances are [sum of widths], end to end. The statistics live in the shard,
+so one rename commits both. Without capture only `token_ids` to `prompt_token_ids` and `is_generated` are
+there. `packing.py` writes shards.
 """
 
 import functools
@@ -34,7 +36,7 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 _HEAD_BYTES = 1 << 15  # holds the header and the first columns of a shard of a thousand rows
 _HEADER_BYTES = 1 << 20  # no header is longer
-# Bytes, of the first layer in the file: the kernel copies from and to odd addresses at half the speed.
+# Bytes, of the first hook's rows in the file: the kernel copies from and to odd addresses at half the speed.
 ALIGNMENT = 64
 GROUPS = ("generated", "prompt")
 FORMAT = {"format": "activations-1"}
@@ -161,15 +163,15 @@ class Shard:
             self._entries[one].shape[:1] if one in self._entries else (0,)
             for one in ("token_ids", "prompt_token_ids")
         )
-        layers, hidden = len(self._settings.hook_names), self._settings.hidden_size
+        hooks = len(self._settings.hook_names)
         if name in self._settings.hook_names:
-            return DTYPES[self._settings.dtype], (*rows, hidden)
+            return DTYPES[self._settings.dtype], (*rows, self._settings.hook_widths[name])
         if name in _COLUMNS:
             return _COLUMNS[name], prompts if name == "prompt_token_ids" else rows
-        if layers and name == "norms":
-            return np.dtype(np.float32), (layers, *rows)
-        if layers and name in _STATISTICS:
-            return np.dtype(np.float32), (layers,) if name.endswith(".norm") else (layers, hidden)
+        if hooks and name == "norms":
+            return np.dtype(np.float32), (hooks, *rows)
+        if hooks and name in _STATISTICS:
+            return np.dtype(np.float32), (hooks,) if name.endswith(".norm") else moments_shape(self._settings)
         raise ValueError(f"tensor {name!r} does not belong there")
 
     def require(self, record: SequenceRecord) -> None:
@@ -190,8 +192,18 @@ class Shard:
         of_rows = self.column("sequence_index")
         return int(of_rows[-1]) + 1 if len(of_rows) else 0
 
+    def statistics(self, group: str, place: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """Returns mean [width], variance [width] and mean norm of the `place`-th hook's rows of a group."""
+        mean, variance, norm = (
+            self.column(f"statistics.{group}.{name}").reshape(-1) for name in ("mean", "variance", "norm")
+        )
+        widths = list(self._settings.hook_widths.values())
+        start = sum(widths[:place])
+        stop = start + widths[place]
+        return mean[start:stop], variance[start:stop], float(norm[place])
+
     def layer(self, name: str) -> np.ndarray:
-        """Returns the rows [rows, hidden] under a hook name in their stored dtype, as a read-only view."""
+        """Returns the rows [rows, width] under a hook name in their stored dtype, as a read-only view."""
         if self._layer is None or self._layer[0] != name:
             self._layer = name, self._tensor(name, self._file.view)
         return self._layer[1]
@@ -203,7 +215,7 @@ class Shard:
 
     @_naming_the_shard
     def read_rows(self, name: str, runs: Iterable[tuple[int, int]], out: np.ndarray) -> None:
-        """Reads rows [first, end) of a layer, run after run, into `out` [rows, hidden] of the stored dtype.
+        """Reads rows [first, end) of a hook, run after run, into `out` [rows, width] of the stored dtype.
 
         Quicker than a view for rows that are read once.
         """
@@ -250,6 +262,12 @@ class Shard:
 
     def _bytes(self, start: int, stop: int) -> np.ndarray:
         return self._head[start:stop] if stop <= len(self._head) else self._file.view(start, stop)
+
+
+def moments_shape(settings: StoreSettings) -> tuple[int, ...]:
+    """Returns the shape of the stored means, and of the variances: of all hooks, in their order."""
+    widths = list(settings.hook_widths.values())
+    return (len(widths), widths[0]) if len(set(widths)) == 1 else (sum(widths),)
 
 
 def _required(settings: StoreSettings) -> list[str]:

@@ -7,15 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from activation_store.format import SequenceId, SequenceRecord, StoreError, StoreSettings, sequence_key
+from activation_store.format import SequenceRecord, StoreError, StoreSettings, sequence_key
 from activation_store.reader import ActivationStore
 from activation_store.recovery import shard_sha256
 from activation_store.shard import Shard
 from activation_store.statistics import LayerStatistics, measure
 from activation_store.store_files import FileStatus
+from qwen2_core.hook_points import RESID_POST, parse_name
 
 # Stored norms and statistics are float32 sums taken in blocks; taken again in one order they agree to this.
 _NORM_TOLERANCE = 1e-4
+_RESIDUAL = ("hook_resid_pre", "hook_resid_mid", RESID_POST)
 WRONG_KEY = "its key is not that of its task, prompt and settings"
 
 
@@ -127,8 +129,7 @@ def _sequence_problems(settings: StoreSettings, record: SequenceRecord, shard: S
         lengths = f"{record.prompt_length} prompt and {record.generated_length} generated tokens"
         yield f"{record.n_rows} rows for {lengths}"
         return
-    identity = SequenceId(record.task_id, record.test_index, record.sample_index, record.augmentation, prompt)
-    if sequence_key(settings, identity) != record.key or record.seed != settings.seed:
+    if sequence_key(settings, record.identity(prompt)) != record.key or record.seed != settings.seed:
         yield WRONG_KEY
     of_rows = shard.column("sequence_index")
     order = of_rows[record.row_start]
@@ -204,7 +205,7 @@ def _row_findings(
         is_right = True
         for mask, text in (
             (~np.isfinite(norms), "row {} is not finite"),
-            (norms == 0, "row {} is all zero"),
+            (_empty(settings, hook, norms), "row {} is all zero"),
             (
                 np.isfinite(norms) & ~np.isclose(norms, stored, rtol=_NORM_TOLERANCE),
                 "the rows do not have the norms that were stored with them, row {} for one",
@@ -228,12 +229,22 @@ def _row_findings(
                 yield Finding(f"{where}: {hook}: {text}", frozenset(line.place for line in lines))
 
 
+def _empty(settings: StoreSettings, hook: str, norms: np.ndarray) -> np.ndarray:
+    """Returns which rows are zero and should not be, by their norms.
+
+    Anything may have been written into a model. Without that no row of the residual stream is zero, and of
+    what a block adds to it either all are, as in a layer that does nothing, or none.
+    """
+    point, _ = parse_name(hook)
+    if settings.interventions or not (point in _RESIDUAL or norms.any()):
+        return np.zeros(len(norms), bool)
+    return norms == 0
+
+
 def _same_statistics(shard: Shard, group: str, place: int, measured: LayerStatistics) -> bool:
     if f"statistics.{group}.mean" not in shard:
         return False
-    mean, variance, norm = (
-        shard.column(f"statistics.{group}.{name}")[place] for name in ("mean", "variance", "norm")
-    )
+    mean, variance, norm = shard.statistics(group, place)
     scale = np.sqrt(measured.variance.mean() + (measured.mean**2).mean())
     return bool(
         np.allclose(mean, measured.mean, rtol=1e-3, atol=1e-4 * scale)

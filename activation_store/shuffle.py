@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 
-from activation_store.format import SequenceRecord, StoreError, layers_text
+from activation_store.format import SequenceRecord, StoreError
+from activation_store.hook_labels import layers_text
 from activation_store.reader import ActivationStore
 from activation_store.row_pools import Pool, RowPools
 from activation_store.rows import (
@@ -39,7 +40,9 @@ FRAMEWORKS = ("numpy", "jax", "torch")
 class RowBatch(NamedTuple):
     """Rows and what each of them is, as arrays of the framework asked for."""
 
-    rows: Any  # [n, hidden], float32 unless asked for as stored; `{layer: rows}` where several were named
+    # [n, hidden], or as wide as the hook; float32 unless asked for as stored. `{layer: rows}` where several
+    # were named.
+    rows: Any
     token_ids: Any  # int32 [n]
     positions: Any  # int32 [n]
     is_generated: Any  # bool [n]
@@ -105,7 +108,7 @@ class ShuffledBatches:
         if framework not in FRAMEWORKS:
             raise StoreError(f"framework {framework!r} is none of {', '.join(FRAMEWORKS)}")
         check_row_dtype(dtype)
-        self._choice = choose_layers(layer, store.layers, store.directory)
+        self._choice = choose_layers(layer, store.settings.hook_names, store.directory)
         self.batch_size = whole(batch_size, "batch_size")
         self._seed, self._reader = whole(seed, "seed"), whole(reader, "reader")
         self._readers = whole(readers, "readers")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 from activation_store.format import (
+    INTERVENTIONS,
     MANIFEST,
     StoreError,
     decode_line,
@@ -23,7 +24,7 @@ from activation_store.reader import ActivationStore
 from activation_store.shard_checks import Finding, IndexLine, check_shard
 from activation_store.store_files import INDEX, INDEX_FOLDER
 
-_OURS = {MANIFEST, OUTCOMES, "run", INDEX, INDEX_FOLDER, LOCK}
+_OURS = {MANIFEST, INTERVENTIONS, OUTCOMES, "run", INDEX, INDEX_FOLDER, LOCK}
 
 Item = TypeVar("Item")
 
@@ -47,7 +48,12 @@ def verify_store(store: ActivationStore, progress: Progress = silently) -> Itera
     read. Another process may write to a local store meanwhile: what it is just committing is no finding.
     `progress` is called once a host with that host's shards.
     """
-    return (finding.text for finding in find_damage(store, progress, store.files.in_use))
+    try:
+        store.interventions()
+    except StoreError as error:
+        yield str(error)
+    for finding in find_damage(store, progress, store.files.in_use):
+        yield finding.text
 
 
 def find_damage(
@@ -178,7 +184,7 @@ def _foreign_names(store: ActivationStore, folder: str) -> list[str]:
         name
         for name in store.files.names(folder)
         if not (
-            name in _OURS
+            (name in _OURS and (name != INTERVENTIONS or bool(store.settings.interventions)))
             or name.endswith((".damaged", ".tmp"))
             or (shard_number(name) if folder else host_number(name)) is not None
             or (not folder and host_file_number(name) is not None)

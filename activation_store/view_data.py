@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from activation_store.format import SequenceRecord, StoreUsageError, layers_text
+from activation_store.format import SequenceRecord, StoreUsageError
+from activation_store.hook_labels import hooks_text
 from activation_store.output_places import store_name
 from activation_store.probes import Probe
 from activation_store.reader import ActivationStore
@@ -235,8 +236,10 @@ def _solved(noted: bool | None, answer: Mapping[str, Any], puzzle: Mapping[str, 
 
 def _about(store: ActivationStore) -> str:
     model = str(store.provenance.get("model_id", "")).rstrip("/").rpartition("/")[2]
-    kept = f"layers {layers_text(store.layers)} of width {store.settings.hidden_size}"
-    kept = f"{kept}, stored as {store.settings.dtype}" if store.layers else "no activations"
+    settings = store.settings
+    width = "" if settings.widths else f" of width {settings.hidden_size}"
+    kept = f"{hooks_text(settings.hook_names)}{width}, stored as {settings.dtype}"
+    kept = kept if settings.hook_names else "no activations"
     return f"{len(store):,} sequences of {model or 'a model that is not named'}; {kept}"
 
 

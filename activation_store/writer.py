@@ -37,6 +37,7 @@ from activation_store.host_files import (
     write_host_file,
 )
 from activation_store.index import SequenceIndex
+from activation_store.interventions import keep_interventions
 from activation_store.manifest import (
     MANIFEST_BYTES,
     SCHEMA_VERSION,
@@ -70,6 +71,8 @@ class ActivationWriter:
         numerics: JSON values that decide the last bits of what this writer is given, beside the settings;
             each index line says which it was made with. None: that is not known.
         patiently: how a commit waits for a store that is away; by default its first error is the last one.
+        interventions: the file of what is written into the model, where the settings name one by its sha256;
+            None: it is in the store already.
 
     Attributes:
         committed: the keys that need no work, of all hosts, and their records; `refresh` adds what other
@@ -93,6 +96,7 @@ class ActivationWriter:
         provenance: Mapping[str, Any],
         numerics: Mapping[str, Any] | None = None,
         patiently: RetryPolicy | None = None,
+        interventions: bytes | None = None,
     ) -> None:
         self._settings = settings
         self._numerics = None if numerics is None else dict(numerics)
@@ -104,6 +108,7 @@ class ActivationWriter:
         had_manifest = _check_manifest(self._files, settings)
         self._release = self._files.open_host(host_index)
         try:
+            keep_interventions(self._files, settings, host_index, interventions, had_manifest)
             if not had_manifest:
                 _create_manifest(self._files, settings, host_index, provenance)
             self._next_number, self.dropped = recover_host(self._files, host_index)
@@ -289,6 +294,7 @@ class ActivationWriter:
                         shard_mtime_ns=stored.mtime_ns if placement else 0,
                         failure=packed.failures.get(place),
                         numerics=self._numerics_id,
+                        strengths=tuple(map(float, sequence.id.strengths)),
                     )
                 )
             )

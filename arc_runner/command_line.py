@@ -13,6 +13,7 @@ from typing import Any, NoReturn, cast
 
 from arc_runner.console import command_name
 from arc_runner.errors import UsageError
+from arc_runner.hook_flags import names_of
 from arc_runner.option_checks import check_options
 from arc_runner.options import CAPTURE, PROCESSES, Flag, Limits, RunOptions, flag_of
 from qwen2_core.messages import similar_name
@@ -63,11 +64,18 @@ def parse_options(argv: list[str] | None = None) -> RunOptions:
         if flag in _RETIRED:
             raise UsageError(f"{flag} no longer exists: {_RETIRED[flag]}")
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], parser.flags(), 1)
+        word = unknown[0].split("=")[0]
+        longer = [flag for flag in parser.flags() if flag.endswith(word.replace("--", "_", 1))]
+        close = longer or difflib.get_close_matches(word, parser.flags(), 1)
         hint = f"did you mean {close[0]}?" if close else "--help lists the flags"
         raise UsageError(f"unknown argument {unknown[0]}; {hint}")
     values: dict[str, Any] = vars(given)
     values["layers_to_extract"] = tuple(sorted(values["layers_to_extract"]))
+    if values["hook_points"]:
+        try:
+            values["hook_points"] = names_of(values["hook_points"])
+        except ValueError as error:
+            raise UsageError(f"--hook_points: {error}") from error
     if values["mesh_shape"] is not None:
         values["mesh_shape"] = tuple(values["mesh_shape"])
     own = values["prompts"] is not None
@@ -148,7 +156,7 @@ def _add(group: Any, name: str, default: Any, flag: Flag) -> None:
 def _spread(words: Sequence[str]) -> list[str]:
     """Returns a command line where lists are separate words: ``10,12-14`` after a flag of many numbers."""
     lists = {f"--{name}": flag_of(name) for name in RunOptions.__dataclass_fields__}
-    lists = {name: flag for name, flag in lists.items() if "nargs" in flag.arguments}
+    lists = {name: flag for name, flag in lists.items() if "nargs" in flag.arguments and flag.limits}
     spread: list[str] = []
     flag = None
     for word in words:

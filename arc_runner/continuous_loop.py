@@ -92,6 +92,7 @@ def make_engine(model: LoadedModel) -> ContinuousEngine:
         cache_dtype=options.kv_cache_dtype,
         capture_prompt=options.extract_prompt,
         memory_budget=None if options.memory_budget is None else int(options.memory_budget * 1e9),
+        interventions=model.interventions,
     )
 
 
@@ -138,7 +139,8 @@ def _store(
     try:
         while (sequence := device.submit(next, finished, None).result()) is not None:
             shard.append(sequence)
-            size += 0 if sequence.rows is None else sequence.rows.nbytes
+            captured = (sequence.rows, *sequence.points.values())
+            size += sum(rows.nbytes for rows in captured if rows is not None)
             watch.add(sequence)
             age = time.monotonic() - begun
             if size >= SHARD_BYTES or len(shard) >= SHARD_SEQUENCES or age >= SHARD_SECONDS:

@@ -9,7 +9,8 @@ from collections.abc import Container, Iterator, Sequence
 import jax
 
 from activation_store import ActivationStore
-from activation_store.format import DTYPES, ROW_BYTES, hook_layer, layers_text
+from activation_store.format import DTYPES, ROW_BYTES
+from activation_store.hook_labels import hooks_text
 from activation_store.shard import GROUPS
 from arc_puzzles.data_files import shown
 from arc_runner.answer_files import answer_files, local_store
@@ -19,10 +20,11 @@ from arc_runner.job import Job, sequences_of
 from arc_runner.loaded_model import LoadedModel
 from arc_runner.preflight import nearest_folder
 from arc_runner.report import Report
+from arc_runner.steering_file import steering_lines
 from arc_runner.workload import plan_calls
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import bytes_on_device
-from qwen2_engine.memory_plan import MemoryPlanner, device_memory_budget
+from qwen2_engine.memory_plan import device_memory_budget
 
 _LISTED = 20  # failures
 _LINE_BYTES = 1024  # of an index line, at most with ids of usual length
@@ -53,6 +55,8 @@ def _work_lines(job: Job, report: Report, left: int) -> Iterator[str]:
     )
     yield f"  {report.asked:<17s} {report.tasks} ({len(job.failures)} failed)"
     yield f"  sequences         {len(job.requests)} ({sequences_of(options)}), {done} of them done already"
+    for number, steered in enumerate(steering_lines(job.interventions)):
+        yield f"  {'steering' if number == 0 else '':<17s} {steered}"
     if job.requests:
         lengths = [len(request.prompt_token_ids) for request in job.requests]
         yield (
@@ -72,14 +76,14 @@ def _memory_lines(
         yield f"  calls             {len(calls)}, in {len({model.shape(call) for call in calls})} shapes"
         yield f"  memory            weights {_size(weights)}, KV cache and rows of a call up to {largest}"
         return
-    planner = MemoryPlanner(model.model, model.params, job.layout)
+    engine = make_engine(model)
     groups = job.layout.data_parallel
     each = f" on each of {groups} groups of devices" if groups > 1 else ""
-    for stage in make_engine(model).plan(left):
+    for stage in engine.plan(left):
         shape = stage.shape
         yield (
             f"  slots             {shape.slots}{each} for prompts of up to {shape.prompt_width} tokens, "
-            f"windows of {shape.window} steps: about {_size(planner.estimate(shape))}"
+            f"windows of {shape.window} steps: about {_size(engine.estimate(stage))}"
         )
     budget = job.options.memory_budget
     yield (
@@ -96,12 +100,12 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[
     shards = max(-(-rows // SHARD_BYTES), -(-len(left) // SHARD_SEQUENCES))
     if options.generation != "continuous":
         shards = len(plan_calls(job.requests, options, committed))
-    bytes_expected = rows + shards * _bytes_of_a_shard(job)
-    layers = layers_text([hook_layer(name) for name in settings.hook_names])
+    bytes_expected = rows + shards * _bytes_of_a_shard(job) + len(job.interventions or b"")
     several = f"{shards} shards" if shards > 1 else "a shard"
+    prompts = "with" if settings.capture_prompt else "without"
     yield (
-        f"  to store          at most {_size(bytes_expected)} in {several}: layers {layers} in "
-        f"{settings.dtype}, {'with' if settings.capture_prompt else 'without'} the rows of prompts"
+        f"  to store          at most {_size(bytes_expected)} in {several}: "
+        f"{hooks_text(settings.hook_names)} in {settings.dtype}, {prompts} the rows of prompts"
     )
     store = local_store(options)
     if store is None:
@@ -116,8 +120,8 @@ def _disk_lines(job: Job, left: Sequence[SequenceRequest], committed: Container[
 def _bytes_of_sequences(job: Job, requests: Sequence[SequenceRequest]) -> int:
     """Returns what sequences take in a store, if each answer is as long as may be."""
     settings = job.settings
-    of_layer = settings.hidden_size * DTYPES[settings.dtype].itemsize + _NORM_BYTES
-    row = ROW_BYTES + len(settings.hook_names) * of_layer
+    widths = settings.hook_widths.values()
+    row = ROW_BYTES + sum(width * DTYPES[settings.dtype].itemsize + _NORM_BYTES for width in widths)
     total = 0
     for request in requests:
         prompt = len(request.prompt_token_ids)
@@ -128,8 +132,9 @@ def _bytes_of_sequences(job: Job, requests: Sequence[SequenceRequest]) -> int:
 
 def _bytes_of_a_shard(job: Job) -> int:
     """Returns what a shard takes beside its sequences: a header, and statistics of both groups of rows."""
-    layers, hidden = len(job.settings.hook_names), job.settings.hidden_size
-    return (layers + 32) * _ENTRY_BYTES + len(GROUPS) * layers * (2 * hidden + 1) * _NORM_BYTES
+    widths = job.settings.hook_widths.values()
+    statistics_bytes = sum((2 * width + 1) * _NORM_BYTES for width in widths)
+    return (len(widths) + 32) * _ENTRY_BYTES + len(GROUPS) * statistics_bytes
 
 
 def _failure_lines(job: Job, report: Report) -> Iterator[str]:

@@ -17,6 +17,7 @@ from activation_store import (
     StoreSettings,
     hook_name,
 )
+from activation_store.interventions import interventions_sha256
 from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
 from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
 from arc_runner.cluster.membership import ProcessInfo
@@ -24,16 +25,19 @@ from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
 from arc_runner.errors import UsageError
+from arc_runner.hook_flags import points_of
 from arc_runner.numerics import run_numerics
 from arc_runner.options import NO_CACHE, RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report
+from arc_runner.steering_file import check_steering, read_steering
 from arc_runner.store_check import check_store
 from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
 from qwen2_core.generation_config import eos_token_ids, unapplied_settings
+from qwen2_core.hook_points import width_of
 from qwen2_core.messages import masked
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout
@@ -57,6 +61,7 @@ class Job:
     eos: tuple[int, ...]
     settings: StoreSettings
     requests: Sequence[SequenceRequest]  # in the order of the predictions
+    interventions: bytes | None = None  # the file of what is written into the model
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -93,6 +98,7 @@ class Job:
             provenance=_provenance(self.options) | {"numerics": self.numerics},
             numerics=self.numerics,
             patiently=patiently,
+            interventions=self.interventions,
         )
 
 
@@ -107,6 +113,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it retries in vain, we report
     say_defaults(options)
     check_inputs(options)
+    interventions = None if options.steer is None else read_steering(options.steer)
     with Waiting(f"reading {options.input_path}"):
         loaded = _load(options)
     for notice in loaded.notices:
@@ -116,6 +123,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
         use_compilation_cache(options.compilation_cache_dir)
     with Waiting(f"looking at the model {options.model_path}"):
         config = load_config(options)
+        check_steering(interventions, config)
         check_checkpoint(options.model_path, config)
     with Waiting("looking for devices"):
         layout, devices = choose_devices(options, config)
@@ -127,7 +135,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
         sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         if unapplied := unapplied_settings(options.model_path, sampling):
             say(f"{unapplied}: sampling is what the flags say")
-        settings = _store_settings(options, config, eos)
+        settings = _store_settings(options, config, eos, interventions)
         is_there = check_store(options.activations_dir, settings)
         if is_there or not options.dry_run:  # whose plan needs no keys where no store has any
             with Waiting(f"reading the weights of {options.model_path} for their fingerprint"):
@@ -147,7 +155,8 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
             raise UsageError(
                 f"--prompts {options.prompts} has no prompt that can be used: {failures[0].reason}"
             )
-    job = Job(options, config, layout, tasks, loaded.outline, failures, tokenizer, eos, settings, requests)
+    asked = (tasks, loaded.outline, failures)
+    job = Job(options, config, layout, *asked, tokenizer, eos, settings, requests, interventions)
     return job, report
 
 
@@ -174,7 +183,9 @@ def sequences_of(options: RunOptions) -> str:
     return f"each test input in {options.augmentations} augmentations x {samples} samples"
 
 
-def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...]) -> StoreSettings:
+def _store_settings(
+    options: RunOptions, config: QwenConfig, eos: tuple[int, ...], interventions: bytes | None
+) -> StoreSettings:
     """Returns everything that decides what a sequence is, but for the fingerprint, which takes time.
 
     A store holds sequences of one setting only.
@@ -182,7 +193,7 @@ def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...
     layers = options.layers_to_extract if options.extract_activations else ()
     return StoreSettings(
         model_fingerprint="",
-        hook_names=tuple(hook_name(layer) for layer in layers),
+        hook_names=(*map(hook_name, layers), *options.hook_points),
         hidden_size=config.hidden_size,
         dtype=config.dtype.name,
         capture_prompt=options.extract_prompt,
@@ -192,6 +203,9 @@ def _store_settings(options: RunOptions, config: QwenConfig, eos: tuple[int, ...
         eos_token_ids=eos,
         tokenizer_sha256=tokenizer_sha256(options.model_path),
         prompt=_prompt_settings(options) | {"kv_cache_dtype": options.kv_cache_dtype or config.dtype.name},
+        widths={point: width_of(point, config) for point in points_of(options.hook_points)},
+        interventions="" if interventions is None else interventions_sha256(interventions),
+        capture_before=options.capture_before,
     )
 
 

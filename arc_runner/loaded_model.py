@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,11 +14,15 @@ import numpy as np
 
 from activation_store import FinishedSequence
 from arc_runner.console import say
+from arc_runner.hook_flags import points_of
 from arc_runner.job import Job
+from arc_runner.steering_file import interventions_of
 from arc_runner.waiting import Waiting
 from arc_runner.workload import Call
 from generate_jitted import GenerateShape, Generation, compile_generate, generate_single_task_jitted
 from qwen2_core.compilation import defined_settings
+from qwen2_core.hook_points import RESID_POST
+from qwen2_core.interventions import Intervention
 from qwen2_core.kernels.cpu.library import unavailable_reason
 from qwen2_core.parameter_checks import abstract_params
 from qwen2_core.requests import pad_to
@@ -50,6 +55,11 @@ class LoadedModel:
         """Returns the model with the shapes of its weights alone, to plan with."""
         return cls(job, _model(job), abstract_params(job.config, job.layout))
 
+    @functools.cached_property
+    def interventions(self) -> list[Intervention]:
+        """What is written into the model."""
+        return interventions_of(self.job.interventions)
+
     def compile(self, calls: Sequence[Call]) -> int:
         """Compiles every shape of ``calls``, side by side, and returns how many there were."""
         shapes = list(dict.fromkeys(self.shape(call) for call in calls))
@@ -59,7 +69,12 @@ class LoadedModel:
             ThreadPoolExecutor(os.cpu_count()) as pool,
             Waiting(lambda: f"compiling: {done} of {len(shapes)} shapes done"),
         ):
-            for _ in pool.map(lambda shape: compile_generate(self.model, self.params, shape), shapes):
+            steered = self.interventions
+
+            def compile_one(shape: GenerateShape) -> None:
+                compile_generate(self.model, self.params, shape, steered)
+
+            for _ in pool.map(compile_one, shapes):
                 done += 1
         return len(shapes)
 
@@ -75,6 +90,7 @@ class LoadedModel:
             "seed": options.random_seed,
             "sequence_ids": np.array([request.sampling_id for request in call.requests]),
             "extract_prompt": options.extract_prompt,
+            "interventions": self.interventions,
         }
         if options.generation == "python":
             return generate_single_task_python(
@@ -109,8 +125,14 @@ class LoadedModel:
 
 
 def _model(job: Job) -> QwenModel:
-    if job.options.extract_activations:
-        return create_model_with_hooks(job.config, job.options.layers_to_extract)
+    options = job.options
+    if options.extract_activations:
+        return create_model_with_hooks(
+            job.config,
+            options.layers_to_extract,
+            points=points_of(options.hook_points),
+            capture_before=options.capture_before,
+        )
     return QwenModel(job.config)
 
 
@@ -118,28 +140,40 @@ def _model(job: Job) -> QwenModel:
 def finished_sequences(call: Call, generation: Generation, wanted: Sequence[bool]) -> list[FinishedSequence]:
     """Copies a call's results to the host as finished sequences, without padding and what follows EOS.
 
-    Rows are [layers, positions, hidden] in the model's dtype, or None where nothing was captured. Sequences
-    that are not ``wanted`` are left out.
+    Rows are [layers, positions, width] in the model's dtype, those of other points by name. Sequences that
+    are not ``wanted`` are left out.
     """
     tokens, logprobs = np.asarray(generation.token_ids), np.asarray(generation.logprobs)
     lengths, finished = np.asarray(generation.lengths), np.asarray(generation.finished)
-    rows, prompt_rows = (
-        None if captured is None else np.asarray(captured)
-        for captured in (generation.activations, generation.prompt_activations)
-    )
+    rows = _on_host(generation.activations, generation.points)
+    prompt_rows = _on_host(generation.prompt_activations, generation.prompt_points)
     result = []
     for row, request in enumerate(call.requests):
         if not wanted[row]:
             continue
         length = int(lengths[row])
-        kept = None if rows is None else rows[:, :length, row]
-        if kept is not None and prompt_rows is not None and request.capture_prompt:
-            prompt = prompt_rows[:, : len(request.prompt_token_ids), row // call.samples_per_prompt]
-            kept = np.concatenate([prompt, kept], axis=1)
+        kept = {point: of_point[:, :length, row] for point, of_point in rows.items()}
+        if request.capture_prompt:
+            read, prompt = len(request.prompt_token_ids), row // call.samples_per_prompt
+            for point, of_point in prompt_rows.items():
+                kept[point] = np.concatenate([of_point[:, :read, prompt], kept[point]], axis=1)
+        activations = kept.pop(RESID_POST, None)
         reason = "stop" if finished[row] else "length"
         result.append(
             FinishedSequence(
-                request.id, tokens[row, :length], logprobs[row, :length], reason, kept, key=request.key
+                request.id,
+                tokens[row, :length],
+                logprobs[row, :length],
+                reason,
+                activations,
+                key=request.key,
+                points=kept,
             )
         )
     return result
+
+
+def _on_host(activations: Any, points: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns rows by point, those of the chosen layers' outputs among them."""
+    every = points if activations is None else {RESID_POST: activations, **points}
+    return {point: np.asarray(of_point) for point, of_point in every.items()}

@@ -35,7 +35,7 @@ def _check_paths(options: RunOptions) -> None:
         value = getattr(options, field.name)
         if field.metadata["flag"].is_path and value is not None:
             _check_path(field.name, value)
-    for name in ("model_path", "dataset_path", "prompts"):
+    for name in ("model_path", "dataset_path", "prompts", "steer"):
         if "://" in (getattr(options, name) or ""):
             raise UsageError(f"--{name} {getattr(options, name)} is a URL; give a path of this machine")
     output = options.output_filepath
@@ -129,6 +129,12 @@ def _check_generation(options: RunOptions) -> None:
         raise UsageError(f"--mesh_shape {data} {model}: the old loop of --generation python uses one device")
     if options.extract_prompt and not options.extract_activations:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
+    if options.hook_points and not options.extract_activations:
+        raise UsageError("--hook_points and --no_extract_activations contradict each other")
+    if options.capture_before and options.steer is None:
+        raise UsageError("--capture_before is about what --steer changes; leave it out or give both")
+    if options.capture_before and not options.extract_activations:
+        raise UsageError("--capture_before and --no_extract_activations contradict each other")
 
 
 def _check_prompts(options: RunOptions) -> None:

@@ -68,9 +68,11 @@ def _flag(
     return dataclasses.field(default=default, metadata={"flag": flag})
 
 
-def _path(group: str, default: str | None, help: str, default_text: str | None = None) -> Any:
+def _path(
+    group: str, default: str | None, help: str, default_text: str | None = None, **arguments: Any
+) -> Any:
     """Returns a dataclass field whose flag names a file or directory."""
-    flag = Flag(group, help, default_text, None, True, {})
+    flag = Flag(group, help, default_text, None, True, arguments)
     return dataclasses.field(default=default, metadata={"flag": flag})
 
 
@@ -220,6 +222,12 @@ class RunOptions:
         type=float,
         metavar="GB",
     )
+    steer: str | None = _path(
+        GENERATION,
+        None,
+        "change the model's values as this safetensors file of interventions says; it is kept in the store",
+        metavar="FILE",
+    )
     compilation_cache_dir: str | None = _path(
         GENERATION,
         None,
@@ -264,6 +272,21 @@ class RunOptions:
         type=int,
         nargs="+",
         metavar="LAYER",
+    )
+    hook_points: tuple[str, ...] = _flag(
+        CAPTURE,
+        (),
+        "other points to store beside these, by TransformerLens' names, as attn.hook_z:10,12-14 or "
+        "blocks.12.hook_resid_mid or ln_final.hook_normalized",
+        default_text="",
+        nargs="+",
+        metavar="POINT",
+    )
+    capture_before: bool = _flag(
+        CAPTURE,
+        False,
+        "store values as they are before --steer changes them at their own point, not after",
+        action="store_true",
     )
     extract_activations: bool = _flag(CAPTURE, True, "the default", action="store_true")
     extract_prompt: bool = _flag(

@@ -15,6 +15,7 @@ from arc_runner.answer_files import answer_files, local_store
 from arc_runner.console import say
 from arc_runner.data import EXAMPLE_MODEL, EXAMPLE_TASKS
 from arc_runner.errors import UsageError
+from arc_runner.hook_flags import beyond
 from arc_runner.options import RunOptions
 from qwen2_core.checkpoint_files import has_weights, is_hub_id
 from qwen2_core.compilation import check_settings
@@ -155,6 +156,7 @@ def _check_answer_file(path: Path, options: RunOptions) -> None:
     for flag, what in (
         (options.input_flag, "data set" if options.prompts is None else "file of the prompts"),
         ("solutions_path", "file of the solutions"),
+        ("steer", "file of the interventions"),
     ):
         read = getattr(options, flag)
         if read is not None and _is_same(path, Path(read)):
@@ -238,4 +240,7 @@ def load_config(options: RunOptions) -> QwenConfig:
             create_model_with_hooks(config, options.layers_to_extract)
         except ValueError as error:
             raise UsageError(f"--layers_to_extract: {error}") from error
+    if missing := beyond(options.hook_points, config.num_hidden_layers):
+        last = config.num_hidden_layers - 1
+        raise UsageError(f"--hook_points: there is no {missing[0]}: the model has layers 0 to {last}")
     return config

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from activation_store import SequenceId, SequenceRecord, StoreSettings, hook_layer
-from activation_store.format import MANIFEST
+from activation_store import SequenceId, SequenceRecord, StoreSettings
+from activation_store.format import INTERVENTIONS, MANIFEST
+from activation_store.hook_labels import hook_label
 from activation_store.index import SequenceIndex
 from activation_store.manifest import MANIFEST_BYTES, decode_manifest
 from activation_store.prompts import is_of_own_prompts
@@ -17,12 +18,14 @@ from activation_store.remote_files import open_files
 from arc_runner.cluster.work import keys_of
 from arc_runner.console import say_error
 from arc_runner.errors import UsageError
+from arc_runner.hook_flags import words_of
 from arc_runner.options import RunOptions
 from qwen2_core.requests import SequenceRequest
 
 _TASKS_NAMED = 3
 # Settings that are no flags themselves; all others have the names of theirs.
-_FLAG_OF = {"capture_prompt": "extract_prompt", "hook_names": "layers_to_extract", "seed": "random_seed"}
+_FLAG_OF = {"capture_prompt": "extract_prompt", "seed": "random_seed", "interventions": "steer"}
+_LISTS = ("layers_to_extract", "hook_points")
 _OF_THE_MODEL = ("model_fingerprint", "tokenizer_sha256", "eos_token_ids", "hidden_size")
 
 
@@ -59,7 +62,7 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
             f"{'--' if is_flag else ''}{name} is {_value(name, old)} there and {_value(name, new)} here"
         )
         if is_flag:
-            flags.append(_flag(name, old))
+            flags.append(_flag(name, old, files.location))
         elif name in _OF_THE_MODEL:
             flags.append(f"with --model_path {shlex.quote(str(provenance.get('model_id', 'of that model')))}")
     again = f", or continue it {' '.join(dict.fromkeys(flags))}" if flags else ""
@@ -71,24 +74,52 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yields the name of each setting that differs, with its value there and here."""
-    for name, old in there.items():
-        new = asked.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(dict.fromkeys(new) | old, new)
+    for name in there | asked:  # a setting that is empty is not among them
+        old, new = there.get(name), asked.get(name)
+        if name == "hook_names":
+            yield from _hook_differences(there[name], asked[name])
+        elif name == "widths" and there["hook_names"] != asked["hook_names"]:  # that says it
+            continue
+        elif isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new)
         elif old != new:
             yield _FLAG_OF.get(name, name), old, new
 
 
+def _hook_differences(there: Sequence[str], asked: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields what differs of the two flags that say which hooks are stored, their words there and here."""
+    old, new = (_hook_words(names) for names in (there, asked))
+    for name in old:
+        if old[name] != new[name]:
+            yield name, old[name], new[name]
+
+
+def _hook_words(names: Sequence[str]) -> dict[str, list[str]]:
+    labels = {name: hook_label(name) for name in names}
+    return {
+        "layers_to_extract": [str(label) for label in labels.values() if isinstance(label, int)],
+        "hook_points": words_of(name for name, label in labels.items() if not isinstance(label, int)),
+    }
+
+
 def _value(name: str, value: Any) -> str:
-    if name == "layers_to_extract":
-        return " ".join(str(hook_layer(hook)) for hook in value) or "none"
-    return json.dumps(value)
+    if isinstance(value, list) and name in _LISTS:
+        return " ".join(value) or "none"
+    if name == "steer" and value is not None:
+        return f"the file of checksum {value[:12]}"
+    return "nothing" if value is None else json.dumps(value)
 
 
-def _flag(name: str, value: Any) -> str:
+def _flag(name: str, value: Any, location: str) -> str:
     """Returns the words of the command line that give a setting its value, after "with" or "without"."""
-    if name == "layers_to_extract":
-        return f"with --{name} {_value(name, value)}" if value else "with --no_extract_activations"
+    if name == "layers_to_extract" and not value:
+        return "with --no_extract_activations"
+    if not value and name in ("hook_points", "steer", "capture_before"):
+        return f"without --{name}"
+    if name in _LISTS:
+        return f"with --{name} {_value(name, value)}"
+    if name == "steer":
+        return f"with --{name} {shlex.quote(f'{location}/{INTERVENTIONS}')}"
     if isinstance(value, bool):
         return f"{'with' if value else 'without'} --{name}"
     number = isinstance(value, float) and value.is_integer()
@@ -120,5 +151,11 @@ def say_changed_prompts(
         )
 
 
-def _name(sequence: SequenceId | SequenceRecord) -> tuple[str, int, str, int]:
-    return sequence.task_id, sequence.test_index, sequence.augmentation, sequence.sample_index
+def _name(sequence: SequenceId | SequenceRecord) -> tuple[Any, ...]:
+    return (
+        sequence.task_id,
+        sequence.test_index,
+        sequence.augmentation,
+        sequence.sample_index,
+        sequence.strengths,
+    )

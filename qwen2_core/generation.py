@@ -13,9 +13,12 @@ from jaxtyping import Bool, Float, Float32, Int32
 from kvcache_utils import KVCacheConfig
 from qwen2_core.compilation import defined_settings, program_settings
 from qwen2_core.config import QwenConfig
+from qwen2_core.hook_points import RESID_POST
+from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import as_int
 from qwen2_core.requests import PromptBatch
 from qwen2_core.sampling import SamplingParams
+from qwen2_core.steering import Steering, steer_prompts
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +38,15 @@ class Generation:
     activations: Float[Array, "layers max_tokens batch hidden"] | None  # in the model's dtype
     prompt_activations: Float[Array, "layers width prompts hidden"] | None  # zero past each prompt's length
     layers: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # captured, in order
+    # The values of other points by name, as activations and prompt_activations, and the layers of each.
+    points: dict[str, Float[Array, "layers max_tokens batch width"]] = dataclasses.field(default_factory=dict)
+    prompt_points: dict[str, Float[Array, "layers width prompts _"]] = dataclasses.field(default_factory=dict)
+    point_layers: PointLayers = dataclasses.field(default=(), metadata={"static": True})
 
     def __repr__(self) -> str:
         """Says in a line what there is, without the values."""
         captured = f"layers {', '.join(map(str, self.layers))}" if self.layers else "no layers"
+        captured = ", ".join((captured, *self.points))
         batch, tokens = self.token_ids.shape
         return f"Generation({batch} rows of up to {tokens} tokens, {captured})"
 
@@ -53,25 +61,31 @@ class Generation:
         with defined_settings():
             return np.asarray(self.token_ids)[row, : int(self.lengths[row])].tolist()
 
-    def layer(self, layer: Any, row: Any) -> Float32[np.ndarray, "tokens hidden"]:
+    def layer(self, layer: Any, row: Any, point: str = RESID_POST) -> Float32[np.ndarray, "tokens width"]:
         """Returns the rows of one layer for one sequence, on the host, cut to the sequence's length.
 
         ``out.layer(12, row=5)[t]`` is the output of decoder block 12 after reading generated token t of row
-        5.
+        5, ``out.layer(12, row=5, point="attn.hook_z")[t]`` what its heads gave. A point of the model has the
+        layer None.
 
         Raises:
             IndexError: the layer was not captured, or there is no such row.
             TypeError: either is no whole number.
         """
-        layer, row = _index("layer", layer), self._row(row)
-        if self.activations is None or layer not in self.layers:
-            captured = ", ".join(map(str, self.layers)) or "none"
-            raise IndexError(f"layer {layer} was not captured; captured are: {captured}.")
-        _, tokens, _, hidden = self.activations.shape
+        of_model = layer is None and point != RESID_POST
+        layer, row = None if of_model else _index("layer", layer), self._row(row)
+        layers, values = self.layers, self.activations
+        if point != RESID_POST:
+            layers, values = dict(self.point_layers).get(point, ()), self.points.get(point)
+        if values is None or layer not in layers:
+            captured = ", ".join(map(str, layers)) or "none"
+            of_point = "" if point == RESID_POST else f" of {point}"
+            raise IndexError(f"layer {layer}{of_point} was not captured; captured are: {captured}.")
+        _, tokens, _, width = values.shape
         # One small program for all layers and rows; what is past the length is cut on the host.
-        start, size = (self.layers.index(layer), 0, row, 0), (1, tokens, 1, hidden)
+        start, size = (layers.index(layer), 0, row, 0), (1, tokens, 1, width)
         with defined_settings():
-            rows = np.asarray(lax.dynamic_slice(self.activations, start, size))[0, :, 0]
+            rows = np.asarray(lax.dynamic_slice(values, start, size))[0, :, 0]
             return rows[: int(self.lengths[row])].astype(np.float32)
 
     def _row(self, row: Any) -> int:
@@ -118,10 +132,10 @@ class GenerateShape:
 
     def nbytes(self, model: Any) -> int:
         """Returns the bytes of the KV cache and of the activation buffers that one call allocates."""
-        buffers = [model.activation_buffer(self.max_tokens, self.batch_size)]
+        rows = model.captured_bytes(self.max_tokens, self.batch_size)
         if self.capture_prompt:
-            buffers.append(model.activation_buffer(self.prompt_width, self.num_prompts))
-        return self.cache_config(model.config).nbytes + sum(one.nbytes for one in buffers if one is not None)
+            rows += model.captured_bytes(self.prompt_width, self.num_prompts)
+        return self.cache_config(model.config).nbytes + rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,14 +147,25 @@ class CompiledGenerate:
     decode: jax.stages.Compiled  # as run_decode, from params on
     compile_seconds: float
     layers: tuple[int, ...] = ()  # the model's capture_layers
+    point_layers: PointLayers = ()  # the model's capture_points
 
     @program_settings()
     def __call__(
-        self, params: Any, prompts: PromptBatch, sampling: SamplingParams, sequence_ids: np.ndarray
+        self,
+        params: Any,
+        prompts: PromptBatch,
+        sampling: SamplingParams,
+        sequence_ids: np.ndarray,
+        steering: Steering | None = None,
     ) -> Generation:
         """Runs both, one after the other. Returns at once; the device may still compute."""
-        state, prompt_activations = self.prefill(params, prompts, sampling, sequence_ids)
-        state = self.decode(params, state, sampling, sequence_ids)
+        of_prompts, of_rows = (), ()
+        if steering is not None:
+            of_prompts, of_rows = (steer_prompts(steering, len(prompts.lengths)),), (steering,)
+        state, (prompt_activations, prompt_points) = self.prefill(
+            params, prompts, sampling, sequence_ids, *of_prompts
+        )
+        state = self.decode(params, state, sampling, sequence_ids, *of_rows)
         return Generation(
             token_ids=state.token_ids,
             lengths=state.lengths,
@@ -149,4 +174,7 @@ class CompiledGenerate:
             activations=state.activations,
             prompt_activations=prompt_activations,
             layers=self.layers,
+            points=state.points,
+            prompt_points=prompt_points,
+            point_layers=self.point_layers,
         )

@@ -155,32 +155,33 @@ def one_by_one(given: Any, refusal: str) -> Iterable[Any]:
     return given
 
 
-def layer_numbers(given: Any, depth: int) -> tuple[int, ...]:
+def layer_numbers(given: Any, depth: int, name: str = "extract_layers") -> tuple[int, ...]:
     """Returns the layers that are asked for, in the given order; a set's from the lowest on.
 
     Args:
         given: an integer, or several of any kind.
         depth: how many layers the model has.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: none, one twice, one that the model does not have, or no integers.
     """
     numbers = []
-    refusal = f"extract_layers must be layer numbers such as (10, 11), not {_short(given)}."
+    refusal = f"{name} must be layer numbers such as (10, 11), not {_short(given)}."
     for layer in one_by_one(given, refusal):
         number = as_int(layer)
         if number is None:
-            raise ValueError(f"extract_layers must be layer numbers, and {_short(layer)} is none.")
+            raise ValueError(f"{name} must be layer numbers, and {_short(layer)} is none.")
         numbers.append(number)
     if isinstance(given, Set):
         numbers.sort()
     outside = [layer for layer in numbers if not 0 <= layer < depth]
     if outside:
         raise ValueError(
-            f"extract_layers {outside} are out of range: the model has {depth} layers, 0 to {depth - 1}."
+            f"{name} {outside} are out of range: the model has {depth} layers, 0 to {depth - 1}."
         )
     if not numbers or len(set(numbers)) != len(numbers):
-        raise ValueError(f"extract_layers must name at least one layer and none twice, not {numbers}.")
+        raise ValueError(f"{name} must name at least one layer and none twice, not {numbers}.")
     return tuple(numbers)
 
 

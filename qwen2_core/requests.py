@@ -42,6 +42,7 @@ class SequenceRequest:
     id: Any = None
     key: str | None = None
     capture_prompt: bool = False  # return the prompt's rows too
+    strengths: Any = None  # of the engine's interventions: one number, or one for each; None: their own
 
     @property
     def width(self) -> int:

@@ -20,17 +20,19 @@ import dataclasses
 import logging
 import math
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from activation_store.format import FinishedSequence
+from generate_jitted import Rows
 from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan, to_host
+from qwen2_core.hook_points import RESID_POST
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
+from qwen2_core.intervention_values import finite_numbers
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import (
     LEAST_SEQUENCE_ID,
@@ -42,6 +44,7 @@ from qwen2_core.requests import (
 )
 from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
+from qwen2_core.steering import Steering, steer
 from qwen2_engine.decode_window import STEP_ALIGNMENT, PrefilledPrompt, SlotShape, SlotState, Window
 from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory, Stage, device_memory_budget
 from qwen2_engine.programs import SlotPrograms, compile_slots
@@ -76,6 +79,7 @@ class ContinuousEngine:
         cache_dtype: Any = None,
         capture_prompt: bool = False,
         memory_budget: int | None = None,
+        interventions: Any = (),
     ) -> None:
         """Checks the settings; nothing is compiled or allocated yet.
 
@@ -92,6 +96,8 @@ class ContinuousEngine:
             cache_dtype: of the KV cache; the model's by default.
             capture_prompt: allows requests to ask for their prompt's rows.
             memory_budget: bytes on each device; by default ``memory_plan.device_memory_budget``.
+            interventions: what to change on the way, of ``qwen2_core.interventions``, with one strength
+                each. Requests may have their own ``strengths``.
 
         Raises:
             ValueError: a setting that cannot be, or parameters of another model.
@@ -102,6 +108,7 @@ class ContinuousEngine:
         self.model, self.params = model, params
         self.layout = layout_of(model.config, params)
         self._sampling = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
+        self._steering = steer(interventions, model.config, None)
         self._max_tokens = None if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
         self._shape = SlotShape(
             whole_number("slots", slots, 1),
@@ -109,15 +116,17 @@ class ContinuousEngine:
             max_tokens=self._max_tokens or 1,
             window=whole_number("window", window, 1),
             cache_dtype=cache_dtype_of(cache_dtype),
-            capture_prompt=yes_or_no("capture_prompt", capture_prompt) and bool(model.capture_layers),
+            capture_prompt=yes_or_no("capture_prompt", capture_prompt) and model.captures,
             eos_capacity=len(self._sampling.eos_token_ids),
+            interventions=0 if self._steering is None else len(self._steering.placed),
         )
         self._budget = (
             device_memory_budget(self.layout.devices)
             if memory_budget is None
             else whole_number("memory_budget", memory_budget, 1)
         )
-        self._planner = MemoryPlanner(model, params, self.layout)
+        placed = None if self._steering is None else self._steering.placed
+        self._planner = MemoryPlanner(model, params, self.layout, placed)
 
     def run(
         self,
@@ -167,16 +176,15 @@ class ContinuousEngine:
             )
         for request in requests:
             request = self._checked(request)
-            checked = request.prompt_token_ids
             if self._max_tokens is not None and request.max_tokens > self._max_tokens:
                 raise ValueError(
                     f"max_tokens {request.max_tokens} exceeds the engine's max_tokens of {self._max_tokens}."
                 )
-            if request.capture_prompt and self.model.capture_layers and not self._shape.capture_prompt:
+            if request.capture_prompt and self.model.captures and not self._shape.capture_prompt:
                 raise ValueError(
                     "A request asks for its prompt's rows: make the engine with capture_prompt=True."
                 )
-            groups.setdefault(checked.tobytes(), []).append(request)
+            groups.setdefault(_prompt_key(request, self._steering), []).append(request)
         ordered = sorted(groups.values(), key=lambda group: group[0].width)
         return [request for group in ordered for request in group]
 
@@ -194,13 +202,33 @@ class ContinuousEngine:
             max_tokens=max_tokens,
             sampling_id=whole_number("sampling_id", request.sampling_id, LEAST_SEQUENCE_ID, MOST_SEQUENCE_ID),
             capture_prompt=yes_or_no("capture_prompt", request.capture_prompt),
+            strengths=self._strengths(request.strengths),
         )
+
+    def _strengths(self, given: Any) -> np.ndarray | None:
+        """Returns a request's strength of each intervention; None where there are none."""
+        if self._steering is None:
+            if given is not None:
+                raise ValueError("A request has strengths, and the engine has no interventions.")
+            return None
+        own = np.asarray(self._steering.strengths)[0]
+        strengths = own if given is None else finite_numbers("strengths", given)
+        if strengths.shape not in ((), own.shape):
+            raise ValueError(
+                f"strengths must be one number, or one for each of the {len(own)} interventions; it is of "
+                f"shape {list(strengths.shape)}."
+            )
+        return np.broadcast_to(strengths, own.shape)
 
     def plan(self, requests: Sequence[SequenceRequest]) -> list[Stage]:
         """Returns the stages that requests are generated in, short prompts first (``memory_plan``)."""
         longest = max((request.max_tokens for request in requests), default=1)
         shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
         return self._planner.stages({request.width for request in requests}, shape, self._budget)
+
+    def estimate(self, stage: Stage) -> int:
+        """Estimates the bytes that a stage takes on each device, before anything is compiled."""
+        return self._planner.estimate(stage.shape)
 
     @program_settings()
     def start(
@@ -213,12 +241,17 @@ class ContinuousEngine:
         A window of free slots is run, for nothing but its memory. If that is not there, half as many slots
         are tried, and a warning is logged.
         """
-        programs = compile_slots(self.model, self.params, self.layout, stage.shape, stage.widths, compiling)
+        placed = () if self._steering is None else self._steering.placed
+        programs = compile_slots(
+            self.model, self.params, self.layout, stage.shape, stage.widths, placed, compiling
+        )
         try:
             slots = programs.create()
-            slots, _ = jax.block_until_ready(programs.window(self.params, slots, programs.idle_sampling))
+            steered = (placed,) if placed else ()
+            window = programs.window(self.params, slots, programs.idle_sampling, *steered)
+            slots, _ = jax.block_until_ready(window)
             memory = self._planner.memory(programs)
-            return RunningSlots(programs, slots, self.params, self._sampling, memory)
+            return RunningSlots(programs, slots, self.params, self._sampling, memory, self._steering)
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error) or stage.shape.slots == 1:
                 raise
@@ -234,31 +267,32 @@ class _RunningSequence:
         self.request = request
         self._token_ids: list[np.ndarray] = []
         self._logprobs: list[np.ndarray] = []
-        self._rows: np.ndarray | None = None  # [layers, room for all tokens, hidden]
+        self._rows: dict[str, np.ndarray] = {}  # by point: [layers, room for all tokens, width]
         self._rows_filled = 0
 
     def add_tokens(self, token_ids: np.ndarray, logprobs: np.ndarray) -> None:
         self._token_ids.append(token_ids.copy())
         self._logprobs.append(logprobs.copy())
 
-    def add_rows(self, rows: np.ndarray) -> None:
-        """Copies ``rows`` [layers, tokens, hidden] to where they stay until they are on disk."""
-        if self._rows is None:
-            prompt = len(self.request.prompt_token_ids) if self.request.capture_prompt else 0
-            room = prompt + self.request.max_tokens
-            self._rows = _fresh((rows.shape[0], room, rows.shape[2]), rows.dtype)
-        end = self._rows_filled + rows.shape[1]
-        self._rows[:, self._rows_filled : end] = rows
+    def add_rows(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Copies rows by point, [layers, tokens, width], to where they stay until they are on disk."""
+        end = self._rows_filled
+        for point, values in rows.items():
+            if point not in self._rows:
+                prompt = len(self.request.prompt_token_ids) if self.request.capture_prompt else 0
+                room = prompt + self.request.max_tokens
+                self._rows[point] = _fresh((values.shape[0], room, values.shape[2]), values.dtype)
+            end = self._rows_filled + values.shape[1]
+            self._rows[point][:, self._rows_filled : end] = values
         self._rows_filled = end
 
     def finish(self, eos_token_ids: np.ndarray) -> FinishedSequence:
         token_ids = np.concatenate(self._token_ids)
         reason = "stop" if token_ids[-1] in eos_token_ids else "length"
-        rows = None if self._rows is None else self._rows[:, : self._rows_filled]
-        request = self.request
-        return FinishedSequence(
-            request.id, token_ids, np.concatenate(self._logprobs), reason, rows, key=request.key
-        )
+        points = {point: rows[:, : self._rows_filled] for point, rows in self._rows.items()}
+        rows, request = points.pop(RESID_POST, None), self.request
+        logprobs = np.concatenate(self._logprobs)
+        return FinishedSequence(request.id, token_ids, logprobs, reason, rows, key=request.key, points=points)
 
 
 class _Share(NamedTuple):
@@ -271,9 +305,9 @@ class _Share(NamedTuple):
 
 
 class _ReadPrompts(NamedTuple):
-    token_ids: list[bytes]  # of each group's prompt
+    keys: list[bytes]  # of each group's prompt
     prompts: PrefilledPrompt
-    rows: Array | None  # [layers, width, groups, hidden]
+    rows: Rows  # [layers, width, groups, hidden] each
 
 
 class RunningSlots:
@@ -286,9 +320,11 @@ class RunningSlots:
         params: Any,
         sampling: SamplingParams,
         memory: SlotMemory,
+        steering: Steering | None = None,
     ) -> None:
         self.programs, self.memory = programs, memory
         self._slots, self._params, self._sampling = slots, params, sampling
+        self._steering = steering
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
         self._requests: Iterator[SequenceRequest] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
@@ -310,7 +346,8 @@ class RunningSlots:
             on_window: as of ``ContinuousEngine.run``.
         """
         self._requests = iter(requests)
-        activations, shares = None, []
+        rows: Rows = None, {}
+        shares: list[_Share] = []
         while True:
             stopping = should_stop()
             if not stopping:
@@ -318,10 +355,10 @@ class RunningSlots:
             window = None
             if not stopping and any(self._running):
                 window = self._dispatch()
-            yield from self._copy_out(activations, shares)
+            yield from self._copy_out(rows, shares)
             if window is None:
                 return
-            activations, shares = window.activations, self._settle(window, on_window)
+            rows, shares = (window.activations, window.points), self._settle(window, on_window)
 
     @program_settings()
     def _refill(self) -> None:
@@ -335,13 +372,18 @@ class RunningSlots:
             for group, (slot, request) in chosen.items():
                 slots[group], limits[group] = slot, request.max_tokens
                 sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
+            strengths = ()
+            if self._steering is not None:
+                strengths = (np.stack([chosen.get(group, idle)[1].strengths for group in range(groups)]),)
             self._slots = self.programs.insert(
-                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling
+                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, *strengths
             )
+            rows = _by_point(read.rows) if any(one.capture_prompt for _, one in chosen.values()) else {}
             for group, (slot, request) in chosen.items():
                 sequence = _RunningSequence(request)
-                if request.capture_prompt and read.rows is not None:
-                    sequence.add_rows(np.asarray(read.rows)[:, : len(request.prompt_token_ids), group])
+                if request.capture_prompt:
+                    length = len(request.prompt_token_ids)
+                    sequence.add_rows({point: of[:, :length, group] for point, of in rows.items()})
                 self._running[group * self.programs.shape.slots + slot] = sequence
 
     def _choose(self) -> dict[int, tuple[int, SequenceRequest]]:
@@ -365,20 +407,25 @@ class RunningSlots:
 
     def _prompts(self, requests: list[SequenceRequest]) -> _ReadPrompts:
         """Reads a prompt for each group, unless they were the last ones too."""
-        prompts = [request.prompt_token_ids for request in requests]
-        token_ids = [prompt.tobytes() for prompt in prompts]
-        if self._read is None or self._read.token_ids != token_ids:
+        keys = [_prompt_key(request, self._steering) for request in requests]
+        if self._read is None or self._read.keys != keys:
             self._read = None  # makes room for the next one
             width = requests[0].width
-            read = self.programs.prefills[width](self._params, *pad_to(prompts, width))
-            self._read = _ReadPrompts(token_ids, *read)
-            self._prompts_read += len(set(token_ids))
+            prompts = pad_to([request.prompt_token_ids for request in requests], width)
+            steered = ()
+            if self._steering is not None:
+                strengths = np.stack([_prompt_strengths(request, self._steering) for request in requests])
+                steered = (dataclasses.replace(self._steering, strengths=strengths),)
+            read = self.programs.prefills[width](self._params, *prompts, *steered)
+            self._read = _ReadPrompts(keys, *read)
+            self._prompts_read += len(set(keys))
         return self._read
 
     @program_settings()
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
-        self._slots, window = self.programs.window(self._params, self._slots, self._sampling)
+        steered = () if self._steering is None else (self._steering.placed,)
+        self._slots, window = self.programs.window(self._params, self._slots, self._sampling, *steered)
         return window
 
     @program_settings()
@@ -399,15 +446,33 @@ class RunningSlots:
         self._prompts_read = 0
         return shares
 
-    def _copy_out(self, activations: Array | None, shares: list[_Share]) -> Iterator[FinishedSequence]:
-        rows = None if activations is None else to_host(activations)
+    def _copy_out(self, rows: Rows, shares: list[_Share]) -> Iterator[FinishedSequence]:
+        by_point = _by_point(rows)
         for share in shares:
-            if rows is not None:
-                share.sequence.add_rows(rows[:, : share.tokens, share.slot])
+            share.sequence.add_rows(
+                {point: of[:, : share.tokens, share.slot] for point, of in by_point.items()}
+            )
             if share.ended:
                 finished = share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
                 raise_on_nan(finished.logprobs)
                 yield finished
+
+
+def _by_point(rows: Rows) -> dict[str, np.ndarray]:
+    """Returns rows on the host, those of the chosen layers' outputs among the other points'."""
+    activations, points = rows
+    every = points if activations is None else {RESID_POST: activations, **points}
+    return {point: to_host(of_point) for point, of_point in every.items()}
+
+
+def _prompt_key(request: SequenceRequest, steering: Steering | None) -> bytes:
+    """Returns what decides what is read of a request's prompt."""
+    tokens = request.prompt_token_ids.tobytes()
+    return tokens if steering is None else tokens + _prompt_strengths(request, steering).tobytes()
+
+
+def _prompt_strengths(request: SequenceRequest, steering: Steering) -> np.ndarray:
+    return steering.of_prompt(request.strengths, len(request.prompt_token_ids))
 
 
 def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32, UInt32
 
-from generate_jitted import DecodeState, decode_one, prefill_with_cache, start_decode_state
+from generate_jitted import DecodeState, Rows, decode_one, prefill_with_cache, rows_of, start_decode_state
 from kvcache_utils import (
     ROW_AXES,
     KVCache,
@@ -33,6 +33,7 @@ from kvcache_utils import (
 )
 from qwen2_core.kernels.attention import DECODE_KEYS
 from qwen2_core.sampling import SamplingParams, sample_tokens, sequence_keys
+from qwen2_core.steering import Placed, Steering
 from qwen2_jax import QwenModel
 
 STEP_ALIGNMENT = 16  # steps: sequences begin at multiples of it
@@ -56,6 +57,7 @@ class SlotShape:
     cache_dtype: Any = None  # the model's by default
     capture_prompt: bool = False  # prefills return the prompt's rows too
     eos_capacity: int = 8
+    interventions: int = 0  # each slot has a strength of its own for each
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -96,6 +98,9 @@ class SlotState:
         metadata=ROW_AXES
     )  # random keys derive from them
     limits: Int32[Array, " slots"] = dataclasses.field(metadata=ROW_AXES)  # the sequence's max_tokens
+    strengths: Float32[Array, "slots interventions"] | None = dataclasses.field(
+        metadata=axes("rows", "interventions")
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -108,6 +113,7 @@ class Window:
     counts: Int32[Array, " slots"]  # steps, from the first, in which the slot's sequence was alive
     ended: Bool[Array, " slots"]  # after these steps
     activations: Float[Array, "layers steps slots hidden"] | None
+    points: dict[str, Float[Array, "layers steps slots width"]]
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +135,7 @@ def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
         ended=jnp.ones(slots, bool),
         sequence_ids=jnp.zeros(slots, jnp.uint32),
         limits=jnp.zeros(slots, jnp.int32),
+        strengths=jnp.zeros((slots, shape.interventions)) if shape.interventions else None,
     )
 
 
@@ -144,17 +151,18 @@ def prefill_prompt(
     params: Any,
     input_ids: Int32[Array, "1 width"],
     length: Int32[Array, 1],
-) -> tuple[PrefilledPrompt, Float[Array, "layers width 1 hidden"] | None]:
+    steering: Steering | None = None,
+) -> tuple[PrefilledPrompt, Rows]:
     """Reads one prompt by itself, so that no other prompt shows in its bits.
 
     Returns:
         the prompt, and its rows if the shape asks for them.
     """
     cache = create_kv_cache_buffers(shape.prompt_cache_config(model))
-    logits, cache, rows = prefill_with_cache(
-        model, params, input_ids, length, cache, capture=shape.capture_prompt
+    output = prefill_with_cache(
+        model, params, input_ids, length, cache, capture=shape.capture_prompt, steering=steering
     )
-    return PrefilledPrompt(cache.prefill, logits), rows
+    return PrefilledPrompt(output.cache.prefill, output.logits), rows_of(output)
 
 
 def insert(
@@ -164,6 +172,7 @@ def insert(
     sequence_id: UInt32[Array, 1],
     limit: Int32[Array, 1],
     sampling: SamplingParams,
+    strengths: Float32[Array, "1 interventions"] | None = None,
 ) -> SlotState:
     """Gives ``slot`` a new sequence: a copy of the prompt, and its first token, drawn with its own key.
 
@@ -193,6 +202,7 @@ def insert(
             ended=state.ended.at[slot].set(False),
             sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
             limits=state.limits.at[slot].set(limit),
+            strengths=None if state.strengths is None else state.strengths.at[slot].set(strengths),
         )
 
     # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that.
@@ -201,11 +211,17 @@ def insert(
 
 
 def run_window(
-    model: QwenModel, shape: SlotShape, params: Any, slots: SlotState, sampling: SamplingParams
+    model: QwenModel,
+    shape: SlotShape,
+    params: Any,
+    slots: SlotState,
+    sampling: SamplingParams,
+    placed: tuple[Placed, ...] = (),
 ) -> tuple[SlotState, Window]:
     """Makes a window of decode steps of all slots, fewer where all sequences end before."""
     window = shape.window
     keys = sequence_keys(sampling.seed, slots.sequence_ids)
+    steering = Steering(placed, slots.strengths) if placed else None
     begin = slots.cache.ar.index
     cache = _idle_free_slots(slots.cache, slots.ended)
     state = start_decode_state(
@@ -216,7 +232,7 @@ def run_window(
         return (state.cache.ar.index < begin + window) & ~jnp.all(state.ended)
 
     def body(state: DecodeState) -> DecodeState:
-        state = decode_one(model, params, state, state.cache.ar.index - begin, sampling, keys)
+        state = decode_one(model, params, state, state.cache.ar.index - begin, sampling, keys, steering)
         spent = state.cache.ar.tokens_read >= slots.limits
         return dataclasses.replace(state, ended=state.ended | spent)
 
@@ -230,7 +246,8 @@ def run_window(
         next_logprob=state.next_logprob,
         ended=state.ended,
     )
-    return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, state.activations)
+    rows = state.activations, state.points
+    return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, *rows)
 
 
 def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:

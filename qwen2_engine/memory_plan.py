@@ -69,6 +69,7 @@ class MemoryPlanner:
     model: QwenModel
     params: Any
     layout: Layout
+    steering: Any = None  # values of interventions, whole on each device
 
     def stages(self, widths: Iterable[int], shape: SlotShape, budget: int) -> list[Stage]:
         """Returns the stages for prompts of these widths, short ones first.
@@ -107,6 +108,7 @@ class MemoryPlanner:
         logits = 2 * 4 * max(shape.slots, 8) * config.vocab_size
         prefill = 4 * hidden * config.hidden_size * width
         working = max(logits + 2 * window + prompt, window + prompt + prefill)
+        working += sum(leaf.nbytes for leaf in jax.tree.leaves(self.steering))
         total = self._weights() + self._kv_cache(shape) + working
         return total + (self._host_rows(shape) if jax.default_backend() == "cpu" else 0)
 
@@ -121,5 +123,4 @@ class MemoryPlanner:
         return self._row_buffer(shape.max_tokens, shape.slots)
 
     def _row_buffer(self, tokens: int, rows: int) -> int:
-        buffer = self.model.activation_buffer(tokens, rows)
-        return 0 if buffer is None else buffer.nbytes
+        return self.model.captured_bytes(tokens, rows)

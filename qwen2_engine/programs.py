@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from qwen2_core.compilation import AbstractParams, compiler_options, traced_apart
 from qwen2_core.sampling import SamplingParams, abstract_sampling_params
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
+from qwen2_core.steering import STEERING, Placed, abstract_steering
 from qwen2_engine.decode_window import (
     SlotShape,
     Window,
@@ -34,7 +35,8 @@ from qwen2_engine.decode_window import (
 )
 from qwen2_jax import QwenModel
 
-_WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
+_NO_INTERVENTIONS = AbstractParams.of(())
+_WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,9 @@ class SlotPrograms:
               sampling
     window    params, slots, sampling                                                         slots, window
     ========  ==============================================================================  ================
+
+    Where there are interventions, each has a last argument more: the steering of D prompts; strengths
+    [D, interventions]; the interventions.
     """
 
     shape: SlotShape  # of one group
@@ -89,9 +94,10 @@ def compile_slots(
     layout: Layout,
     shape: SlotShape,
     widths: tuple[int, ...],
+    placed: tuple[Placed, ...] = (),
     compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> SlotPrograms:
-    """Compiles all that slots of one shape need for prompts padded to ``widths``.
+    """Compiles all that slots of one shape need for prompts padded to ``widths``, with these interventions.
 
     ``compiling(name)`` is entered around the compilation of each program, on threads.
 
@@ -100,14 +106,14 @@ def compile_slots(
     """
     if max(widths) > shape.prompt_width:
         raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
-    weights = AbstractParams.of(params)
+    weights, steered = AbstractParams.of(params), AbstractParams.of(placed)
     jobs: dict[str, Callable[[], jax.stages.Compiled]] = {
         "empty slots": functools.partial(compile_create, model, shape, layout),
         "insert": functools.partial(compile_insert, model, shape, layout),
-        "window": functools.partial(compile_window, model, shape, layout, weights),
+        "window": functools.partial(compile_window, model, shape, layout, weights, steered),
     }
     for width in widths:
-        job = functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, width)
+        job = functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, width, steered)
         jobs[f"prefill of width {width}"] = job
 
     def compile_one(name: str) -> jax.stages.Compiled:
@@ -134,16 +140,22 @@ def compile_create(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
 @functools.lru_cache(maxsize=64)
 @traced_apart
 def compile_prefill(
-    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams, width: int
+    model: QwenModel,
+    shape: SlotShape,
+    layout: Layout,
+    params: AbstractParams,
+    width: int,
+    placed: AbstractParams = _NO_INTERVENTIONS,
 ) -> jax.stages.Compiled:
     """Compiles the program that reads a prompt padded to ``width``."""
+    steering = (abstract_steering(layout, placed.tree, 1),) if placed.tree else ()
     program = layout.jit(
         functools.partial(prefill_prompt, model, shape),
-        in_axes=(WHOLE, ROWS, ROWS),
+        in_axes=(WHOLE, ROWS, ROWS, *(STEERING for _ in steering)),
         out_axes=(axes_of(_prompt(model, shape)), ACTIVATIONS),
     )
     input_ids, lengths = layout.struct((1, width), jnp.int32, ROWS), layout.struct((1,), jnp.int32, ROWS)
-    return _compile(program.lower(params.tree, input_ids, lengths))
+    return _compile(program.lower(params.tree, input_ids, lengths, *steering))
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,32 +163,41 @@ def compile_prefill(
 def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
     """Compiles the program that gives a free slot of each group a new sequence."""
     slots, prompt = _slots(model, shape), _prompt(model, shape)
+    strengths = ()
+    if shape.interventions:
+        strengths = (layout.struct((1, shape.interventions), jnp.float32, ROWS),)
     program = layout.jit(
         insert,
-        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE),
+        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, *(ROWS for _ in strengths)),
         out_axes=axes_of(slots),
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
     sampling = abstract_sampling_params(shape.eos_capacity)
-    return _compile(program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling))
+    return _compile(
+        program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, *strengths)
+    )
 
 
 @functools.lru_cache(maxsize=64)
 @traced_apart
 def compile_window(
-    model: QwenModel, shape: SlotShape, layout: Layout, params: AbstractParams
+    model: QwenModel,
+    shape: SlotShape,
+    layout: Layout,
+    params: AbstractParams,
+    placed: AbstractParams = _NO_INTERVENTIONS,
 ) -> jax.stages.Compiled:
     """Compiles the program that makes a window of steps of all slots."""
-    slots = _slots(model, shape)
+    slots, interventions = _slots(model, shape), (placed.tree,) if placed.tree else ()
     program = layout.jit(
         functools.partial(run_window, model, shape),
-        in_axes=(WHOLE, axes_of(slots), WHOLE),
+        in_axes=(WHOLE, axes_of(slots), WHOLE, *(WHOLE for _ in interventions)),
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
     sampling = abstract_sampling_params(shape.eos_capacity)
-    return _compile(program.lower(params.tree, layout.structs(slots), sampling))
+    return _compile(program.lower(params.tree, layout.structs(slots), sampling, *interventions))
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
-from generate_jitted import Generation
+from generate_jitted import Generation, Rows, rows_of
 from qwen2_core.compilation import check_surroundings, defined_settings
 from qwen2_core.inputs import whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import check_prompts, check_sequence_ids
 from qwen2_core.sampling import Sampling, sample_tokens, sampling_params, sequence_keys
-from qwen2_jax import ModelOutput, QwenModel, check_model
+from qwen2_core.steering import check_prompt_strengths, steer
+from qwen2_jax import QwenModel, check_model
 
 _sample = jax.jit(sample_tokens)
 
@@ -38,6 +40,7 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     seed: int = 0,
     sequence_ids: Any = None,
     extract_prompt: bool = False,
+    interventions: Any = (),
 ) -> Generation:
     """Generates as ``generate_single_task_jitted`` does, without compilation; activations where the model
     captures.
@@ -63,9 +66,18 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     batch, width = ids.shape
     keys = sequence_keys(traced.seed, jnp.asarray(own_ids))
 
-    def forward(*inputs: Any) -> ModelOutput:
-        output: Any = growing.apply({"params": params}, *inputs, method=growing.forward)
-        return ModelOutput(*output)
+    steering = steer(interventions, config, batch)
+    check_prompt_strengths(steering, prompts.lengths)
+
+    def forward(*inputs: Any) -> tuple[Array, Any, Rows]:
+        output: Any = growing.apply(
+            {"params": params},
+            *inputs,
+            interventions=steering,
+            prompt_lengths=lengths,
+            method=growing.forward,
+        )
+        return output.logits, output.cache, rows_of(output)
 
     mask = np.arange(width) < lengths[:, None]
     logits, caches, prompt_rows = forward(jnp.asarray(ids), mask)
@@ -75,30 +87,37 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     tokens = np.zeros((batch, max_tokens), np.int32)
     logprobs = np.zeros((batch, max_tokens), np.float32)
     counts, ended = np.zeros(batch, np.int32), np.zeros(batch, bool)
-    buffer = growing.activation_buffer(max_tokens, batch)
-    rows = None if buffer is None else np.zeros(buffer.shape, buffer.dtype)
+    buffers = growing.activation_buffer(max_tokens, batch), growing.point_buffers(max_tokens, batch)
+    rows = jax.tree.map(lambda buffer: np.zeros(buffer.shape, buffer.dtype), buffers)
     for step in range(max_tokens):
         mask = np.concatenate([mask, np.ones((batch, 1), bool)], axis=1)
-        logits, caches, activations = forward(token[:, None], mask, caches, lengths + step)
+        logits, caches, captured = forward(token[:, None], mask, caches, lengths + step)
         live = ~ended
         tokens[live, step], logprobs[live, step] = np.asarray(token)[live], np.asarray(logprob)[live]
-        if rows is not None:
-            rows[:, step, live] = np.asarray(activations)[:, 0, live]
+        for buffer, of_step in zip(jax.tree.leaves(rows), jax.tree.leaves(captured), strict=True):
+            buffer[:, step, live] = np.asarray(of_step)[:, 0, live]
         counts += live
         ended |= live & np.isin(tokens[:, step], traced.eos_token_ids)
         if ended.all():
             break
         token, logprob = _sample(logits[:, 0], traced, keys, step + 1)
-    prompt = None
-    if extract_prompt and prompt_rows is not None:
-        valid = (np.arange(width) < lengths[:, None])[::samples_per_prompt].T
-        prompt = jnp.where(valid[None, :, :, None], prompt_rows[:, :, ::samples_per_prompt], 0)
+    if extract_prompt:
+        valid = (np.arange(width) < lengths[:, None])[::samples_per_prompt].T[None, :, :, None]
+        prompt, prompt_points = jax.tree.map(
+            lambda rows: jnp.where(valid, rows[:, :, ::samples_per_prompt], 0), prompt_rows
+        )
+    else:
+        prompt, prompt_points = None, {}
+    activations, points = jax.tree.map(jnp.asarray, rows)
     return Generation(
         token_ids=jnp.asarray(tokens),
         lengths=jnp.asarray(counts),
         finished=jnp.asarray(ended),
         logprobs=jnp.asarray(logprobs),
-        activations=None if rows is None else jnp.asarray(rows),
+        activations=activations,
         prompt_activations=prompt,
         layers=model.capture_layers,
+        points=points,
+        prompt_points=prompt_points,
+        point_layers=model.capture_points,
     )

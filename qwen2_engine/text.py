@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from activation_store.format import FinishedSequence, layers_text
+from activation_store.format import FinishedSequence
+from activation_store.hook_labels import layers_text
 from arc_puzzles import ArcFormatError
 from arc_puzzles.prompt_files import Messages, check_messages, check_text, encode_own
 from qwen2_core.generation_config import eos_token_ids as eos_of_checkpoint
+from qwen2_core.hook_points import RESID_POST
+from qwen2_core.hooks import PointLayers
 from qwen2_core.hub import cached_snapshot
-from qwen2_core.inputs import as_int, whole_number, yes_or_no
+from qwen2_core.inputs import as_int, one_by_one, whole_number, yes_or_no
 from qwen2_core.requests import SequenceRequest
 from qwen2_core.sampling import Sampling
 from qwen2_engine.continuous_batching import ContinuousEngine
@@ -41,15 +44,18 @@ class GeneratedText:
     logprobs: Float32[np.ndarray, " n"]  # the model's own, at temperature 1
     finish_reason: str  # "stop": by an EOS; "length": by max_tokens
     layers: tuple[int, ...]  # that were captured
-    _rows: np.ndarray | None  # [layers, n, hidden], in the model's dtype
-    _prompt_rows: np.ndarray | None  # [layers, prompt, hidden]; shared by a prompt's samples
+    points: Mapping[str, np.ndarray]  # of other points: [layers, n, width], in the model's dtype
+    prompt_points: Mapping[str, np.ndarray]  # [layers, prompt, width]; shared by a prompt's samples
+    point_layers: PointLayers  # of these points
+    _rows: np.ndarray | None  # of the layers' outputs: [layers, n, hidden]
+    _prompt_rows: np.ndarray | None
     _tokenizer: Any
 
     def __repr__(self) -> str:
         """Says in a line what there is, without the values."""
         return (
             f"GeneratedText({_short(self.prompt_text)} -> {_short(self.text)}, {len(self.token_ids)} tokens "
-            f"({self.finish_reason}), layers {layers_text(self.layers)})"
+            f"({self.finish_reason}), {', '.join((f'layers {layers_text(self.layers)}', *self.points))})"
         )
 
     @property
@@ -62,34 +68,43 @@ class GeneratedText:
         """The prompt's tokens, as ``tokens``."""
         return [self._tokenizer.decode([token]) for token in self.prompt_token_ids.tolist()]
 
-    def layer(self, layer: Any) -> Float32[np.ndarray, "n hidden"]:
+    def layer(self, layer: Any, point: str = RESID_POST) -> Float32[np.ndarray, "n width"]:
         """Returns the rows of one layer: row t is decoder block ``layer`` after reading generated token t.
+
+        ``layer(12, point="attn.hook_z")`` is that of another point; a point of the model has the layer None.
 
         Raises:
             IndexError: the layer was not captured.
             TypeError: it is no whole number.
         """
-        return self._of(self._rows, layer)
+        return self._of(self._rows, self.points, layer, point)
 
-    def prompt_layer(self, layer: Any) -> Float32[np.ndarray, "prompt hidden"]:
-        """Returns the rows of one layer for the prompt's tokens.
+    def prompt_layer(self, layer: Any, point: str = RESID_POST) -> Float32[np.ndarray, "prompt width"]:
+        """Returns the rows of one layer, or of another point, for the prompt's tokens.
 
         Raises:
             IndexError: the layer was not captured, or no prompts were (``extract_prompt=True``).
             TypeError: it is no whole number.
         """
-        if self.layers and self._prompt_rows is None:
+        if (self.layers or self.points) and self._prompt_rows is None and not self.prompt_points:
             raise IndexError("The rows of prompts were not captured: say extract_prompt=True.")
-        return self._of(self._prompt_rows, layer)
+        return self._of(self._prompt_rows, self.prompt_points, layer, point)
 
-    def _of(self, rows: np.ndarray | None, layer: Any) -> np.ndarray:
-        number = as_int(layer)
-        if number is None:
+    def _of(
+        self, rows: np.ndarray | None, points: Mapping[str, np.ndarray], layer: Any, point: str
+    ) -> np.ndarray:
+        number = None if layer is None and point != RESID_POST else as_int(layer)
+        if number is None and (layer is not None or point == RESID_POST):
             raise TypeError(f"layer must be a whole number, not {layer!r}.")
-        if rows is None or number not in self.layers:
-            captured = ", ".join(map(str, self.layers)) or "none, as the model is without hooks"
-            raise IndexError(f"layer {number} was not captured; captured are: {captured}.")
-        return rows[self.layers.index(number)].astype(np.float32)
+        layers: tuple[int | None, ...] = self.layers
+        if point != RESID_POST:
+            rows, layers = points.get(point), dict(self.point_layers).get(point, ())
+        if rows is None or number not in layers:
+            none = "none" if self.layers or self.points else "none, as the model is without hooks"
+            captured = ", ".join(map(str, layers)) or none
+            of_point = "" if point == RESID_POST else f" of {point}"
+            raise IndexError(f"layer {number}{of_point} was not captured; captured are: {captured}.")
+        return rows[layers.index(number)].astype(np.float32)
 
 
 def generate_text(  # noqa: PLR0913 - what one call may say; all but four have defaults
@@ -105,6 +120,8 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
     eos_token_ids: Any = None,
     extract_prompt: bool = False,
     slots: int = 8,
+    interventions: Any = (),
+    strengths: Any = None,
 ) -> list[GeneratedText]:
     """Generates from texts and chats, and returns texts, tokens and rows, in the order of the prompts.
 
@@ -123,6 +140,8 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             checkpoint's generation_config.json and config.json. ``()`` for none.
         extract_prompt: capture the rows of the prompts too.
         slots: sequences at once; fewer where memory is short.
+        interventions: what to change on the way, of ``qwen2_core.interventions``.
+        strengths: of each prompt: one number, or one for each intervention. None: their own.
 
     Raises:
         ValueError: one sentence, before anything is compiled: a prompt that cannot be used or is too long,
@@ -144,7 +163,9 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
         sampling=sampling,
         seed=seed,
         capture_prompt=yes_or_no("extract_prompt", extract_prompt),
+        interventions=interventions,
     )
+    of_prompts = _strengths(strengths, len(encoded))
     requests = [
         SequenceRequest(
             token_ids,
@@ -152,6 +173,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             sampling_id=number * samples + sample,
             id=number * samples + sample,
             capture_prompt=extract_prompt and sample == 0,
+            strengths=of_prompts[number],
         )
         for number, token_ids in enumerate(encoded)
         for sample in range(samples)
@@ -160,9 +182,13 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
     results = []
     for number, (content, token_ids) in enumerate(zip(asked, encoded, strict=True)):
         text = content if isinstance(content, str) else tokenizer.decode(token_ids.tolist())
-        prompt_rows = _prompt_rows(finished[number * samples], len(token_ids)) if extract_prompt else None
+        first = finished[number * samples]
+        prompt_rows, prompt_points = None, {}
+        if extract_prompt:
+            prompt_rows, prompt_points = _cut(first, slice(len(token_ids)))
         for sample in range(samples):
             one = finished[number * samples + sample]
+            rows, points = _cut(one, slice(-len(one.token_ids), None))
             results.append(
                 GeneratedText(
                     number,
@@ -174,7 +200,10 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
                     one.logprobs,
                     one.finish_reason,
                     tuple(model.capture_layers),
-                    None if one.rows is None else one.rows[:, -len(one.token_ids) :],
+                    points,
+                    prompt_points,
+                    model.capture_points,
+                    rows,
                     prompt_rows,
                     tokenizer,
                 )
@@ -233,9 +262,20 @@ def _eos_of(tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     return eos_of_checkpoint(folder, tokenizer, vocab_size)
 
 
-def _prompt_rows(first: FinishedSequence, length: int) -> np.ndarray | None:
-    """Returns the prompt's rows, which came with the first of its samples."""
-    return None if first.rows is None else first.rows[:, :length]
+def _strengths(given: Any, prompts: int) -> list[Any]:
+    if given is None:
+        return [None] * prompts
+    refusal = f"strengths must be one for each of the {prompts} prompts, not {_short_repr(given)}."
+    found = list(one_by_one(given, refusal))
+    if len(found) != prompts:
+        raise ValueError(f"strengths must be one for each of the {prompts} prompts; there are {len(found)}.")
+    return found
+
+
+def _cut(one: FinishedSequence, tokens: slice) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """Returns the rows of some of a sequence's tokens, and those of other points."""
+    points = {point: rows[:, tokens] for point, rows in one.points.items()}
+    return None if one.rows is None else one.rows[:, tokens], points
 
 
 def _items(value: Any) -> list[Any]:

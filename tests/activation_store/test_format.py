@@ -142,7 +142,7 @@ def test_a_manifest_of_another_schema_is_refused():
     [
         ({"dtype": "float64"}, "float64"),
         ({"hidden_size": 0}, "hidden_size"),
-        ({"hook_names": ("blocks.1.hook_mlp_out",)}, "hook_mlp_out"),
+        ({"hook_names": ("blocks.1.hook_scale",)}, "hook_scale"),
         ({"hook_names": (hook_name(1), hook_name(1))}, "twice"),
     ],
 )

@@ -117,6 +117,11 @@ def test_a_number_that_is_only_too_large_takes_neither_time_nor_memory(
         {"n_rows": 0},
         {"generated_length": 0},
         {"extra": 1},
+        {"strengths": None},
+        {"strengths": ["1"]},
+        {"strengths": [True]},
+        {"strengths": [[1.0]]},
+        {"strengths": [1.0] * 1025},
     ],
 )
 def test_a_wrong_text_in_an_index_line_is_found(store: Path, changed: dict[str, Any]):

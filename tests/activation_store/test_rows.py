@@ -24,7 +24,7 @@ from activation_store import (
 
 ABSENT = [-1, 0, 2, 9, 13, 10**30, np.int64(-2), [10, 13], "blocks.2.hook_resid_post"]
 NO_LAYERS = [True, np.True_, jnp.asarray(True), [True], 11.0, np.float64(11), [11.0], "11", ["11"], "", "12:"]
-NO_LAYERS += ["blocks.11.hook_resid_pre", b"11", slice(10, 12), [[11]], object()]
+NO_LAYERS += ["blocks.11.hook_scale", b"11", slice(10, 12), [[11]], object()]
 
 
 @pytest.fixture(scope="module")

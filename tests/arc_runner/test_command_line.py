@@ -76,6 +76,9 @@ def test_own_prompts_have_defaults_of_their_own():
         ("--extract_activations", "extract_activations", True),
         ("--no_extract_activations", "extract_activations", False),
         ("--extract_prompt", "extract_prompt", True),
+        ("--hook_points=attn.hook_z:3 --top_k 4", "hook_points", ("blocks.3.attn.hook_z",)),
+        ("--steer a.safetensors", "steer", "a.safetensors"),
+        ("--steer a.safetensors --capture_before", "capture_before", True),
     ],
 )
 def test_each_flag_sets_its_field(arguments: str, field: str, value: Any):

@@ -42,7 +42,7 @@ def test_nothing_is_made_or_changed_where_nothing_was_yet(tmp_path: Path, monkey
     assert listing(tmp_path) == before
     assert "  tasks             4 (0 failed)\n" in outcome.out
     assert "8 (each test input in 2 augmentations x 1 samples), 0 of them done already" in outcome.out
-    assert "  slots             8 for prompts of up to 128 tokens, windows of 16 steps: about " in outcome.out
+    assert "  slots             8 for prompts of up to 64 tokens, windows of 16 steps: about " in outcome.out
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -174,7 +174,7 @@ def test_home_is_expanded_in_every_path(name: str, monkeypatch: pytest.MonkeyPat
 
 def test_every_flag_that_names_a_file_or_directory_is_declared_as_a_path():
     named = {name for name in FIELDS if name.endswith(("_path", "_dir", "_filepath"))}
-    assert named | {"prompts"} == set(PATHS)
+    assert named | {"prompts", "steer"} == set(PATHS)
 
 
 BAD_PATHS = [

@@ -13,6 +13,8 @@ from runner_cases import TINY, plain_rows, small_checkpoint, store_of
 from transformers import AutoTokenizer
 
 from generate_jitted import Sampling, generate_single_task_jitted, pad_prompts
+from qwen2_core.hook_points import LN_FINAL
+from qwen2_core.interventions import Add
 from qwen2_engine import GeneratedText, continuous_batching, generate_text
 from qwen2_jax import QwenModel, load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
@@ -109,6 +111,39 @@ def test_a_sequence_ends_at_the_tokenizers_eos_unless_others_are_named(parts: Pa
     own.eos_token = own.convert_ids_to_tokens(third)
     by_default = generate_text(*parts[:2], own, "The rule is", TOKENS, extract_prompt=True)[0]
     assert by_default.token_ids.tolist() == ended.token_ids.tolist()
+
+
+def test_other_points_come_by_name_and_each_prompt_has_its_strength(
+    parts: Parts, results: list[GeneratedText]
+):
+    _, params, tokenizer = parts
+    config = parts[0].config
+    model = create_model_with_hooks(config, (0, 1), points={"attn.hook_z": [1], LN_FINAL: True})
+    push = Add("hook_resid_mid", 0, np.linspace(-30, 30, config.hidden_size), positions="generated")
+    texts = [TEXT["text"]] * 3
+    clean, once, twice = generate_text(
+        model,
+        params,
+        tokenizer,
+        texts,
+        TOKENS,
+        extract_prompt=True,
+        interventions=push,
+        strengths=[0, 1, [2]],
+    )
+    assert clean.token_ids.tolist() == results[2].token_ids.tolist()
+    assert np.allclose(clean.layer(1), results[2].layer(1), rtol=1e-4, atol=1e-4)
+    rows = [one.layer(0)[0] for one in (clean, once, twice)]
+    assert np.abs(rows[1] - rows[0]).max() > 1
+    assert not np.allclose(rows[2], rows[1], atol=1)
+    assert np.array_equal(once.prompt_layer(1), clean.prompt_layer(1))
+    assert once.layer(1, point="attn.hook_z").shape == (len(once.token_ids), config.hidden_size)
+    assert clean.prompt_layer(None, LN_FINAL).shape == (len(clean.prompt_token_ids), config.hidden_size)
+    assert repr(once).endswith(f"layers 0, 1, attn.hook_z, {LN_FINAL})")
+    with pytest.raises(IndexError, match=r"layer 0 of attn\.hook_z was not captured; captured are: 1\."):
+        once.layer(0, point="attn.hook_z")
+    with pytest.raises(ValueError, match="strengths must be one for each of the 3 prompts; there are 2"):
+        generate_text(model, params, tokenizer, texts, TOKENS, interventions=push, strengths=[0, 1])
 
 
 def test_a_single_chat_is_a_list_of_messages(parts: Parts, results: list[GeneratedText]):

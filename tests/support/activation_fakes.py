@@ -14,6 +14,7 @@ import safetensors.numpy
 from activation_store import ActivationWriter, FinishedSequence, SequenceId, StoreSettings, hook_name
 from activation_store.checked_json import seal_line, unseal_line
 from activation_store.format import DTYPES
+from qwen2_core.hook_points import RESID_POST
 
 EOS = 5
 SETTINGS = StoreSettings(
@@ -31,6 +32,17 @@ SETTINGS = StoreSettings(
 )
 
 
+# Some layers each of every kind of point, with four widths.
+HOOKS = (
+    *(f"blocks.{layer}.hook_resid_{place}" for layer in (10, 11) for place in ("pre", "mid", "post")),
+    *(f"blocks.12.{point}" for point in ("hook_attn_out", "hook_mlp_out", "mlp.hook_post")),
+    *(f"blocks.{layer}.attn.hook_{name}" for name in "kvqz" for layer in (11, 9)),
+    *(f"blocks.0.{norm}.hook_normalized" for norm in ("ln1", "ln2")),
+    "ln_final.hook_normalized",
+)
+WIDTHS = {"mlp.hook_post": 24, "attn.hook_k": 4, "attn.hook_v": 4, "attn.hook_q": 16, "attn.hook_z": 16}
+
+
 def settings(**changes: Any) -> StoreSettings:
     return dataclasses.replace(SETTINGS, **changes)
 
@@ -44,16 +56,18 @@ def sequence(
     tokens = rng.integers(10, 500, generated).astype(np.int32)
     if generated < of.max_output_tokens:
         tokens[-1] = EOS
-    rows = None
-    if of.hook_names:
-        n_rows = generated + (prompt if of.capture_prompt and sample == 0 else 0)
-        rows = rng.standard_normal((len(of.hook_names), n_rows, of.hidden_size)).astype(DTYPES[of.dtype])
+    n_rows = generated + (prompt if of.capture_prompt and sample == 0 else 0)
+    points = {
+        point: rng.standard_normal((len(hooks), n_rows, of.hook_widths[hooks[0]])).astype(DTYPES[of.dtype])
+        for point, hooks in of.hooks_by_point.items()
+    }
     return FinishedSequence(
         SequenceId(task, 0, sample, "identity", prompt_rng.integers(10, 500, prompt).astype(np.int32)),
         tokens,
         -rng.random(generated).astype(np.float32),
         "stop" if generated < of.max_output_tokens else "length",
-        rows,
+        points.pop(RESID_POST, None),
+        points=points,
     )
 
 
