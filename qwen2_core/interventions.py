@@ -164,7 +164,7 @@ class AblateHeads(Intervention):
     value: Any = 0.0
     strength: Any = 1.0
     positions: Any = _static(default="all")
-    point: ClassVar[str] = HEAD_OUTPUTS
+    point: ClassVar[str] = HEAD_OUTPUTS  # pyright: ignore[reportIncompatibleVariableOverride]
     edit = Replace.edit
 
     def __post_init__(self) -> None:
