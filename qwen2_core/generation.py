@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32, Int32
 from kvcache_utils import KVCacheConfig
 from qwen2_core.compilation import defined_settings, program_settings
 from qwen2_core.config import QwenConfig
-from qwen2_core.hook_points import RESID_POST
+from qwen2_core.hook_points import LN_FINAL, RESID_POST
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import as_int
 from qwen2_core.requests import PromptBatch
@@ -72,8 +72,8 @@ class Generation:
             IndexError: the layer was not captured, or there is no such row.
             TypeError: either is no whole number.
         """
-        of_model = layer is None and point != RESID_POST
-        layer, row = None if of_model else _index("layer", layer), self._row(row)
+        row = self._row(row)
+        layer = None if layer is None and point == LN_FINAL else _index("layer", layer)
         layers, values = self.layers, self.activations
         if point != RESID_POST:
             layers, values = dict(self.point_layers).get(point, ()), self.points.get(point)

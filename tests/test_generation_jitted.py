@@ -118,6 +118,7 @@ def test_a_layer_or_row_that_is_not_there_is_an_index_error_and_never_another_on
 def test_single_task_generation(greedy: Any):
     """One call returns the tokens, log-probabilities and rows of every sequence, in fixed shapes."""
     arrays = {name: value for name, value in vars(greedy).items() if hasattr(value, "shape")}
+    assert vars(greedy).keys() - arrays.keys() == {"layers", "points", "prompt_points", "point_layers"}
     described = {name: (value.shape, value.dtype) for name, value in arrays.items()}
     assert described == {
         "token_ids": ((3, STEPS), jnp.int32),

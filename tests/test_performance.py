@@ -39,14 +39,18 @@ from kvcache_utils import create_kv_cache_buffers
 from qwen2_core import compilation
 from qwen2_core.compilation import AbstractParams
 from qwen2_core.config import QwenConfig
+from qwen2_core.hook_points import LN_FINAL, RESID_POST, point_names
+from qwen2_core.hooks import LayerHooks
+from qwen2_core.interventions import Add
 from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.matmul import compiler_options
 from qwen2_core.sharding import layout_of, make_layout
+from qwen2_core.steering import steer
 from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenAttention
-from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS
+from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
 
 MB = 1e6
 WIDTH = 256
@@ -280,6 +284,49 @@ def test_no_bfloat16_buffer_is_converted_to_float32_to_write_a_token():
     assert types[LAYERS, 512, 1, 896] == {"u16"}
 
 
+# --- Hooks ---
+
+
+def hooked(scan_layers: bool) -> tuple[Any, Any]:
+    """The small model with every point of layer 1 captured."""
+    model, params = abstract_model(SMALL.config(scan_layers=scan_layers), SMALL.extract)
+    points = {point: True if point == LN_FINAL else 1 for point in point_names() if point != RESID_POST}
+    return create_model_with_hooks(model.config, SMALL.extract, points=points), params
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_without_points_and_interventions_programs_are_those_of_a_model_without_hooks(
+    scan_layers: bool, monkeypatch: pytest.MonkeyPatch
+):
+    model, params = abstract_model(SMALL.config(scan_layers=scan_layers), SMALL.extract)
+    shape = GenerateShape(2, 64, 16, 2, capture_prompt=True)
+
+    def programs_of(model: Any, interventions: Any = ()) -> list[str]:
+        steering = steer(interventions, model.config, shape.batch_size)
+        return [program.as_text() for program in lower_generate(model, params, shape, steering)]
+
+    found, add = programs_of(model), Add(RESID_POST, 1, np.ones(64))
+    for other in (programs_of(hooked(scan_layers)[0]), programs_of(model, [add])):
+        assert all(len(theirs) > len(mine) for theirs, mine in zip(other, found, strict=True))
+    for name in ("__call__", "stream"):
+        monkeypatch.setattr(LayerHooks, name, lambda hooks, point, x: x)
+    assert programs_of(model) == found
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_points_are_captured_in_place_and_counted(scan_layers: bool):
+    model, params = hooked(scan_layers)
+    add = Add(RESID_POST, [0, 1], np.ones(64))
+    for max_tokens in (256, 1024):
+        shape = GenerateShape(2, 64, max_tokens, 4)
+        decode = lower_generate(model, params, shape, steer(add, model.config, shape.batch_size))[1]
+        compiled = decode.compile(compiler_options())
+        assert_state_is_aliased(shape.nbytes(model), compiled)
+        rows = model.captured_bytes(max_tokens, 8)
+        assert rows == 4 * max_tokens * 8 * (2 * 64 + 9 * 64 + 2 * 32 + 96)
+        assert temporaries(compiled) < rows / 8
+
+
 # --- Compilations ---
 
 
@@ -450,6 +497,19 @@ def test_a_sequence_on_a_tpu_takes_46_mb_which_are_updated_in_place(
     # memory_analysis counts the holes in the heap twice. They are nearly all of it at batch 1.
     assert 0 < heap <= memory.temp_size_in_bytes < 2 * batch * MB
     assert memory.output_size_in_bytes + heap < 46 * batch * MB
+
+
+@pytest.mark.slow
+def test_points_and_interventions_on_a_tpu_are_in_place_and_copy_nothing(tpu: Any, tmp_path: Path):
+    model, params = real_on(tpu("v4:2x2x1"))
+    points = {point: True if point == LN_FINAL else [12] for point in point_names() if point != RESID_POST}
+    model = create_model_with_hooks(model.config, points=points)
+    shape = GenerateShape(64, 200, 1100)
+    add = Add(RESID_POST, FIXED_EXTRACT_LAYERS, np.ones(896), np.arange(64))
+    steering = steer(add, model.config, shape.batch_size)
+    decode = lower_generate(model, params, shape, steering)[1].compile(writing_to(tmp_path))
+    assert_state_is_aliased(shape.nbytes(model), decode)
+    assert heap_in_hbm(tmp_path) < 2 * 64 * MB
 
 
 @pytest.mark.slow

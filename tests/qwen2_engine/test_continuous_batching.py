@@ -16,6 +16,7 @@ from lively import Lively, assert_lively, pad_right, row_errors
 from activation_store import FinishedSequence
 from generate_jitted import Sampling, generate_single_task_jitted
 from kvcache_utils import KVCache
+from qwen2_core.interventions import Add
 from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
 from qwen2_core.sharding import Layout
 from qwen2_engine import (
@@ -352,6 +353,8 @@ COMPILERS = (
 
 # --- What is refused, at once -------------------------------------------------------------------------------
 
+ADD = Add("hook_resid_post", 0, np.ones(TINY.hidden))
+
 
 @pytest.mark.parametrize(
     ("changes", "kwargs", "message"),
@@ -381,6 +384,14 @@ COMPILERS = (
         ({}, {"memory_budget": -1}, "memory_budget must be at least 1, not -1"),
         ({"max_tokens": 9}, {"max_tokens": 8}, "max_tokens [0-9]+ exceeds the engine's max_tokens of 8"),
         ({}, {"capture_prompt": False}, "make the engine with capture_prompt=True"),
+        ({"strengths": 1.0}, {}, "A request has strengths, and the engine has no interventions"),
+        ({"strengths": [1, 2]}, {"interventions": ADD}, "one number, or one for each of the 1 interventions"),
+        ({"strengths": "x"}, {"interventions": ADD}, "strengths must be finite numbers"),
+        (
+            {},
+            {"interventions": dataclasses.replace(ADD, strength=[1, 2])},
+            "Add.strength must be one number: each request has its own",
+        ),
     ],
     ids=str,
 )
@@ -414,6 +425,16 @@ def test_a_requests_prompt_may_be_padded_where_its_own_mask_says_so():
     padded: Any = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}
     [ordered] = engine(*built()).order([SequenceRequest(padded, 4, 0)])
     assert ordered.prompt_token_ids.tolist() == [5, 6]
+
+
+def test_a_prompt_is_read_once_for_all_strengths_of_what_does_not_reach_it():
+    prompt = workload()[0].prompt_token_ids
+    for positions, reads in (("generated", 1), ("all", 3)):
+        add = dataclasses.replace(ADD, positions=positions)
+        made, uses = engine(*built(), interventions=add, capture_prompt=False), []
+        requests = [SequenceRequest(prompt, 2, i, strengths=float(i % 3)) for i in range(6)]
+        assert len(list(made.run(requests, on_window=uses.append))) == 6
+        assert sum(use.prompts for use in uses) == reads
 
 
 def test_no_items_are_no_work():
