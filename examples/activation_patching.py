@@ -107,8 +107,9 @@ def main() -> None:
     options = parser.parse_args()
     found, tokenizer = patch_rules()
     a, b = (tokenizer.decode([token]) for token in found.answers)
+    first, second = found.differences
     print(
-        f"Logit of {b!r} less that of {a!r}: {found.differences[0]:+.2f}, and {found.differences[1]:+.2f} in the other."
+        f"Logit of {b!r} less that of {a!r}: {first:+.2f} in the first puzzle, {second:+.2f} in the second."
     )
     print("\nLayer  position of the largest effect")
     for layer, effect in enumerate(found.effect):

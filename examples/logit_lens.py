@@ -48,6 +48,11 @@ def attribution(
     return parts, float(logits[0, -1, token])
 
 
+def word(tokenizer: Any, token: int) -> str:
+    """Returns what a token begins with, in one line."""
+    return tokenizer.decode([token]).strip(" ").replace("\n", "\\n")[:5]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show how an answer forms, layer by layer.")
     parser.add_argument("--rule", choices=SEEN_RULES, default="flip-left-right")
@@ -61,19 +66,20 @@ def main() -> None:
     ids = np.concatenate([prompt, answer])
 
     likeliest = np.asarray(logit_lens(config, params, ids)[:, -len(answer) - 1 : -1].argmax(-1))
-    print("Likeliest token after each layer, where the answer is read. In [ ]: the answer's own.\n")
-    words = {
-        token: tokenizer.decode([token]).strip().removeprefix("```grid shape:") or "```"
-        for token in range(512)
-    }
-    print("answer  ", *(f"{words[token][:6]:^8}" for token in answer))
-    for layer, tokens in enumerate(likeliest):
-        cells = (f"[{words[a][:6]}]" if a == b else words[a][:6] for a, b in zip(tokens, answer, strict=True))
-        print(f"layer {layer:2}", *(f"{cell:^8}" for cell in cells))
+    print("The likeliest next token after each layer; in [ ] where it is the answer's.\n")
+    print("answer      ", *(f"{word(tokenizer, token):^7}" for token in answer))
+    shown = [layer for layer in range(len(likeliest)) if not (likeliest[layer] == likeliest[layer - 1]).all()]
+    for layer, following in zip(shown, [*shown[1:], len(likeliest)], strict=True):
+        words = [word(tokenizer, token) for token in likeliest[layer]]
+        right = likeliest[layer] == answer
+        cells = (f"[{one}]" if same else one for one, same in zip(words, right, strict=True))
+        layers = f"{layer}-{following - 1}" if following > layer + 1 else f"{layer}"
+        print(f"layers {layers:5}", *(f"{cell:^7}" for cell in cells))
 
     end = len(prompt) + options.token
     parts, logit = attribution(config, params, ids[:end], answer[options.token])
-    print(f"\nWhat adds most to the logit of token {options.token}, {words[answer[options.token]]!r}:\n")
+    name = word(tokenizer, answer[options.token])
+    print(f"\nWhat adds most to the logit of token {options.token} of the answer, {name}:\n")
     for name, value in sorted(parts.items(), key=lambda part: -abs(part[1]))[:SHOWN]:
         print(f"{name:26} {value:+8.3f}")
     print(f"{'sum of all parts':26} {sum(parts.values()):+8.3f}\n{'logit of the model':26} {logit:+8.3f}")

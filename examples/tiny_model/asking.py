@@ -46,7 +46,7 @@ def prompts_of(tokenizer: Any, puzzles: list[ArcTask]) -> np.ndarray:
 
 
 def answers_of(tokenizer: Any, puzzles: list[ArcTask], rule: str) -> list[list[int]]:
-    """Returns the tokens that answer puzzles by a rule, whatever their own is, with the one that ends them."""
+    """Returns the tokens of answers by a rule, which need not be the puzzles' own, each with the EOS."""
     outputs = [
         puzzle.outputs[0] if puzzle.task_id == rule else APPLY[rule](puzzle.test[0].input)
         for puzzle in puzzles
