@@ -30,8 +30,9 @@ from qwen2_jax_with_hooks import create_model_with_hooks
 POINT = "hook_resid_post"
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MEASURED = 16  # held-out puzzles
-TRAINED, BATCH, STEPS, RATE = 256, 16, 100, 0.05
+MEANS, BATCH, STEPS, RATE = 64, 16, 100, 0.05  # puzzles of each mean; puzzles of a step, and steps
 LAYERS = (3, 7, 11, 15, 19)  # after which the difference of the means is tried
+STRONGER = 4  # the difference of the means is tried up to 6 times its length
 TOKENS = 20  # that the longest answer has
 
 
@@ -51,17 +52,17 @@ class Steering:
         self.rule, self.other = rule, other
         self.layers = self.config.num_hidden_layers
 
-    def seen_puzzles(self, rule: str) -> list[Any]:
+    def seen_puzzles(self, rule: str, n: int) -> list[Any]:
         """Returns puzzles for finding vectors; none of their grids is one of the held-out puzzles."""
         dice = Dice(f"steering {rule}")
-        return [draw_puzzle(rule, dice, held_out=False) for _ in range(TRAINED)]
+        return [draw_puzzle(rule, dice, held_out=False) for _ in range(n)]
 
     def mean_difference(self) -> np.ndarray:
         """Returns vectors [layers, hidden] from the rule's mean generated stream to that of the other."""
         model = create_model_with_hooks(self.config, range(self.layers))
 
         def mean(rule: str) -> np.ndarray:
-            prompts = prompts_of(self.tokenizer, self.seen_puzzles(rule)[:64])
+            prompts = prompts_of(self.tokenizer, self.seen_puzzles(rule, MEANS))
             eos = self.tokenizer.eos_token_id
             out = generate_single_task_jitted(model, self.params, prompts, TOKENS, eos_token_ids=eos)
             return np.asarray(out.activations).sum((1, 2)) / int(out.lengths.sum())
@@ -70,7 +71,7 @@ class Steering:
 
     def learn(self, steps: int = STEPS) -> np.ndarray:
         """Returns vectors [layers, hidden] under which the other rule's answers become likely (Adam)."""
-        puzzles = self.seen_puzzles(self.rule)
+        puzzles = self.seen_puzzles(self.rule, BATCH * steps)
         prompts = prompts_of(self.tokenizer, puzzles)
         token_ids = np.concatenate([prompts, answers_of(self.tokenizer, puzzles, self.other)], axis=1)
         model, start = QwenModel(self.config), prompts.shape[1]
@@ -92,7 +93,7 @@ class Steering:
         zeros = jnp.zeros((self.layers, self.config.hidden_size))
         state = (zeros, zeros, zeros)
         for i in range(steps):
-            state = step(state, np.roll(token_ids, -BATCH * i, axis=0)[:BATCH], jnp.float32(i + 1))
+            state = step(state, token_ids[BATCH * i : BATCH * (i + 1)], jnp.float32(i + 1))
         return np.asarray(state[0])
 
     def measure(self, vectors: np.ndarray, positions: str) -> Measured:
@@ -128,11 +129,10 @@ def only(vectors: np.ndarray, layer: int) -> np.ndarray:
     return vectors * (np.arange(len(vectors)) == layer)[:, None]
 
 
-def print_table(title: str, measured: Measured, steering: Steering) -> None:
-    print(f"\n{title}\nstrength      ", *(f"{strength:6.2f}" for strength in STRENGTHS))
-    for name, shares in ((steering.rule, measured.own), (steering.other, measured.other)):
-        print(f"{name:15}", *(f"{share:6.0%}" for share in shares))
-    print(f"{'its tokens':15}", *(f"{share:6.0%}" for share in measured.tokens), flush=True)
+def print_table(title: str, strengths: Any, shares: dict[str, np.ndarray]) -> None:
+    print(f"\n{title}\n{'strength':24}", *(f"{strength:6.2f}" for strength in strengths))
+    for name, by_strength in shares.items():
+        print(f"{name:24}", *(f"{share:6.0%}" for share in by_strength), flush=True)
 
 
 def main() -> None:
@@ -142,17 +142,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the learned vectors as a .safetensors file")
     options = parser.parse_args()
     steering = Steering(options.rule, options.other)
-    print(f"Share of {MEASURED} held-out puzzles of {options.rule} that are answered by each rule.")
+    print(f"{MEASURED} held-out puzzles of {options.rule}, answered by {options.other}")
     difference = steering.mean_difference()
+    by_layer: dict[str, np.ndarray] = {}
     for layer in LAYERS:
-        measured = steering.measure(only(difference, layer), "generated")
-        print_table(f"Difference of the means, after layer {layer}, at generated tokens", measured, steering)
+        own, other, _ = steering.measure(only(STRONGER * difference, layer), "generated")
+        by_layer |= {f"{layer:2} {options.rule}": own, f"{layer:2} {options.other}": other}
+    strengths = STRONGER * np.array(STRENGTHS)
+    print_table("Difference of the means, after one layer, at generated tokens", strengths, by_layer)
     learned = steering.learn()
     if options.output:
         options.output.write_bytes(encode_interventions(Add(POINT, True, learned)))
-    print_table(
-        "Learned vectors, after all layers, at all tokens", steering.measure(learned, "all"), steering
-    )
+    own, other, tokens = steering.measure(learned, "all")
+    shares = {options.rule: own, options.other: other, "its tokens": tokens}
+    print_table("Learned vectors, after all layers, at all tokens", STRENGTHS, shares)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_the_lens_at_the_last_layer_reads_the_answer_and_at_the_first_layer_it_d
 def test_all_parts_of_a_logit_sum_to_it(tiny: Any, solved: Any, token: int):
     config, params, _ = tiny
     prompt, answer = solved
-    ids = np.concatenate([prompt, answer[:token]])
+    ids = np.concatenate([prompt, answer])[: len(prompt) + token]
     parts, logit = logit_lens.attribution(config, params, ids, answer[token])
     assert len(parts) == 1 + 2 * LAYERS
     assert sum(parts.values()) == pytest.approx(logit, rel=1e-4)
@@ -65,7 +65,7 @@ def test_all_parts_of_a_logit_sum_to_it(tiny: Any, solved: Any, token: int):
 def test_the_tables_of_the_lens_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: Any):
     run(monkeypatch, "logit_lens.py")
     out = capsys.readouterr().out
-    assert "layers 20-23" in out
+    assert "layers 8-11" in out
     total, logit = (line.split()[-1] for line in out.splitlines() if line.startswith(("sum of", "logit of")))
     assert total == logit
 
@@ -82,7 +82,7 @@ def test_patching_moves_the_answer_first_at_an_example_and_at_last_where_it_is_r
     assert found.effect.shape == (layers, last + 1)
     differ = np.flatnonzero(found.token_ids[0] != found.token_ids[1])
     assert not found.effect[:, : differ[0]].any()  # the two runs are one until there
-    assert found.effect[0].argmax() in differ
+    assert differ[0] <= found.effect[0].argmax() <= differ[-1]
     assert found.effect[0].max() > 0.15
     assert found.effect[0, last] == 0
     np.testing.assert_allclose(found.effect[-1, last], 1, atol=1e-3)
@@ -111,6 +111,6 @@ def test_learned_vectors_flip_the_rule_on_held_out_puzzles_and_the_clean_rows_ke
 
 
 def test_the_difference_of_the_means_disturbs_the_rule_and_does_not_flip_it(steered: Any):
-    shares = steered.measure(steering.only(2 * steered.mean_difference(), 7), "generated")
+    shares = steered.measure(steering.only(steering.STRONGER * steered.mean_difference(), 7), "generated")
     assert shares.own[0] == 1
     assert not shares.other.any()
