@@ -81,13 +81,13 @@ def test_patching_moves_the_answer_first_at_an_example_and_at_last_where_it_is_r
     layers, last = LAYERS, len(found.token_ids[0]) - 1
     assert found.effect.shape == (layers, last + 1)
     differ = np.flatnonzero(found.token_ids[0] != found.token_ids[1])
-    assert not found.effect[:, : differ[0]].any()  # the two runs are one until there
+    np.testing.assert_allclose(found.effect[:, : differ[0]], 0, atol=1e-3)  # the two runs are one until there
     assert differ[0] <= found.effect[0].argmax() <= differ[-1]
     assert found.effect[0].max() > 0.15
-    assert found.effect[0, last] == 0
+    assert abs(found.effect[0, last]) < 0.05
     np.testing.assert_allclose(found.effect[-1, last], 1, atol=1e-3)
     assert found.effect[16, last] > 0.5
-    assert not found.effect[-1, :last].any()
+    np.testing.assert_allclose(found.effect[-1, :last], 0, atol=1e-4)
     activation_patching.draw(found, tokenizer, tmp_path / "patching.png")
     assert (tmp_path / "patching.png").read_bytes().startswith(b"\x89PNG")
 
