@@ -113,7 +113,7 @@ def of_transformer_lens(job: Job) -> Generate:
         HookedTransformer,
         HookedTransformerConfig,
     )
-    from transformer_lens.pretrained.weight_conversions import (  # pyright: ignore[reportMissingImports]
+    from transformer_lens.pretrained.weight_conversions.qwen2 import (  # pyright: ignore[reportMissingImports]
         convert_qwen2_weights,
     )
 

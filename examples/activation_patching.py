@@ -50,7 +50,8 @@ def patch(config: QwenConfig, params: Any, token_ids: np.ndarray, answers: tuple
     model = create_model_with_hooks(config, extract_layers=range(layers))
 
     def run(ids: Any, interventions: Any = ()) -> tuple[Any, Any]:
-        logits, _, resid_post = model.apply({"params": params}, ids, interventions=interventions)
+        output: Any = model.apply({"params": params}, ids, interventions=interventions)
+        logits, _, resid_post = output
         return logits[:, -1, answers[1]] - logits[:, -1, answers[0]], resid_post
 
     (first, second), resid_post = jax.jit(run)(token_ids)
