@@ -219,6 +219,7 @@ def test_a_place_without_the_needed_permission_is_refused(tmp_path: Path):
         ({"activations_dir": "/proc/x"}, "cannot write to /proc/x/host-00000"),
         ({"output_filepath": locked / "s.json"}, f"cannot write in {locked}: Permission denied"),
         ({"activations_dir": locked}, f"cannot write to {locked}/host-00000: Permission denied"),
+        ({"activations_dir": locked / "a", "dry_run": True}, "--activations_dir: cannot write in"),
         ({"dataset_path": secret}, f"cannot read {secret}: Permission denied"),
         ({"model_path": unreadable}, "model.safetensors cannot be read: Permission denied"),
     ]
