@@ -136,6 +136,14 @@ def test_a_run_that_made_something_has_its_own_figures():
     assert "UTC" not in report.text()
 
 
+@pytest.mark.parametrize(("tokens", "kept"), [(599, True), (601, False)])
+def test_of_two_reports_of_one_time_the_one_that_counts_more_stays(tokens: int, kept: bool):
+    """As where a process answers beside the figures that another one left in the run before."""
+    report = Report("m", "cpu", tokens_generated=tokens, made_at=WORKED.made_at)
+    report.keep_figures(WORKED.to_json())
+    assert report.tokens_generated == (WORKED.tokens_generated if kept else tokens)
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [

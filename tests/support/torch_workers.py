@@ -1,6 +1,7 @@
 """Checks of batches in a DataLoader's workers: `python torch_workers.py STORE fork|spawn few|some|all`."""
 
 import contextlib
+import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ def make(layer: Any = 11, **arguments: Any) -> Any:
 
 
 def load(dataset: Any, workers: int = 2, **arguments: Any) -> Any:
+    gc.collect()  # torch complains, in a forked worker, of an earlier loader that is collected there
     settings = {"batch_size": None, "num_workers": workers, "multiprocessing_context": METHOD} | arguments
     return DataLoader(dataset, **settings)
 
