@@ -114,7 +114,7 @@ def of_transformer_lens(job: Job) -> Generate:
         HookedTransformerConfig,
     )
     from transformer_lens.pretrained.weight_conversions.qwen2 import (  # pyright: ignore[reportMissingImports]
-        convert_qwen2_weights,
+        convert_qwen2_weights,  # pyright: ignore[reportPrivateImportUsage]
     )
 
     dtype = getattr(torch, job.dtype)

@@ -217,7 +217,7 @@ def torch_edit(chosen: list[Intervention], row: int, prompt_length: int, head_di
             listed = isinstance(one.positions, tuple)
             mask = torch.isin(at, torch.tensor(one.positions)) if listed else where[one.positions]
             s = float(one.strength[row]) * mask[None, :, None]
-            x = x + s * (target(one, x, layers.index(layer)) - x)
+            x = x + s * (target(one, x, layers.index(layer)) - x)  # pyright: ignore[reportArgumentType]
         return x
 
     return edit
@@ -235,10 +235,10 @@ def test_every_intervention_in_a_row_of_its_own_is_that_of_torchs_hooks(case: Ca
     prompts = case.lively.prompts((length,) * len(strengths), seed=1)
     model = case.model
     args = model, case.params, np.stack(prompts), STEPS
-    out = generate_single_task_jitted(*args, interventions=chosen, extract_prompt=True)
+    out: Any = generate_single_task_jitted(*args, interventions=chosen, extract_prompt=True)
     generated = rows_by_name(model, out.activations, out.points)
     prompt_rows = rows_by_name(model, out.prompt_activations, out.prompt_points)
-    clean = generate_single_task_jitted(*args)
+    clean: Any = generate_single_task_jitted(*args)
     changed = [
         b for b in range(len(prompts)) if (out.activations[:, :, b] != clean.activations[:, :, b]).any()
     ]
@@ -255,7 +255,7 @@ def test_every_intervention_in_a_row_of_its_own_is_that_of_torchs_hooks(case: Ca
 def test_the_engines_sequences_with_strengths_of_their_own_are_those_of_torchs_hooks():
     case = case_of("MHA, scanned")
     count = 15
-    chosen = interventions_of(case, EVERY_POSITION, np.ones((1, count), np.float32))
+    chosen: list[Any] = list(interventions_of(case, EVERY_POSITION, np.ones((1, count), np.float32)))
     chosen = [dataclasses.replace(one, strength=1.0) for one in chosen]
     strengths = np.stack([np.zeros(count), *(np.eye(count)[[1, 5, 8, 13]]), np.full(count, 0.3)])
     engine = ContinuousEngine(
@@ -266,7 +266,7 @@ def test_the_engines_sequences_with_strengths_of_their_own_are_those_of_torchs_h
         SequenceRequest(prompt, STEPS - b, b, id=b, capture_prompt=True, strengths=of_row)
         for b, of_row in enumerate(strengths)
     ]
-    finished = {one.id: one for one in engine.run(requests)}
+    finished: dict[Any, Any] = {one.id: one for one in engine.run(requests)}
     assert len(finished) == len(strengths)
     for b, one in finished.items():
         of_row = [dataclasses.replace(c, strength=strengths[b, i : i + 1]) for i, c in enumerate(chosen)]
@@ -288,7 +288,8 @@ def test_captured_is_what_later_layers_read_or_on_request_what_was_there_before(
         Add(LN_FINAL, None, vector),
     ]
     ids = case.prompts[1][None]
-    _, _, rows, points = model.apply({"params": case.params}, ids, interventions=chosen)
+    output: Any = model.apply({"params": case.params}, ids, interventions=chosen)
+    _, _, rows, points = output
     edit = torch_edit([dataclasses.replace(one, strength=[1.0]) for one in chosen], 0, ids.shape[1], 1)
     _, expected = case.torch.run(ids, edit)
     got = rows_by_name(model, rows, points)

@@ -47,7 +47,7 @@ def prompts_of(tokenizer: Any, puzzles: list[ArcTask]) -> np.ndarray:
 
 def answers_of(tokenizer: Any, puzzles: list[ArcTask], rule: str) -> list[list[int]]:
     """Returns the tokens of answers by a rule, which need not be the puzzles' own, each with the EOS."""
-    outputs = [
+    outputs: list[Any] = [
         puzzle.outputs[0] if puzzle.task_id == rule else APPLY[rule](puzzle.test[0].input)
         for puzzle in puzzles
     ]

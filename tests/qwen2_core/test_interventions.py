@@ -101,7 +101,7 @@ def test_scanned_layers_give_what_unrolled_ones_give():
 
 def test_several_interventions_at_one_point_are_done_in_their_order():
     zero, add = Replace("hook_resid_post", 1, np.zeros(32)), Add("hook_resid_post", 1, VECTOR)
-    out = run(zero, add)
+    out: Any = run(zero, add)
     assert np.ptp(np.asarray(out.activations[1]), axis=(0, 1)).max() == 0
     np.testing.assert_array_equal(out.layer(1, 0)[0], VECTOR)
     np.testing.assert_array_equal(run(add, zero).layer(1, 0)[0], 0)

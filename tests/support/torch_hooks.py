@@ -18,6 +18,7 @@ class TorchHooks:
 
     def __init__(self, model: Any) -> None:
         self._model, self._seen = model, {}
+        self._before: Any = None  # the stream before the layer that is running
         self._edit: Edit = lambda name, value: value
         for number, layer in enumerate(model.model.layers):
             self._hook_layer(number, layer)

@@ -21,7 +21,7 @@ def lens_model(checkpoint: str, context: int) -> Any:
         HookedTransformerConfig,
     )
     from transformer_lens.pretrained.weight_conversions.qwen2 import (  # pyright: ignore[reportMissingImports]
-        convert_qwen2_weights,
+        convert_qwen2_weights,  # pyright: ignore[reportPrivateImportUsage]
     )
 
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
