@@ -71,8 +71,8 @@ def as_the_command() -> int:
         mark("prepared")
         return job
 
-    def started(engine: ContinuousEngine, stage: Any) -> Any:
-        slots: Any = start(engine, stage)
+    def started(engine: ContinuousEngine, stage: Any, compiling: Any) -> Any:
+        slots: Any = start(engine, stage, compiling)
         mark("programs")
         generate = slots.generate
 
