@@ -104,9 +104,9 @@ class Report:
     def stamp(self) -> None:
         """Notes the time, if this run has generated something."""
         if self.tokens_generated:
-            self.made_at = (
-                datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds").removesuffix("+00:00")
-            )
+            # To the microsecond: of two runs within a second, the later one is the younger.
+            now = datetime.datetime.now(datetime.UTC)
+            self.made_at = now.isoformat(" ", "microseconds").removesuffix("+00:00")
 
     def keep_figures(self, earlier: Mapping[str, Any]) -> None:
         """Takes over the figures of an earlier report that are younger than these, or these are of nothing.
@@ -137,7 +137,7 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """Returns the figures for a person, each with its name of at most 17 characters."""
         new = self.sequences - self.sequences_resumed
-        when = "" if new else f" (run of {self.made_at} UTC)"
+        when = "" if new else f" (run of {self.made_at.partition('.')[0]} UTC)"
         rows = [
             ("model", f"{_from_here(self.model)} on {self.device}"),
             (self.asked, f"{self.tasks} ({len(self.tasks_failed)} failed)"),
