@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 from lively import Lively
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)  # the models are tiny; several threads would mostly wait for each other
 
 
 class TorchReference:
-    """Transformers' own Qwen2 with a lively model's weights, its decoder layers hooked."""
+    """Transformers' own Qwen2 or Qwen3 with a lively model's weights, its decoder layers hooked."""
 
     def __init__(self, lively: Lively):
-        config = Qwen2Config(**lively.hf_config)
-        self.model = Qwen2ForCausalLM(config).eval()
+        fields = dict(lively.hf_config)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.model = AutoModelForCausalLM.from_config(config).eval()
         state = {name: torch.from_numpy(array) for name, array in lively.state_dict().items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected
