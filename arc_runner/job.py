@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from activation_store import (
 from activation_store.interventions import interventions_sha256
 from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
 from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
+from arc_puzzles.thinking import opens_thinking
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
@@ -32,7 +34,7 @@ from arc_runner.preflight import check_inputs, check_places, choose_devices, loa
 from arc_runner.report import Report
 from arc_runner.steering_file import check_steering, read_steering
 from arc_runner.store_check import check_store
-from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
+from arc_runner.tokenizer import check_thinking, load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
@@ -67,6 +69,12 @@ class Job:
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of the sequences that this process makes."""
         return run_numerics(self.options, self.config, self.layout)
+
+    @functools.cached_property
+    def opens_thinking(self) -> bool:
+        """Whether prompts end inside a model's thinking; all are laid out alike, so the first one tells."""
+        first = next(iter(self.requests), None)
+        return first is not None and opens_thinking(self.tokenizer, first.prompt_token_ids)
 
     def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
         """Returns the records of the job's sequences that are committed, in the job's order."""
@@ -131,6 +139,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
         chats = not isinstance(loaded, LoadedPrompts) or loaded.has_chats
         tokenizer = load_tokenizer(options.model_path, config.vocab_size, chats=chats)
     with contextlib.closing(tokenizer):
+        check_thinking(options, tokenizer, chats=chats)
         eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
         sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         if unapplied := unapplied_settings(options.model_path, sampling):
@@ -211,9 +220,10 @@ def _store_settings(
 
 def _prompt_settings(options: RunOptions) -> dict[str, str]:
     """Returns how prompts are laid out. Own prompts have no grids."""
+    choice = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
     if options.prompts is not None:
-        return {"prompt_version": OWN_PROMPTS}
-    return {"grid_encoder": options.grid_encoder, "prompt_version": options.prompt_version}
+        return {"prompt_version": OWN_PROMPTS} | choice
+    return {"grid_encoder": options.grid_encoder, "prompt_version": options.prompt_version} | choice
 
 
 def _provenance(options: RunOptions) -> dict[str, Any]:

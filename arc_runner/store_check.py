@@ -114,7 +114,7 @@ def _flag(name: str, value: Any, location: str) -> str:
     """Returns the words of the command line that give a setting its value, after "with" or "without"."""
     if name == "layers_to_extract" and not value:
         return "with --no_extract_activations"
-    if not value and name in ("hook_points", "steer", "capture_before"):
+    if not value and name in ("hook_points", "steer", "capture_before", "enable_thinking"):
         return f"without --{name}"
     if name in _LISTS:
         return f"with --{name} {_value(name, value)}"
