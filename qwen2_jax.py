@@ -270,7 +270,7 @@ class QwenDecoderLayer(nn.Module):
             x = hooks.stream("hook_resid_post", before)
         output = before if context.hooks.before else x.astype(dtype)
         # Unrolled layers pass float32 on; a scan carries one dtype, and rounds what it carries.
-        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept), (output, layer_kv)
+        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept()), (output, layer_kv)
 
 
 class QwenModel(nn.Module):
@@ -434,7 +434,7 @@ class QwenModel(nn.Module):
             cache = advance_ar_index(cache)
         elif cache is None and not (config.use_fixed_cache and kv_caches is None):
             cache = grown
-        return make_output(logits, cache, activations, of_model.kept)
+        return make_output(logits, cache, activations, of_model.kept())
 
     def _run_layers(
         self,
