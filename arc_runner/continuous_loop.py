@@ -43,14 +43,13 @@ def make_continuously(
         report.live_steps += window.live_steps
         in_use = -(-window.live_steps // max(window.steps, 1))
         watch.progress.count_steps(window.live_steps, window.slots, in_use)
-        work.progress()
 
     with ThreadPoolExecutor(1) as device:
         while not stop.requested:
             there = left(units, writer)
             for stage in engine.plan([request for unit in there for request in _to_make(unit, writer)]):
                 of_stage = [unit for unit in there if unit.work[0].width in stage.widths]
-                taken = work.take(of_stage, stage.shape.slots * engine.layout.data_parallel)
+                taken = work.take(of_stage)
                 first = next(taken, None)
                 if first is None:
                     continue

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from activation_store import (
 from activation_store.interventions import interventions_sha256
 from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
 from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
+from arc_runner.cluster.figures import forget_figures
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
 from arc_runner.compilation_cache import use_compilation_cache
 from arc_runner.console import say
 from arc_runner.errors import UsageError
 from arc_runner.hook_flags import points_of
-from arc_runner.numerics import run_numerics
+from arc_runner.numerics import run_numerics, say_numerics
 from arc_runner.options import NO_CACHE, RunOptions
 from arc_runner.preflight import check_inputs, check_places, choose_devices, load_config, say_defaults
 from arc_runner.report import Report
 from arc_runner.steering_file import check_steering, read_steering
-from arc_runner.store_check import check_store
+from arc_runner.store_check import check_store, say_changed_prompts
 from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
@@ -77,15 +79,15 @@ class Job:
         return sum(key not in committed for key in keys_of(self.requests))
 
     def part_of(self, process: ProcessInfo) -> Job:
-        """Returns the part of the job that is assigned to a process.
+        """Returns the part of the job that is assigned to a process: every ``count``-th task.
 
-        A shard gets every ``count``-th task, beginning with that of its index. Processes that claim their
-        work as they go may make any of it.
+        They are counted from that with the longest prompts on. So all parts have as many tasks, and tasks of
+        the same lengths.
         """
-        if process.claims:
-            return self
-        task_ids = list(dict.fromkeys(request.id.task_id for request in self.requests))
-        assigned = set(task_ids[process.index :: process.count])
+        tokens: Counter[str] = Counter()
+        for request in self.requests:
+            tokens[request.id.task_id] += len(request.id.prompt_token_ids)
+        assigned = {task_id for task_id, _ in tokens.most_common()[process.index :: process.count]}
         own = [request for request in self.requests if request.id.task_id in assigned]
         return dataclasses.replace(self, requests=own)
 
@@ -164,6 +166,33 @@ def _load(options: RunOptions) -> LoadedTasks | LoadedPrompts:
     if options.prompts is not None:
         return load_prompts(options.prompts, options.n_tasks)
     return load_tasks(options.dataset_path, options.n_tasks, options.solutions_path)
+
+
+@contextlib.contextmanager
+def open_store(
+    job: Job, part: Job, report: Report, process: ProcessInfo, patiently: RetryPolicy | None
+) -> Iterator[ActivationWriter]:
+    """Opens the job's store for the time of the body, which makes ``part``, and says what there is to do.
+
+    Raises:
+        StoreError: see ``ActivationWriter``.
+    """
+    with Waiting(f"opening the store {job.options.activations_dir}"):
+        opened = job.open_writer(process, patiently)
+    with opened as writer:
+        say_start(job, report, writer.committed)
+        say_changed_prompts(job.requests, writer.committed, report.asked)
+        if part.left(writer.committed):
+            say_numerics(job.numerics, writer.earlier_numerics)
+        if process.count > 1:
+            forget_figures(job.options.activations_dir, process.index, patiently)
+            say(f"{process}")
+        try:
+            yield writer
+        except BaseException:
+            if patiently is not None:
+                patiently.give_up()
+            raise
 
 
 def say_start(job: Job, report: Report, committed: Mapping[str, SequenceRecord]) -> None:

@@ -44,13 +44,12 @@ class Progress:
     ``done`` counts sequences: those made here, and those that earlier runs and other processes have made.
     ``tokens`` counts those made here, also of sequences that have not ended. ``generating`` is the time of
     generation alone, without compiling. ``solved`` returns how many tasks are solved and of how many that is
-    known; None where it is of none. ``processes`` is how many share the work.
+    known; None where it is of none.
     """
 
     total: int
     generating: Clock
     solved: Callable[[], tuple[int, int] | None]
-    processes: int = 1
     done_elsewhere: int = 0
     made: int = 0
     tokens: int = 0
@@ -86,7 +85,7 @@ class Progress:
             return None
         to_come = (self.total - self.done) * self._tokens_of_made / self.made
         begun = self.tokens - self._tokens_of_made
-        return max(0.0, to_come / self.processes - begun) / self.tokens_per_second
+        return max(0.0, to_come - begun) / self.tokens_per_second
 
     def facts(self) -> list[str]:
         """Returns for a person what is known while it generates: speed, slots, tasks solved, time left."""

@@ -38,9 +38,8 @@ def make_calls(
     with stop.deferred(), ThreadPoolExecutor(1) as device:
         while not stop.requested:
             with watch.generation():
-                for unit in work.take(units, 1):
+                for unit in work.take(units):
                     _make(unit, model, device, writer, watch)
-                    work.progress()
                     if stop.requested:
                         break
             if not work.wait(units):

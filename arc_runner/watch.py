@@ -29,9 +29,7 @@ class Watch:
         self._made: set[str | None] = set()
         self._judge = Judge(job, writer.committed)
         self.generating = Clock()
-        self.progress = Progress(
-            len(self._keys), self.generating, self._judge.solved, process.count if process.claims else 1
-        )
+        self.progress = Progress(len(self._keys), self.generating, self._judge.solved)
         files, source = answer_files(job.options), source_of(job.options, job.settings)
         make_room(files, process.index, source)
         self._metrics = Metrics(files.metrics(process.index), source, self._figures)
