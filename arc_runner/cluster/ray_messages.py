@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from activation_store import FinishedSequence, StoreSettings
+from activation_store.format import host_name
+from activation_store.local_files import LOCK
+from activation_store.remote_files import open_files
 from arc_runner.options import RunOptions
 from qwen2_core.requests import SequenceRequest
 
+DRIVER = 0  # its host index; it writes no sequences, and is there so that no other run writes
 ANSWER_SECONDS = 1.0  # within which a worker answers an order
 
 
@@ -44,8 +48,20 @@ class Status:
     ended: Sequence[FinishedSequence] = ()  # on their way to the store; without rows
     notices: Sequence[str] = ()  # sentences for the user
     failure: str = ""  # why it has ended, if not by order
+    blames: bool = False  # whether what it was making may have caused that
     tokens_per_second: float = 0.0
     tokens: int = 0  # generated so far, also of sequences that have not ended
     slots: int = 0
     slots_in_use: int = 0
     figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as ``figures_of`` has them
+
+
+def lock_of(directory: str) -> bytes:
+    """Returns what the lock of the driver's host folder says: another in every run. Behind a URL b""."""
+    files = open_files(directory)
+    if not files.excludes_others:
+        return b""
+    try:
+        return files.read(f"{host_name(DRIVER)}/{LOCK}")
+    except OSError:
+        return b"?"

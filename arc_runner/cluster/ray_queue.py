@@ -1,10 +1,10 @@
 """The queue of a run on Ray: which worker makes which sequences. Knows neither Ray nor the store.
 
-Workers draw small units, more as they have room, so that a slow one draws less. Near the end each draws a fair
-part of what is left, and then, with nothing of its own to do, a copy of what another has held for unusually
-long: the store keeps whichever comes first. What a lost worker had not committed is handed out again. A unit
-that was running each of MOST_FAILURES times that its worker died is given up. The last of these times it runs
-alone, so that it is not given up for its neighbours' faults.
+Workers draw small units, more as they have room, so that a slow one draws less. Near the end each draws a
+fair part of what is left, and then, with nothing of its own to do, a copy of what another has held for
+unusually long: the store keeps whichever comes first. What a lost worker had not committed is handed out
+again. A unit that was running each of MOST_FAILURES times that its worker died is given up. The last of these
+times it runs alone, so that it is not given up for its neighbours' faults.
 """
 
 from __future__ import annotations
@@ -96,15 +96,15 @@ class WorkQueue:
         return len(self._holds.get(worker, {}))
 
     def draw(self, worker: int, room: int, workers: int, now: float) -> list[SequenceRequest]:
-        """Returns what a worker is to make next: of about ``room`` sequences, none if there is nothing for it.
+        """Returns what a worker is to make next: about ``room`` sequences, none if there is nothing for it.
 
-        ``workers`` is how many share what is left.
+        ``workers`` is how many share what is left, at least one.
         """
         if room <= 0 or worker in self._alone:
             return []
         holds = self._holds.setdefault(worker, {})
-        is_idle = not any(hold.left for hold in holds.values())
-        numbers = self._next(min(room, -(-self._sequences_waiting // max(workers, 1))))
+        is_idle = not self._unended(worker)
+        numbers = self._next(min(room, self._fair_part(worker, room, workers)))
         is_copy = False
         if is_idle and not numbers and self._suspects:
             numbers = [self._suspects.popleft()]
@@ -113,8 +113,19 @@ class WorkQueue:
             numbers, is_copy = self._slowest(worker, room, now), True
         for number in numbers:
             holds[number] = _Hold(now, set(self._left[number]), is_copy)
-        drawn = [(request, self._left[number]) for number in numbers for request in self._units[number].requests]
-        return [request for request, left in drawn if request.key in left]
+        drawn = [(self._units[number], self._left[number]) for number in numbers]
+        return [request for unit, left in drawn for request in unit.requests if request.key in left]
+
+    def _unended(self, worker: int) -> int:
+        """Returns how many sequences a worker has drawn that have not ended."""
+        return sum(len(hold.left) for hold in self._holds[worker].values())
+
+    def _fair_part(self, worker: int, room: int, workers: int) -> int:
+        """Returns how many sequences a worker may draw so that it has no more to make than the others."""
+        if self._sequences_waiting > 2 * room * workers:
+            return room
+        to_make = self._sequences_waiting + sum(map(self._unended, self._holds))
+        return -(-to_make // workers) - self._unended(worker)
 
     def _next(self, sequences: int) -> list[int]:
         """Takes units that wait, of at least so many sequences if there are as many."""
