@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax._src.lib import _jax  # the client that jax.distributed.initialize makes has no public name
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage] - the client that jax.distributed.initialize makes has no public name
 
 from arc_runner.cluster.membership import ProcessInfo, call_within
+from arc_runner.errors import ClusterError
 from arc_runner.signals import StopRequest
 from arc_runner.waiting import Waiting
 
@@ -24,7 +25,7 @@ DONE, STOPPED = "done", "stopped"
 NEWS_SECONDS = 1800.0  # process 0 waits while the others store something at least so often
 FIGURES_SECONDS = 30.0  # what a process still does once it has stored its last sequence takes no longer
 POLL_SECONDS = 1.0
-_CONNECT_SECONDS = 20.0
+_CONNECT_SECONDS = 60.0
 _NEVER = 24 * 3600  # the runtime ends a process by abort() when its own time is up
 _ENDED = "ended"
 
@@ -45,7 +46,7 @@ def tell_end(process: ProcessInfo, how: str) -> bool:
     try:
         with _connected(process) as client:
             client.key_value_set(f"{_ENDED}/{process.index}", how, allow_overwrite=True)
-    except (OSError, jax.errors.JaxRuntimeError):
+    except (ClusterError, jax.errors.JaxRuntimeError):
         return False
     return True
 
@@ -84,7 +85,7 @@ def _connected(process: ProcessInfo) -> Iterator[Any]:
     """Connects to the service in process 0 for the time of the body.
 
     Raises:
-        OSError: process 0 is not there, or does not answer.
+        ClusterError: process 0 is not there, or does not answer.
     """
 
     def connect() -> Any:
@@ -93,17 +94,24 @@ def _connected(process: ProcessInfo) -> Iterator[Any]:
             process.index,
             init_timeout=_NEVER,
             heartbeat_timeout=_NEVER,
-            shutdown_on_destruction=False,
             use_compression=True,
         )
         client.connect()
         return client
 
     host, _, port = process.coordinator.rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
-        pass  # it listens: without it, connecting would go on for ever
-    client = call_within(_CONNECT_SECONDS, connect)
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS):
+            pass  # it listens: else connecting would go on for ever
+        client = call_within(_CONNECT_SECONDS, connect)
+    except OSError as error:
+        reason = str(error) or "it does not answer"
+        raise ClusterError(
+            f"{process}: cannot reach process 0 at {process.coordinator} ({reason}); the same command "
+            "continues"
+        ) from error
     try:
         yield client
     finally:
-        call_within(_CONNECT_SECONDS, client.shutdown)
+        with contextlib.suppress(TimeoutError):
+            call_within(_CONNECT_SECONDS, client.shutdown)

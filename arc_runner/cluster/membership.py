@@ -250,7 +250,8 @@ def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> Proc
         jax.local_devices()
         found = ProcessInfo(jax.process_index(), jax.process_count(), given["coordinator_address"])
         state = distributed.global_state
-        state.client.shutdown()
+        if state.client is not None:
+            state.client.shutdown()
         # JAX writes its compilation cache in process 0 only; each process has its own cache.
         state.client, state.process_id, state.num_processes = None, 0, 1
         if jax.default_backend() == "cpu":
