@@ -53,6 +53,8 @@ from qwen2_core.sampling import (
     sample_tokens,
     sampling_params,
     sequence_keys,
+    tokens_in,
+    with_tokens,
 )
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
 from qwen2_core.steering import STEERING, Steering, abstract_steering, check_prompt_strengths, steer
@@ -99,6 +101,8 @@ class DecodeState:
     points: dict[str, Float[Array, "layers columns batch width"]] = dataclasses.field(
         metadata=ACTIVATION_AXES, default_factory=dict
     )
+    # Tokens that the prompt or the answer has; only where there is a repetition penalty.
+    seen: Bool[Array, "batch vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"), default=None)
 
 
 def start_decode_state(
@@ -108,6 +112,7 @@ def start_decode_state(
     logprob: Float32[Array, " batch"],
     ended: Bool[Array, " batch"],
     columns: int,
+    seen: Bool[Array, "batch vocab"] | None = None,
 ) -> DecodeState:
     """Makes a state with zeroed outputs of ``columns`` steps; activations only for a model that captures."""
     batch = cache.ar.batch_size
@@ -123,6 +128,7 @@ def start_decode_state(
         lengths=jnp.zeros(batch, jnp.int32),
         activations=None if buffer is None else create_activation_buffer(buffer),
         points={point: create_activation_buffer(of_point) for point, of_point in points.items()},
+        seen=seen,
     )
 
 
@@ -185,9 +191,13 @@ def run_prefill(
     )
     cache = output.cache
     logits = jnp.repeat(output.logits, shape.samples_per_prompt, axis=0)
-    token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = jnp.repeat(tokens_in(*prompts, model.config.vocab_size), shape.samples_per_prompt, axis=0)
+    token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0, seen)
     ended = jnp.zeros(token.shape, bool)
-    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens), rows_of(output)
+    state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
+    return state, rows_of(output)
 
 
 # --- One decode step --------------------------------------------------------------------------------------
@@ -232,7 +242,8 @@ def decode_one(
     )
     token_column = jnp.where(live, state.next_token, 0)[:, None]
     logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
-    next_token, next_logprob = sample_tokens(output.logits, sampling, keys, step + 1)
+    seen = with_tokens(state.seen, state.next_token)
+    next_token, next_logprob = sample_tokens(output.logits, sampling, keys, step + 1, seen)
     return DecodeState(
         cache=output.cache,
         next_token=next_token,
@@ -243,6 +254,7 @@ def decode_one(
         lengths=state.lengths + live,
         activations=activations,
         points=points,
+        seen=seen,
     )
 
 
@@ -370,7 +382,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         cache_dtype=cache_dtype_of(cache_dtype),
         stop=bool((traced.eos_token_ids >= 0).any()),
         capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
-        eos_capacity=len(traced.eos_token_ids),
+        sampling=traced.shape,
     )
     steering = steer(interventions, model.config, shape.batch_size)
     check_prompt_strengths(steering, prompts.lengths)
@@ -426,7 +438,7 @@ def lower_generate(
         layout.struct((shape.num_prompts, shape.prompt_width), jnp.int32, ROWS),  # pyright: ignore[reportArgumentType]
         layout.struct((shape.num_prompts,), jnp.int32, ROWS),  # pyright: ignore[reportArgumentType]
     )
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     sequence_ids = layout.struct((shape.batch_size,), jnp.uint32, ROWS)
     empty = jax.eval_shape(functools.partial(_empty_state, model, shape))
     state_axes = axes_of(empty)
@@ -456,4 +468,8 @@ def _empty_state(model: QwenModel, shape: GenerateShape) -> DecodeState:
     cache = create_kv_cache_buffers(shape.cache_config(model.config))
     rows = cache.ar.batch_size
     token, logprob = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
-    return start_decode_state(model, cache, token, logprob, jnp.zeros(rows, bool), columns=shape.max_tokens)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = jnp.zeros((rows, model.config.vocab_size), bool)
+    ended = jnp.zeros(rows, bool)
+    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)

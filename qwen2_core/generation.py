@@ -17,7 +17,7 @@ from qwen2_core.hook_points import LN_FINAL, RESID_POST
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import as_int
 from qwen2_core.requests import PromptBatch
-from qwen2_core.sampling import SamplingParams
+from qwen2_core.sampling import SamplingParams, SamplingShape
 from qwen2_core.steering import Steering, steer_prompts
 
 
@@ -113,7 +113,7 @@ class GenerateShape:
     cache_dtype: Any = None  # the model's by default
     stop: bool = True  # end when every row has met an EOS id
     capture_prompt: bool = False
-    eos_capacity: int = 8
+    sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
 
     @property
     def batch_size(self) -> int:
@@ -131,11 +131,12 @@ class GenerateShape:
         )
 
     def nbytes(self, model: Any) -> int:
-        """Returns the bytes of the KV cache and of the activation buffers that one call allocates."""
+        """Returns the bytes of the KV cache and of the other buffers that one call allocates."""
         rows = model.captured_bytes(self.max_tokens, self.batch_size)
         if self.capture_prompt:
             rows += model.captured_bytes(self.prompt_width, self.num_prompts)
-        return self.cache_config(model.config).nbytes + rows
+        seen = self.batch_size * model.config.vocab_size if self.sampling.repetition_penalty else 0
+        return self.cache_config(model.config).nbytes + rows + seen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,7 +117,7 @@ class ContinuousEngine:
             window=whole_number("window", window, 1),
             cache_dtype=cache_dtype_of(cache_dtype),
             capture_prompt=yes_or_no("capture_prompt", capture_prompt) and model.captures,
-            eos_capacity=len(self._sampling.eos_token_ids),
+            sampling=self._sampling.shape,
             interventions=0 if self._steering is None else len(self._steering.placed),
         )
         self._budget = (

@@ -32,7 +32,7 @@ from kvcache_utils import (
     update_slice,
 )
 from qwen2_core.kernels.attention import DECODE_KEYS
-from qwen2_core.sampling import SamplingParams, sample_tokens, sequence_keys
+from qwen2_core.sampling import SamplingParams, SamplingShape, sample_tokens, sequence_keys, tokens_in
 from qwen2_core.steering import Placed, Steering
 from qwen2_jax import QwenModel
 
@@ -56,7 +56,7 @@ class SlotShape:
     window: int = STEP_ALIGNMENT
     cache_dtype: Any = None  # the model's by default
     capture_prompt: bool = False  # prefills return the prompt's rows too
-    eos_capacity: int = 8
+    sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
     interventions: int = 0  # each slot has a strength of its own for each
 
     def __post_init__(self) -> None:
@@ -68,7 +68,13 @@ class SlotShape:
     @property
     def one_prompt(self) -> SlotShape:
         """The shape that prefills are compiled for: one prompt, whatever the slots and their windows."""
-        return dataclasses.replace(self, slots=1, max_tokens=1, window=STEP_ALIGNMENT, eos_capacity=8)
+        return dataclasses.replace(
+            self,
+            slots=1,
+            max_tokens=1,
+            window=STEP_ALIGNMENT,
+            sampling=SamplingShape(repetition_penalty=self.sampling.repetition_penalty),
+        )
 
     def cache_config(self, model: QwenModel) -> KVCacheConfig:
         """Returns the sizes of the cache, both parts in whole blocks, so that the last block is not cut."""
@@ -101,6 +107,8 @@ class SlotState:
     strengths: Float32[Array, "slots interventions"] | None = dataclasses.field(
         metadata=axes("rows", "interventions")
     )
+    # Tokens that the slot's sequence has; only where there is a repetition penalty.
+    seen: Bool[Array, "slots vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"))
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +131,7 @@ class PrefilledPrompt:
 
     cache: PrefillCache  # of one row, as wide as a slot's
     logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=axes("rows", "vocab"))
+    seen: Bool[Array, "1 vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"))  # its tokens
 
 
 def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
@@ -136,13 +145,21 @@ def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
         sequence_ids=jnp.zeros(slots, jnp.uint32),
         limits=jnp.zeros(slots, jnp.int32),
         strengths=jnp.zeros((slots, shape.interventions)) if shape.interventions else None,
+        seen=_no_tokens(model, shape, slots),
     )
 
 
 def empty_prompt(model: QwenModel, shape: SlotShape) -> PrefilledPrompt:
     """Creates a prompt's buffers with nothing read."""
     cache = create_kv_cache_buffers(shape.prompt_cache_config(model)).prefill
-    return PrefilledPrompt(cache, jnp.zeros((1, model.config.vocab_size), jnp.float32))
+    logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
+    return PrefilledPrompt(cache, logits, _no_tokens(model, shape, 1))
+
+
+def _no_tokens(model: QwenModel, shape: SlotShape, rows: int) -> Array | None:
+    if not shape.sampling.repetition_penalty:
+        return None
+    return jnp.zeros((rows, model.config.vocab_size), bool)
 
 
 def prefill_prompt(
@@ -162,7 +179,10 @@ def prefill_prompt(
     output = prefill_with_cache(
         model, params, input_ids, length, cache, capture=shape.capture_prompt, steering=steering
     )
-    return PrefilledPrompt(output.cache.prefill, output.logits), rows_of(output)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = tokens_in(input_ids, length, model.config.vocab_size)
+    return PrefilledPrompt(output.cache.prefill, output.logits, seen), rows_of(output)
 
 
 def insert(
@@ -182,7 +202,8 @@ def insert(
     """
 
     def inserted() -> SlotState:
-        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(sampling.seed, sequence_id), 0)
+        keys = sequence_keys(sampling.seed, sequence_id)
+        token, logprob = sample_tokens(prompt.logits, sampling, keys, 0, prompt.seen)
         prefill, ar = state.cache.prefill, state.cache.ar
         prefill = PrefillCache(
             _set_row(prefill.k, prompt.cache.k, slot[0]),
@@ -203,6 +224,7 @@ def insert(
             sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
             limits=state.limits.at[slot].set(limit),
             strengths=None if state.strengths is None else state.strengths.at[slot].set(strengths),
+            seen=None if state.seen is None else state.seen.at[slot].set(prompt.seen),
         )
 
     # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that.
@@ -225,7 +247,7 @@ def run_window(
     begin = slots.cache.ar.index
     cache = _idle_free_slots(slots.cache, slots.ended)
     state = start_decode_state(
-        model, cache, slots.next_token, slots.next_logprob, slots.ended, columns=window
+        model, cache, slots.next_token, slots.next_logprob, slots.ended, columns=window, seen=slots.seen
     )
 
     def goes_on(state: DecodeState) -> Array:
@@ -245,6 +267,7 @@ def run_window(
         next_token=state.next_token,
         next_logprob=state.next_logprob,
         ended=state.ended,
+        seen=state.seen,
     )
     rows = state.activations, state.points
     return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, *rows)

@@ -106,6 +106,8 @@ class MemoryPlanner:
         prompt += self._row_buffer(width, 1) if shape.capture_prompt else 0
         window = self._row_buffer(shape.window, shape.slots)
         logits = 2 * 4 * max(shape.slots, 8) * config.vocab_size
+        if shape.sampling.repetition_penalty:  # those that were penalized too, and a byte for each token
+            logits += (4 * max(shape.slots, 8) + shape.slots + 1) * config.vocab_size
         prefill = 4 * hidden * config.hidden_size * width
         working = max(logits + 2 * window + prompt, window + prompt + prefill)
         working += sum(leaf.nbytes for leaf in jax.tree.leaves(self.steering))

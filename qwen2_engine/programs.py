@@ -74,7 +74,7 @@ class SlotPrograms:
     @property
     def idle_sampling(self) -> SamplingParams:
         """The sampling arguments of a window in which no slot is in use."""
-        return abstract_sampling_params(self.shape.eos_capacity)
+        return abstract_sampling_params(self.shape.sampling)
 
     @property
     def working_bytes(self) -> int:
@@ -173,7 +173,7 @@ def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     return _compile(
         program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, *strengths)
     )
@@ -196,7 +196,7 @@ def compile_window(
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     return _compile(program.lower(params.tree, layout.structs(slots), sampling, *interventions))
 
 
