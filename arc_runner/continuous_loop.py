@@ -17,7 +17,7 @@ from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.watch import Watch
 from qwen2_core.requests import SequenceRequest
-from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots
+from qwen2_engine import ContinuousEngine, Occupancy, PromptReader, RunningSlots
 
 # A shard is committed once it has one of these: enough to be read well, little enough to be lost by a crash.
 SHARD_BYTES = 64 * 2**20
@@ -49,7 +49,7 @@ def make_continuously(
         while not stop.requested:
             there = left(units, writer)
             for stage in engine.plan([request for unit in there for request in _to_make(unit, writer)]):
-                of_stage = [unit for unit in there if unit.work[0].width in stage.widths]
+                of_stage = [unit for unit in there if stage.takes(unit.work[0])]
                 taken = work.take(of_stage, stage.shape.slots * engine.layout.data_parallel)
                 first = next(taken, None)
                 if first is None:
@@ -96,8 +96,8 @@ def make_engine(model: LoadedModel) -> ContinuousEngine:
     )
 
 
-def describe(slots: RunningSlots) -> str:
-    """Says in a line what the slots of a stage are and which memory they take."""
+def describe(slots: RunningSlots | PromptReader) -> str:
+    """Says in a line what the slots of a stage are, or that it has none, and which memory it takes."""
     shape, layout, memory = slots.programs.shape, slots.programs.layout, slots.memory
     parts = {
         "weights": memory.weights,
@@ -107,9 +107,12 @@ def describe(slots: RunningSlots) -> str:
     detail = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
     groups = f" on each of {layout.data_parallel} groups of devices" if layout.data_parallel > 1 else ""
     each = " a device" if layout.devices > 1 else ""
+    what = f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
+    what += f"{shape.window} steps"
+    if shape.reads_only:
+        what = f"prompts of up to {shape.prompt_width} tokens, read one after the other{groups}"
     return (
-        f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
-        f"{shape.window} steps: {memory.on_device / 1e6:.0f} MB{each} expected ({detail}); "
+        f"{what}: {memory.on_device / 1e6:.0f} MB{each} expected ({detail}); "
         f"on the host up to {memory.host_rows / 1e6:.0f} MB of unfinished rows"
     )
 

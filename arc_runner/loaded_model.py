@@ -45,7 +45,8 @@ class LoadedModel:
     def load(cls, job: Job) -> LoadedModel:
         """Reads the weights onto the device, and returns when they are there."""
         config = job.config
-        params = load_params(job.options.model_path, config, job.layout)
+        options = job.options
+        params = load_params(options.model_path, config, job.layout, revision=options.revision)
         if config.dtype == np.dtype("bfloat16") and (reason := unavailable_reason()):
             say(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}")
         return cls(job, _model(job), jax.block_until_ready(params))

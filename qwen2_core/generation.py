@@ -108,7 +108,7 @@ class GenerateShape:
 
     num_prompts: int
     prompt_width: int
-    max_tokens: int
+    max_tokens: int  # 0: the prompts are read, and nothing is generated
     samples_per_prompt: int = 1
     cache_dtype: Any = None  # the model's by default
     stop: bool = True  # end when every row has met an EOS id
@@ -124,7 +124,7 @@ class GenerateShape:
         """Returns the sizes of the KV cache."""
         return config.kv_cache(
             self.prompt_width,
-            self.max_tokens,
+            max(self.max_tokens, 1),
             num_prompts=self.num_prompts,
             samples_per_prompt=self.samples_per_prompt,
             dtype=self.cache_dtype,
@@ -141,11 +141,11 @@ class GenerateShape:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledGenerate:
-    """The two executables of one shape."""
+    """The executables of one shape."""
 
     shape: GenerateShape
     prefill: jax.stages.Compiled  # as run_prefill, from params on
-    decode: jax.stages.Compiled  # as run_decode, from params on
+    decode: jax.stages.Compiled | None  # as run_decode, from params on; None where nothing is generated
     compile_seconds: float
     layers: tuple[int, ...] = ()  # the model's capture_layers
     point_layers: PointLayers = ()  # the model's capture_points
@@ -159,14 +159,15 @@ class CompiledGenerate:
         sequence_ids: np.ndarray,
         steering: Steering | None = None,
     ) -> Generation:
-        """Runs both, one after the other. Returns at once; the device may still compute."""
+        """Runs them, one after the other. Returns at once; the device may still compute."""
         of_prompts, of_rows = (), ()
         if steering is not None:
             of_prompts, of_rows = (steer_prompts(steering, len(prompts.lengths)),), (steering,)
         state, (prompt_activations, prompt_points) = self.prefill(
             params, prompts, sampling, sequence_ids, *of_prompts
         )
-        state = self.decode(params, state, sampling, sequence_ids, *of_rows)
+        if self.decode is not None:
+            state = self.decode(params, state, sampling, sequence_ids, *of_rows)
         return Generation(
             token_ids=state.token_ids,
             lengths=state.lengths,

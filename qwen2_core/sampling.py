@@ -28,9 +28,10 @@ class Sampling:
     """How tokens are chosen: penalty, temperature, top-k, top-p and min-p, in Hugging Face's order.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 keeps every token. ``top_p`` keeps the smallest set of most
-    likely tokens whose probabilities sum to at least it. ``min_p`` keeps tokens at least that many times as
-    likely as the likeliest. Tokens tied with the last one kept are kept. ``repetition_penalty`` divides the
-    positive logits of tokens that the prompt or the answer has already, and multiplies the negative ones.
+    likely tokens whose probabilities sum to at least it. ``min_p`` keeps the tokens of at least that
+    share of the likeliest one's probability. Tokens tied with the last one kept are kept.
+    ``repetition_penalty`` divides the positive logits of tokens that the prompt or the answer has already,
+    and multiplies the negative ones.
 
     All become traced values: changing them never recompiles. Only the first use of a min_p above 0 and of a
     penalty other than 1 does: programs without them do none of their work.
@@ -71,6 +72,11 @@ class Sampling:
         """The values as a store notes them: those of old always, others where they are in use."""
         values = dataclasses.asdict(self)
         return {name: values[name] for name in values if name in _ALWAYS or values[name] != _NEUTRAL[name]}
+
+    def describe(self) -> str:
+        """Returns it as it is written in code, without what is not in use: "Sampling(temperature=0.7)"."""
+        used = [f"{name}={value}" for name, value in vars(self).items() if value != _NEUTRAL[name]]
+        return f"Sampling({', '.join(used)})"
 
 
 _ALWAYS = ("temperature", "top_k", "top_p")

@@ -44,7 +44,7 @@ class SlotShape:
     """Sizes of the programs of one group of devices.
 
     ``slots`` sequences at once, prompts of up to ``prompt_width`` tokens, ``window`` steps between two
-    refills.
+    refills. With 0 ``max_tokens`` prompts are read, and there are no slots.
 
     Raises:
         ValueError: no slots, or a window that is no multiple of ``STEP_ALIGNMENT``.
@@ -64,6 +64,11 @@ class SlotShape:
             raise ValueError(f"slots must be at least 1, not {self.slots}.")
         if self.window < 1 or self.window % STEP_ALIGNMENT:
             raise ValueError(f"window must be a multiple of {STEP_ALIGNMENT}, not {self.window}.")
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether prompts are read for their rows alone."""
+        return self.max_tokens == 0
 
     @property
     def one_prompt(self) -> SlotShape:

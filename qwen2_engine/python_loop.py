@@ -17,7 +17,7 @@ from generate_jitted import Generation, Rows, rows_of
 from qwen2_core.compilation import check_surroundings, defined_settings
 from qwen2_core.inputs import whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
-from qwen2_core.requests import check_prompts, check_sequence_ids
+from qwen2_core.requests import check_max_tokens, check_prompts, check_sequence_ids
 from qwen2_core.sampling import (
     Sampling,
     sample_tokens,
@@ -60,7 +60,8 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     check_model(model)
     check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
     extract_prompt = yes_or_no("extract_prompt", extract_prompt)
-    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    prompt_rows = extract_prompt and model.captures
+    max_tokens = check_max_tokens(max_tokens, prompt_rows, "extract_prompt=True")
     samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
     config = model.config
     prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens, attention_mask)
