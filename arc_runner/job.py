@@ -38,7 +38,8 @@ from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
-from qwen2_core.generation_config import eos_token_ids, unapplied_settings
+from qwen2_core.errors import CheckpointError
+from qwen2_core.generation_config import checkpoint_sampling, eos_token_ids, unapplied_settings
 from qwen2_core.hook_points import width_of
 from qwen2_core.messages import masked
 from qwen2_core.requests import SequenceRequest
@@ -127,24 +128,24 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     with Waiting(f"looking at the model {options.model_path}"):
         config = load_config(options)
         check_steering(interventions, config)
-        check_checkpoint(options.model_path, config)
+        check_checkpoint(options.model_path, config, revision=options.revision)
     layout, devices = Layout(), "Ray"  # its workers choose among their devices
     if options.ray is None:
         with Waiting("looking for devices"):
             layout, devices = choose_devices(options, config)
     with Waiting(f"loading the tokenizer of {options.model_path}"):
         chats = not isinstance(loaded, LoadedPrompts) or loaded.has_chats
-        tokenizer = load_tokenizer(options.model_path, config.vocab_size, chats=chats)
+        tokenizer = load_tokenizer(
+            options.model_path, config.vocab_size, chats=chats, revision=options.revision
+        )
     with contextlib.closing(tokenizer):
-        eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size)
-        sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-        if unapplied := unapplied_settings(options.model_path, sampling):
-            say(f"{unapplied}: sampling is what the flags say")
+        eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size, revision=options.revision)
+        _say_unapplied_settings(options)
         settings = _store_settings(options, config, eos, interventions)
         is_there = check_store(options.activations_dir, settings)
         if is_there or not options.dry_run:  # whose plan needs no keys where no store has any
             with Waiting(f"reading the weights of {options.model_path} for their fingerprint"):
-                fingerprint = checkpoint_fingerprint(options.model_path)
+                fingerprint = checkpoint_fingerprint(options.model_path, revision=options.revision)
             settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
             check_store(options.activations_dir, settings)
         requests, unusable = build_requests(
@@ -163,6 +164,23 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
     asked = (tasks, loaded.outline, failures)
     job = Job(options, config, layout, *asked, tokenizer, eos, settings, requests, interventions)
     return job, report
+
+
+def _say_unapplied_settings(options: RunOptions) -> None:
+    """Says what generation_config.json asks for and the flags do not, and which flags would."""
+    model, revision, sampling = options.model_path, options.revision, options.sampling
+    unapplied = unapplied_settings(model, dataclasses.asdict(sampling), revision=revision)
+    if not unapplied:
+        return
+    try:
+        asked = checkpoint_sampling(model, revision=revision)
+    except CheckpointError:  # values that no flag has
+        asked = sampling
+    changes = [
+        f"--{name} {value:.12g}" for name, value in vars(asked).items() if value != getattr(sampling, name)
+    ]
+    remedy = f"; give {' '.join(changes)} to sample as it asks" if changes else ""
+    say(f"{unapplied}: sampling is what the flags say{remedy}")
 
 
 def _load(options: RunOptions) -> LoadedTasks | LoadedPrompts:
@@ -230,10 +248,10 @@ def _store_settings(
         dtype=config.dtype.name,
         capture_prompt=options.extract_prompt,
         max_output_tokens=options.max_output_tokens,
-        sampling={"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p},
+        sampling=options.sampling.settings,
         seed=options.random_seed,
         eos_token_ids=eos,
-        tokenizer_sha256=tokenizer_sha256(options.model_path),
+        tokenizer_sha256=tokenizer_sha256(options.model_path, revision=options.revision),
         prompt=_prompt_settings(options) | {"kv_cache_dtype": options.kv_cache_dtype or config.dtype.name},
         widths={point: width_of(point, config) for point in points_of(options.hook_points)},
         interventions="" if interventions is None else interventions_sha256(interventions),
@@ -250,10 +268,12 @@ def _prompt_settings(options: RunOptions) -> dict[str, str]:
 
 def _provenance(options: RunOptions) -> dict[str, Any]:
     """Returns what the store notes about how its rows were made; it decides nothing."""
-    hub = is_hub_id(options.model_path)
+    model, revision = options.model_path, options.revision
+    commit = checkpoint_folder(model, revision=revision).name if is_hub_id(model) else None
     return {
-        **({"model_commit": checkpoint_folder(options.model_path).name} if hub else {}),
-        "model_id": masked(options.model_path),
+        **({} if commit is None else {"model_commit": commit}),
+        **({} if revision is None else {"model_revision": revision}),
+        "model_id": masked(model),
         **({"dataset": str(Path(options.dataset_path).resolve())} if options.dataset_path else {}),
         "generation": options.generation,
         "versions": {name: importlib.metadata.version(name) for name in _RECORDED_PACKAGES},
