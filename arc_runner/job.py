@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 from collections import Counter
@@ -21,6 +22,7 @@ from activation_store import (
 from activation_store.interventions import interventions_sha256
 from arc_puzzles import ArcTask, LoadedTasks, TaskFailure, load_tasks
 from arc_puzzles.prompt_files import OWN_PROMPTS, LoadedPrompts, load_prompts
+from arc_puzzles.thinking import opens_thinking
 from arc_runner.cluster.figures import forget_figures
 from arc_runner.cluster.membership import ProcessInfo
 from arc_runner.cluster.work import keys_of
@@ -34,7 +36,7 @@ from arc_runner.preflight import check_inputs, check_places, choose_devices, loa
 from arc_runner.report import Report
 from arc_runner.steering_file import check_steering, read_steering
 from arc_runner.store_check import check_store, say_changed_prompts
-from arc_runner.tokenizer import load_tokenizer, tokenizer_sha256
+from arc_runner.tokenizer import check_thinking, load_tokenizer, tokenizer_sha256
 from arc_runner.waiting import Waiting
 from arc_runner.workload import build_requests
 from qwen2_core.checkpoint_files import checkpoint_fingerprint, checkpoint_folder, is_hub_id
@@ -70,6 +72,12 @@ class Job:
     def numerics(self) -> dict[str, Any] | None:
         """What decides the last bits of the sequences that this process makes; None if it makes none."""
         return None if self.options.ray is not None else run_numerics(self.options, self.config, self.layout)
+
+    @functools.cached_property
+    def opens_thinking(self) -> bool:
+        """Whether prompts end inside a model's thinking; all are laid out alike, so the first one tells."""
+        first = next(iter(self.requests), None)
+        return first is not None and opens_thinking(self.tokenizer, first.prompt_token_ids)
 
     def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
         """Returns the records of the job's sequences that are committed, in the job's order."""
@@ -139,6 +147,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
             options.model_path, config.vocab_size, chats=chats, revision=options.revision
         )
     with contextlib.closing(tokenizer):
+        check_thinking(options, tokenizer, chats=chats)
         eos = eos_token_ids(options.model_path, tokenizer, config.vocab_size, revision=options.revision)
         _say_unapplied_settings(options)
         settings = _store_settings(options, config, eos, interventions)
@@ -261,9 +270,10 @@ def _store_settings(
 
 def _prompt_settings(options: RunOptions) -> dict[str, str]:
     """Returns how prompts are laid out. Own prompts have no grids."""
+    choice = {} if options.enable_thinking is None else {"enable_thinking": options.enable_thinking}
     if options.prompts is not None:
-        return {"prompt_version": OWN_PROMPTS}
-    return {"grid_encoder": options.grid_encoder, "prompt_version": options.prompt_version}
+        return {"prompt_version": OWN_PROMPTS} | choice
+    return {"grid_encoder": options.grid_encoder, "prompt_version": options.prompt_version} | choice
 
 
 def _provenance(options: RunOptions) -> dict[str, Any]:

@@ -148,6 +148,14 @@ class RunOptions:
         "output-from-examples-v0",
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
     )
+    enable_thinking: str | None = _flag(
+        PROMPTS,
+        None,
+        "whether a model that can think first (Qwen3) does; for chat templates that take enable_thinking, "
+        "which decide it themselves if left out",
+        choices=("true", "false"),
+        metavar=None,
+    )
     predictions_per_task: int = _flag(
         PROMPTS,
         8,
@@ -357,6 +365,11 @@ class RunOptions:
     def input_path(self) -> str:
         """Returns the path of what is asked: own prompts, or the data set of puzzles."""
         return self.dataset_path if self.prompts is None else self.prompts
+
+    @property
+    def thinking(self) -> bool | None:
+        """Returns what the chat template is told as ``enable_thinking``; None for nothing."""
+        return None if self.enable_thinking is None else self.enable_thinking == "true"
 
     @property
     def samples_per_prompt(self) -> int:
