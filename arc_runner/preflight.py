@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import stat
 import tempfile
 from pathlib import Path
@@ -35,7 +36,7 @@ def say_defaults(options: RunOptions) -> None:
     """Says where the embedded example is used, and where the hub will be asked.
 
     Raises:
-        UsageError: the hub would be asked by a dry run.
+        UsageError: the hub would be asked by a dry run; --revision of a folder.
     """
     examples = [("model_path", EXAMPLE_MODEL, "a tiny model that has learned eight rules")]
     if options.prompts is None:
@@ -43,12 +44,20 @@ def say_defaults(options: RunOptions) -> None:
     for name, path, what in examples:
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")
+    revision = options.revision
+    if revision is not None and Path(options.model_path).exists():
+        raise UsageError(
+            f"--revision {revision} is of a hub model, and {options.model_path} is on this machine: leave "
+            "--revision out"
+        )
     if is_hub_id(options.model_path):
-        cached = cached_snapshot(options.model_path)
+        cached = cached_snapshot(options.model_path, revision)
         if options.dry_run and (cached is None or not has_weights(cached)):
+            of_revision = "" if revision is None else f" --revision {shlex.quote(revision)}"
             raise UsageError(
                 f"--dry_run downloads nothing, and there is neither a directory {options.model_path} nor all "
                 f"of such a model in the hub's cache; fetch it first: hf download {options.model_path}"
+                f"{of_revision}"
             )
         where = (
             f"the hub's cache has it, at commit {cached.name[:12]}"
@@ -230,7 +239,9 @@ def load_config(options: RunOptions) -> QwenConfig:
     """
     # The old loop is not compiled as a whole: it would compile a scan anew for each token.
     scan_layers = False if options.generation == "python" else None
-    config = read_config(options.model_path, dtype=options.dtype, scan_layers=scan_layers)
+    config = read_config(
+        options.model_path, dtype=options.dtype, revision=options.revision, scan_layers=scan_layers
+    )
     if options.max_output_tokens >= config.max_position_embeddings:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "

@@ -106,7 +106,7 @@ class Report:
 
     def stamp(self) -> None:
         """Notes the time, if this run has generated something."""
-        if self.tokens_generated:
+        if self.tokens_generated or self.generate_seconds:  # prompts may be read alone
             # To the microsecond: of two runs within a second, the later one is the younger.
             now = datetime.datetime.now(datetime.UTC)
             self.made_at = now.isoformat(" ", "microseconds").removesuffix("+00:00")

@@ -30,7 +30,9 @@ _PROBE = "Input 0123456789"
 _MOST_BYTES = 1 << 30  # of a file; the largest vocabularies have a hundredth
 
 
-def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> BoundedTokenizer:
+def load_tokenizer(
+    model_path: str, vocab_size: int, *, chats: bool = True, revision: str | None = None
+) -> BoundedTokenizer:
     """Loads the tokenizer of the checkpoint (transformers' ``AutoTokenizer``) and tries it out.
 
     Trying is needed: where the vocabulary is missing transformers makes an empty one. Warns of a chat
@@ -45,7 +47,7 @@ def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> B
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
 
-    directory = resolve_file(model_path, "tokenizer_config.json").parent
+    directory = resolve_file(model_path, "tokenizer_config.json", revision=revision).parent
     _check_kinds(directory)
     messages = [{"role": role, "content": _PROBE} for role in ("system", "user")]
     tokenizer, expected = None, 2 if chats else 1
@@ -93,11 +95,11 @@ def check_thinking(options: RunOptions, tokenizer: BoundedTokenizer, *, chats: b
         )
 
 
-def tokenizer_sha256(model_path: str) -> str:
+def tokenizer_sha256(model_path: str, *, revision: str | None = None) -> str:
     """Returns the SHA-256 of the tokenizer's files, those that there are, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in _FILES:
-        path = optional_file(model_path, name)
+        path = optional_file(model_path, name, revision=revision)
         if path is not None:
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -134,7 +134,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
         prompts: a text, which is continued as it is (special tokens in it count); a chat, a list of
             ``{"role": ..., "content": ...}``, which the tokenizer's chat template lays out; or several of
             these.
-        max_tokens: generated tokens at most.
+        max_tokens: generated tokens at most; 0 with ``extract_prompt``, for the prompts' rows alone.
         samples_per_prompt: sequences of each prompt; they stand side by side in the result.
         sampling: how tokens are chosen; greedy by default.
         seed: 0 to 2**32 - 1. Sequence i draws as ``generate_single_task_jitted`` does with its i-th.
@@ -183,7 +183,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             max_tokens,
             sampling_id=number * samples + sample,
             id=number * samples + sample,
-            capture_prompt=extract_prompt and sample == 0,
+            capture_prompt=extract_prompt and (sample == 0 or max_tokens == 0),
             strengths=of_prompts[number],
         )
         for number, token_ids in enumerate(encoded)
@@ -199,7 +199,8 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             prompt_rows, prompt_points = _cut(first, slice(len(token_ids)))
         for sample in range(samples):
             one = finished[number * samples + sample]
-            rows, points = _cut(one, slice(-len(one.token_ids), None))
+            with_prompt = extract_prompt and (sample == 0 or max_tokens == 0)
+            rows, points = _cut(one, slice(len(token_ids) if with_prompt else 0, None))
             results.append(
                 GeneratedText(
                     number,
