@@ -148,6 +148,14 @@ class RunOptions:
         "output-from-examples-v0",
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
     )
+    enable_thinking: str | None = _flag(
+        PROMPTS,
+        None,
+        "whether a model that can think first (Qwen3) does; for chat templates that take enable_thinking, "
+        "which decide it themselves if left out",
+        choices=("true", "false"),
+        metavar=None,
+    )
     predictions_per_task: int = _flag(
         PROMPTS,
         8,
@@ -283,6 +291,25 @@ class RunOptions:
     shard_index: int | None = _flag(
         PROCESSES, None, "the share to make, from 0", None, _PROCESS_INDEX, type=int, metavar="I"
     )
+    ray: str | None = _flag(
+        PROCESSES,
+        None,
+        "generate on the workers of the Ray cluster whose head is at HOST:PORT; without it on that of "
+        "RAY_ADDRESS, or of `ray start` on this machine, or on one that is started here for this run",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+    )
+    ray_workers: int | None = _flag(
+        PROCESSES,
+        None,
+        "workers with --ray at most; on CPUs also more than one on a machine (default: one for each TPU host "
+        "or GPU, or each machine where there are none)",
+        default_text="",
+        limits=_PROCESS_COUNT,
+        type=int,
+        metavar="N",
+    )
     merge: bool = _flag(
         PROCESSES,
         False,
@@ -338,6 +365,11 @@ class RunOptions:
     def input_path(self) -> str:
         """Returns the path of what is asked: own prompts, or the data set of puzzles."""
         return self.dataset_path if self.prompts is None else self.prompts
+
+    @property
+    def thinking(self) -> bool | None:
+        """Returns what the chat template is told as ``enable_thinking``; None for nothing."""
+        return None if self.enable_thinking is None else self.enable_thinking == "true"
 
     @property
     def samples_per_prompt(self) -> int:

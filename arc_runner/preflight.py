@@ -21,6 +21,7 @@ from arc_runner.options import RunOptions
 from qwen2_core.checkpoint_files import has_weights, is_hub_id
 from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
+from qwen2_core.layers import missing_defaults
 from qwen2_core.messages import did_you_mean
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.weights import read_config
@@ -247,6 +248,8 @@ def load_config(options: RunOptions) -> QwenConfig:
             f"context is {config.max_position_embeddings}"
         )
     if options.extract_activations:
+        if sentence := missing_defaults(options.layers_to_extract, config.num_hidden_layers):
+            raise UsageError(f"--layers_to_extract: {sentence}")
         try:
             create_model_with_hooks(config, options.layers_to_extract)
         except ValueError as error:

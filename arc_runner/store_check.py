@@ -116,7 +116,8 @@ def _flag(name: str, value: Any, location: str) -> str:
     """Returns the words of the command line that give a setting its value, after "with" or "without"."""
     if name == "layers_to_extract" and not value:
         return "with --no_extract_activations"
-    if not value and name in ("hook_points", "steer", "capture_before", "min_p", "repetition_penalty"):
+    unset = ("hook_points", "steer", "capture_before", "min_p", "repetition_penalty", "enable_thinking")
+    if not value and name in unset:
         return f"without --{name}"
     if name in _LISTS:
         return f"with --{name} {_value(name, value)}"

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from arc_puzzles import encode_prompt
+from arc_puzzles.thinking import takes_enable_thinking
+from arc_runner.errors import UsageError
+from arc_runner.options import RunOptions
 from qwen2_core.chat_template import BoundedTokenizer
 from qwen2_core.checkpoint_files import optional_file, resolve_file
 from qwen2_jax import CheckpointError
@@ -72,6 +75,24 @@ def load_tokenizer(
             f"{vocab_size}: they do not belong together"
         )
     return tokenizer
+
+
+def check_thinking(options: RunOptions, tokenizer: BoundedTokenizer, *, chats: bool) -> None:
+    """Checks that ``--enable_thinking``, if it is given, has a chat template to be given to.
+
+    Raises:
+        UsageError: the template does not take it, or no prompt goes through one.
+    """
+    if options.enable_thinking is None:
+        return
+    if not chats:
+        raise UsageError(
+            f"--enable_thinking is for chat templates, and {options.prompts} has texts alone; leave it out"
+        )
+    if not takes_enable_thinking(tokenizer):
+        raise UsageError(
+            f"--enable_thinking: the chat template of {options.model_path} does not take it; leave it out"
+        )
 
 
 def tokenizer_sha256(model_path: str, *, revision: str | None = None) -> str:

@@ -221,13 +221,19 @@ class ContinuousEngine:
         Requests of 0 tokens are in a stage of their own, the first, which has no slots.
         """
         longest = max((request.max_tokens for request in requests), default=1)
-        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest or 1)
-        read, generated = (
-            {request.width for request in requests if (request.max_tokens == 0) == reads}
-            for reads in (True, False)
-        )
-        reading = self._planner.reading_stages(read, shape)
-        return [*reading, *self._planner.stages(generated, shape, self._budget)]
+        read = self.stages({request.width for request in requests if request.max_tokens == 0}, 0)
+        generated = {request.width for request in requests if request.max_tokens > 0}
+        return [*read, *self.stages(generated, longest)]
+
+    def stages(self, widths: Iterable[int], max_tokens: int) -> list[Stage]:
+        """Returns the stages of requests whose prompts are of some widths; ``plan``, before they are known.
+
+        ``max_tokens`` are the longest request's; 0 where all are of 0 tokens.
+        """
+        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or max_tokens or 1)
+        if max_tokens == 0:
+            return self._planner.reading_stages(widths, shape)
+        return self._planner.stages(widths, shape, self._budget)
 
     def estimate(self, stage: Stage) -> int:
         """Estimates the bytes that a stage takes on each device, before anything is compiled."""
@@ -325,21 +331,23 @@ class RunningSlots:
         self._slots, self._params, self._sampling = slots, params, sampling
         self._steering = steering
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
-        self._requests: Iterator[SequenceRequest] = iter(())
+        self._requests: Iterator[SequenceRequest | None] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
         self._prompts = Prompts(params, steering)
 
     def generate(
         self,
-        requests: Iterable[SequenceRequest],
+        requests: Iterable[SequenceRequest | None],
         *,
         should_stop: Callable[[], bool] = lambda: False,
         on_window: Callable[[Occupancy], None] = lambda _: None,
     ) -> Iterator[FinishedSequence]:
-        """Generates requests in their order and yields each as it ends.
+        """Generates requests in their order and yields each as it ends; may be called again after its end.
 
         Args:
-            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free.
+            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free. None says
+                that there is none yet: it is asked for again before the next window. It ends once no slot is
+                in use and there is none, or no more.
             should_stop: as of ``ContinuousEngine.run``.
             on_window: as of ``ContinuousEngine.run``.
         """

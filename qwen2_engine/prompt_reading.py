@@ -78,7 +78,7 @@ class PromptReader:
 
     def generate(
         self,
-        requests: Iterable[SequenceRequest],
+        requests: Iterable[SequenceRequest | None],
         *,
         should_stop: Callable[[], bool] = lambda: False,
         on_window: Callable[[Occupancy], None] = lambda _: None,
@@ -86,7 +86,8 @@ class PromptReader:
         """Reads requests' prompts in their order and yields each with its rows and without a token.
 
         Args:
-            requests: from ``ContinuousEngine.order``; taken from the iterable as they are read.
+            requests: from ``ContinuousEngine.order``; taken from the iterable as they are read. It ends at
+                None, which says that there is none yet, as of ``RunningSlots.generate``.
             should_stop: as of ``ContinuousEngine.run``.
             on_window: called after each round of one prompt for each group, which has no steps.
         """
@@ -101,10 +102,12 @@ class PromptReader:
             before = finished
         yield from before()
 
-    def _rounds(self, requests: Iterable[SequenceRequest]) -> Iterator[list[SequenceRequest]]:
+    def _rounds(self, requests: Iterable[SequenceRequest | None]) -> Iterator[list[SequenceRequest]]:
         """Yields requests of one width, at most one for each group of devices."""
         chosen: list[SequenceRequest] = []
         for request in requests:
+            if request is None:
+                break
             groups = self.programs.layout.data_parallel
             if chosen and (len(chosen) == groups or request.width != chosen[0].width):
                 yield chosen
