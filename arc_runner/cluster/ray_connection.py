@@ -57,6 +57,8 @@ def connected(address: str) -> Iterator[ModuleType]:
     what = "starting Ray on this machine" if own else f"connecting to Ray at {found}"
     with Waiting(what), _keeping_handlers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what Ray itself will change
+        # On stdout it would tell of each lost worker in many words, which the driver does in a sentence.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
         settings = {"include_dashboard": False, "object_store_memory": _OBJECT_BYTES} if own else {}
         try:
             ray.init(

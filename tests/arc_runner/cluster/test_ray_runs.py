@@ -201,12 +201,11 @@ def test_a_driver_is_killed_twice_and_the_same_command_without_ray_does_the_rest
 ):
     tasks(tmp_path)
     (tmp_path / "pause").write_text("0.3")
-    seen: set[str] = set()
     for _ in range(2):
+        before = len(digests_so_far(tmp_path))
         run = start(tmp_path, cluster.address, held=False)
         run.worker(1)
-        wait_until(lambda: set(digests_so_far(tmp_path)) - seen)
-        seen = set(digests_so_far(tmp_path))
+        wait_until(lambda before=before: len(digests_so_far(tmp_path)) > before)
         run.process.kill()
         run.process.communicate()
         assert_gone(run.workers())  # in the middle of a window, too
