@@ -24,7 +24,6 @@ import sys
 from activation_store import RetryPolicy
 from arc_runner.cluster.barrier import telling_failure
 from arc_runner.cluster.membership import find_process
-from arc_runner.cluster.work import Share
 from arc_runner.command_line import parse_options
 from arc_runner.dry_run import say_plan
 from arc_runner.errors import EXIT_DONE
@@ -65,6 +64,10 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         return EXIT_DONE
     if options.merge:
         return answer_from_store(*prepare(options))
+    if options.ray is not None:
+        from arc_runner.cluster.ray_driver import run_on_ray  # only with Ray is its code needed
+
+        return run_on_ray(options, stop)
     process = find_process(options)
     with telling_failure(process):
         job, report = prepare(options)
@@ -73,7 +76,7 @@ def run(options: RunOptions, stop: StopRequest | None = None) -> int:
         if process.count > 1:
             patiently = RetryPolicy(options.activations_dir, str(process), lambda: stop.requested)
         with open_store(job, part, report, process, patiently) as writer:
-            generate_missing(part, Share(writer), writer, report, stop, process)
+            generate_missing(part, writer, report, stop, process)
             with Waiting("writing the last shards"):
                 writer.close()
         report.bytes_stored, report.tokens_generated = writer.bytes_written, writer.tokens_written

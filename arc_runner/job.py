@@ -66,9 +66,9 @@ class Job:
     interventions: bytes | None = None  # the file of what is written into the model
 
     @property
-    def numerics(self) -> dict[str, Any]:
-        """What decides the last bits of the sequences that this process makes."""
-        return run_numerics(self.options, self.config, self.layout)
+    def numerics(self) -> dict[str, Any] | None:
+        """What decides the last bits of the sequences that this process makes; None if it makes none."""
+        return None if self.options.ray is not None else run_numerics(self.options, self.config, self.layout)
 
     def records(self, committed: Mapping[str, SequenceRecord]) -> list[SequenceRecord]:
         """Returns the records of the job's sequences that are committed, in the job's order."""
@@ -93,12 +93,13 @@ class Job:
 
     def open_writer(self, process: ProcessInfo, patiently: RetryPolicy | None) -> ActivationWriter:
         """Opens the store to write as this process; see ``ActivationWriter`` for what it raises."""
+        numerics = self.numerics
         return ActivationWriter(
             self.options.activations_dir,
             self.settings,
             host_index=process.index,
-            provenance=_provenance(self.options) | {"numerics": self.numerics},
-            numerics=self.numerics,
+            provenance=_provenance(self.options) | ({} if numerics is None else {"numerics": numerics}),
+            numerics=numerics,
             patiently=patiently,
             interventions=self.interventions,
         )
@@ -127,8 +128,10 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
         config = load_config(options)
         check_steering(interventions, config)
         check_checkpoint(options.model_path, config)
-    with Waiting("looking for devices"):
-        layout, devices = choose_devices(options, config)
+    layout, devices = Layout(), "Ray"  # its workers choose among their devices
+    if options.ray is None:
+        with Waiting("looking for devices"):
+            layout, devices = choose_devices(options, config)
     with Waiting(f"loading the tokenizer of {options.model_path}"):
         chats = not isinstance(loaded, LoadedPrompts) or loaded.has_chats
         tokenizer = load_tokenizer(options.model_path, config.vocab_size, chats=chats)
@@ -182,7 +185,7 @@ def open_store(
     with opened as writer:
         say_start(job, report, writer.committed)
         say_changed_prompts(job.requests, writer.committed, report.asked)
-        if part.left(writer.committed):
+        if job.numerics is not None and part.left(writer.committed):
             say_numerics(job.numerics, writer.earlier_numerics)
         if process.count > 1:
             forget_figures(job.options.activations_dir, process.index, patiently)

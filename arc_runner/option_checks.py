@@ -164,6 +164,7 @@ def _check_processes(options: RunOptions) -> None:
         raise UsageError("--merge and --dry_run contradict each other: --merge writes the answers")
     if options.merge and (options.coordinator_address or options.num_shards) is not None:
         raise UsageError("--merge works alone; leave out what says which of several processes this is")
+    _check_ray(options)
     address = options.coordinator_address
     if address is not None and not _is_address(address):
         raise UsageError(
@@ -174,6 +175,25 @@ def _check_processes(options: RunOptions) -> None:
         number, total = getattr(options, index), getattr(options, count)
         if total is not None and not 0 <= number < total:
             raise UsageError(f"--{index} {number} is none of --{count} {total}, which are counted from 0")
+
+
+def _check_ray(options: RunOptions) -> None:
+    if options.ray is None:
+        if options.ray_workers is not None:
+            raise UsageError("--ray_workers is about --ray; leave it out or give both")
+        return
+    for name in ("num_shards", "coordinator_address", "merge", "dry_run"):
+        if getattr(options, name):
+            raise UsageError(f"--ray and --{name} contradict each other; leave one of them out")
+    if options.generation != "continuous":
+        raise UsageError(f"--ray is for --generation continuous alone, not {options.generation}")
+    if "://" in options.ray:
+        raise UsageError(
+            f"--ray {options.ray} is for Ray's client; run the command on a machine of the cluster and give "
+            "the head's HOST:PORT"
+        )
+    if options.ray and not _is_address(options.ray):
+        raise UsageError(f"--ray {options.ray} is not of the form HOST:PORT, with a port from 1 to 65535")
 
 
 def _is_address(text: str) -> bool:

@@ -256,6 +256,25 @@ class RunOptions:
     shard_index: int | None = _flag(
         PROCESSES, None, "the share to make, from 0", None, _PROCESS_INDEX, type=int, metavar="I"
     )
+    ray: str | None = _flag(
+        PROCESSES,
+        None,
+        "generate on the workers of the Ray cluster whose head is at HOST:PORT; without it on that of "
+        "RAY_ADDRESS, or of `ray start` on this machine, or on one that is started here for this run",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+    )
+    ray_workers: int | None = _flag(
+        PROCESSES,
+        None,
+        "workers with --ray at most; on CPUs also more than one on a machine (default: one for each TPU host "
+        "or GPU, or each machine where there are none)",
+        default_text="",
+        limits=_PROCESS_COUNT,
+        type=int,
+        metavar="N",
+    )
     merge: bool = _flag(
         PROCESSES,
         False,

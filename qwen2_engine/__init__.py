@@ -2,6 +2,7 @@
 
 from qwen2_core.requests import SequenceRequest
 from qwen2_engine.continuous_batching import ContinuousEngine, Occupancy, RunningSlots
+from qwen2_engine.memory_plan import Stage
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_engine.text import GeneratedText, generate_text
 
@@ -11,6 +12,7 @@ __all__ = [
     "Occupancy",
     "RunningSlots",
     "SequenceRequest",
+    "Stage",
     "generate_single_task_python",
     "generate_text",
 ]

@@ -223,8 +223,15 @@ class ContinuousEngine:
     def plan(self, requests: Sequence[SequenceRequest]) -> list[Stage]:
         """Returns the stages that requests are generated in, short prompts first (``memory_plan``)."""
         longest = max((request.max_tokens for request in requests), default=1)
-        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
-        return self._planner.stages({request.width for request in requests}, shape, self._budget)
+        return self.stages({request.width for request in requests}, longest)
+
+    def stages(self, widths: Iterable[int], max_tokens: int) -> list[Stage]:
+        """Returns the stages of requests whose prompts are of some widths; ``plan``, before they are known.
+
+        ``max_tokens`` are the longest request's, where the engine was made without.
+        """
+        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or max_tokens)
+        return self._planner.stages(widths, shape, self._budget)
 
     def estimate(self, stage: Stage) -> int:
         """Estimates the bytes that a stage takes on each device, before anything is compiled."""
@@ -326,22 +333,24 @@ class RunningSlots:
         self._slots, self._params, self._sampling = slots, params, sampling
         self._steering = steering
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
-        self._requests: Iterator[SequenceRequest] = iter(())
+        self._requests: Iterator[SequenceRequest | None] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
         self._read: _ReadPrompts | None = None
         self._prompts_read = 0
 
     def generate(
         self,
-        requests: Iterable[SequenceRequest],
+        requests: Iterable[SequenceRequest | None],
         *,
         should_stop: Callable[[], bool] = lambda: False,
         on_window: Callable[[Occupancy], None] = lambda _: None,
     ) -> Iterator[FinishedSequence]:
-        """Generates requests in their order and yields each as it ends.
+        """Generates requests in their order and yields each as it ends; may be called again after its end.
 
         Args:
-            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free.
+            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free. None says
+                that there is none yet: it is asked for again before the next window. It ends once no slot is
+                in use and there is none, or no more.
             should_stop: as of ``ContinuousEngine.run``.
             on_window: as of ``ContinuousEngine.run``.
         """

@@ -1,66 +1,55 @@
-"""Hands out the units that this process is to make, one by one, while the ones before are being made."""
+"""Hands out the sequences that this process is to make, one by one, while the ones before are being made."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
-from activation_store import ActivationWriter
 from qwen2_core.requests import SequenceRequest
 
 
-class Unit(NamedTuple):
-    """Holds sequences that one process makes together: those of one task and one width, or of one call.
-
-    Units are small, so that little is waited for at the end. The name follows from the sequences alone, so
-    that all processes know a unit by the same name.
-    """
-
-    keys: tuple[str, ...]
-    work: Any  # what the loop needs to make the sequences
-
-    @property
-    def name(self) -> str:
-        return hashlib.sha256("".join(self.keys).encode()).hexdigest()[:32]
-
-
 def keys_of(requests: Sequence[SequenceRequest]) -> tuple[str, ...]:
-    """Returns the requests' keys in the store, which name a unit."""
+    """Returns the requests' keys in the store."""
     return tuple(request.key for request in requests if request.key is not None)
 
 
-def left(units: Sequence[Unit], writer: ActivationWriter) -> list[Unit]:
-    """Returns the units that have a sequence which is not committed."""
-    return [unit for unit in units if not all(key in writer.committed for key in unit.keys)]
-
-
 class Work(Protocol):
-    """Hands out units to the loops that make them: the one thing that a loop knows of other processes."""
+    """Hands out sequences to the loop that makes them: the one thing that it knows of other processes."""
 
-    def take(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        """Yields those of ``units`` that this process is to make.
+    @property
+    def widths(self) -> Collection[int]:
+        """The buckets of all prompts that may come."""
+        ...
 
-        The loop asks for the next unit as soon as it has room for it, while the ones before are being made.
+    @property
+    def hastens(self) -> bool:
+        """Whether others wait for what has ended here, so that it is to be committed at once."""
+        ...
+
+    def next_width(self) -> int | None:
+        """Returns the bucket of the next sequence's prompt once it is known; None where no more comes."""
+        ...
+
+    def requests(self, widths: Collection[int]) -> Iterator[SequenceRequest | None]:
+        """Yields the next sequences as long as their prompts are of these buckets; None while none is there.
+
+        The loop asks for the next one as soon as it has room for it.
         """
         ...
 
-    def wait(self, units: Sequence[Unit]) -> bool:
-        """Waits, after all of ``units`` were offered and what was taken is made.
 
-        Returns True if what is left of them is to be offered again, False if the loop is to end.
-        """
-        ...
+class Everything:
+    """Hands out all of some requests in their order: this process makes all that is left of its part."""
 
+    hastens = False
 
-class Share:
-    """Hands out all that is left: the loop is given the requests of this process's share and no others."""
+    def __init__(self, requests: Sequence[SequenceRequest]) -> None:
+        self._left = list(reversed(requests))
+        self.widths = {request.width for request in requests}
 
-    def __init__(self, writer: ActivationWriter) -> None:
-        self._writer = writer
+    def next_width(self) -> int | None:
+        return self._left[-1].width if self._left else None
 
-    def take(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        return iter(left(units, self._writer))
-
-    def wait(self, units: Sequence[Unit]) -> bool:
-        return False
+    def requests(self, widths: Collection[int]) -> Iterator[SequenceRequest | None]:
+        while self._left and self._left[-1].width in widths:
+            yield self._left.pop()
