@@ -1,13 +1,15 @@
-"""The launchers: their syntax and fields, and the commands that they run, with the cluster's own tools replaced."""
+"""The launchers: their syntax, their fields, and the commands that they run, with fakes for the tools."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def fake(tools: Path, name: str, body: str) -> None:
 
 def run(tools: Path, *command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {"PATH": f"{tools}:{os.environ['PATH']}"} | variables
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["tpu_pod.sh", "slurm.sbatch", "ray_slurm.sbatch"])
@@ -109,7 +111,7 @@ def test_the_options_of_a_slurm_script_are_ones_that_it_takes(name: str):
 
 @pytest.fixture
 def job(tools: Path, tmp_path: Path) -> dict[str, str]:
-    """The environment of a job of SLURM on two nodes, whose Ray and driver are ``tools`` that note their calls."""
+    """The environment of a job of SLURM on two nodes, whose tools note how they are called."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     calls = tmp_path / "calls"
@@ -128,12 +130,11 @@ def job(tools: Path, tmp_path: Path) -> dict[str, str]:
 def test_ray_is_started_on_the_nodes_of_a_job_and_ends_with_the_driver(
     node: int, job: dict[str, str], tools: Path, tmp_path: Path
 ):
-    fake(
-        tools, "python", f'sleep 0.5; shift; printf "%s\\n" "$JAX_PLATFORMS" "$@" > {tmp_path}/driver; exit 3'
-    )
-    outcome = run(
-        tools, "bash", DEPLOY / "ray_slurm.sbatch", "--n_tasks", "3", **job | {"SLURM_NODEID": str(node)}
-    )
+    once_ray_starts = f'until grep -q "ray start" {tmp_path}/calls; do sleep 0.1; done'
+    note = f'printf "%s\\n" "$JAX_PLATFORMS" "$@" > {tmp_path}/driver'
+    fake(tools, "python", f"{once_ray_starts}; shift; {note}; exit 3")
+    job |= {"SLURM_NODEID": str(node)}
+    outcome = run(tools, "bash", DEPLOY / "ray_slurm.sbatch", "--n_tasks", "3", **job)
     assert outcome.returncode == 3, outcome.stderr
     platform, *words = (tmp_path / "driver").read_text().splitlines()
     assert (platform, words) == ("cpu", ["--ray", "node1:20123", "--n_tasks", "3"])
@@ -151,19 +152,19 @@ def test_a_driver_is_told_of_the_end_of_its_job_and_the_job_queued_again(
     begun = tmp_path / "begun"
     fake(tools, "python", f"trap 'sleep 0.3; exit 75' TERM; touch {begun}; while :; do sleep 0.1; done")
     environment = {"PATH": f"{tools}:{os.environ['PATH']}"} | job
-    script = subprocess.Popen(["bash", DEPLOY / "ray_slurm.sbatch"], env=environment, stderr=subprocess.PIPE)
+    command = ["bash", DEPLOY / "ray_slurm.sbatch"]
+    script = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        for _ in range(200):
-            if begun.exists():
-                break
-            script.poll()
-            signal.sigtimedwait([], 0.1)
+        deadline = time.monotonic() + 60
+        while not begun.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(20) == 75
+        assert script.wait(60) == 75
         assert "scontrol requeue 70123" in (tmp_path / "calls").read_text().splitlines()
     finally:
-        script.kill()
-        script.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
+        script.wait()
 
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------
