@@ -143,7 +143,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
             settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
             check_store(options.activations_dir, settings)
         requests, unusable = build_requests(
-            loaded, tokenizer, options, settings, config.max_position_embeddings
+            loaded, tokenizer, options, settings, config.context_length
         )
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.outline)

@@ -230,10 +230,10 @@ def load_config(options: RunOptions) -> QwenConfig:
     # The old loop is not compiled as a whole: it would compile a scan anew for each token.
     scan_layers = False if options.generation == "python" else None
     config = read_config(options.model_path, dtype=options.dtype, scan_layers=scan_layers)
-    if options.max_output_tokens >= config.max_position_embeddings:
+    if options.max_output_tokens >= config.context_length:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "
-            f"context is {config.max_position_embeddings}"
+            f"context is {config.context_length}"
         )
     if options.extract_activations:
         try:

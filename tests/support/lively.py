@@ -50,11 +50,12 @@ class Lively:
     inner: int = 96
     vocab: int = 160
     seed: int = 0
+    settings: tuple[tuple[str, Any], ...] = ()  # further keys of config.json
 
     @property
     def hf_config(self) -> dict[str, Any]:
         """The contents of ``config.json``."""
-        return writer.qwen2_config(
+        written = writer.qwen2_config(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
@@ -65,6 +66,7 @@ class Lively:
             dtype="float32",
             token_ids={"<|endoftext|>": 0, "<|im_end|>": 1},
         )
+        return written | dict(self.settings)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Hugging Face names to float32 arrays, ``[out, in]`` for projections."""
