@@ -578,6 +578,18 @@ def test_layers_that_the_model_does_not_have_are_refused(layers: tuple[int, ...]
         create_model_with_hooks(TINY.config(), layers)
 
 
+def test_a_model_without_the_layers_of_the_default_says_how_many_it_has():
+    for depth in (1, 23):
+        sentence = (
+            f"by default the layers 10 to 23 are captured, and this model has {depth}, 0 to {depth - 1}:"
+        )
+        with pytest.raises(ValueError, match=f"^extract_layers: {sentence} name those that you want.$"):
+            create_model_with_hooks(TINY.config(num_hidden_layers=depth))
+    for depth in (24, 28, 64):
+        model = create_model_with_hooks(TINY.config(num_hidden_layers=depth))
+        assert model.capture_layers == tuple(range(10, 24))
+
+
 def test_the_model_refuses_input_ids_of_one_dimension():
     model, params = built()
     with pytest.raises(ValueError, match=r"input_ids must be \[batch, tokens\], not of shape \(5,\)"):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from inspect import signature
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from lively import Lively
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 torch.set_num_threads(1)  # the models are tiny; several threads would mostly wait for each other
 
 
-# Transformers 5.24 renames it, and warns of the old name.
+# Newer versions have another name for it, and warn of this one.
 _CACHE = "cache" if "cache" in signature(Qwen2ForCausalLM.forward).parameters else "past_key_values"
 ExactRope = Callable[[int], tuple[np.ndarray, float]]  # a text's length -> frequencies, attention factor
 
@@ -35,13 +38,14 @@ class _ExactRotaryEmbedding(torch.nn.Module):
 
 
 class TorchReference:
-    """Transformers' own Qwen2 with a lively model's weights, its decoder layers hooked."""
+    """Transformers' own Qwen2 or Qwen3 with a lively model's weights, its decoder layers hooked."""
 
     def __init__(self, lively: Lively, exact_rope: ExactRope | None = None):
         """With ``exact_rope`` it computes in float64, RoPE included."""
-        config = Qwen2Config(**lively.hf_config)
+        fields = dict(lively.hf_config)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         self._config, self._exact_rope = config, exact_rope
-        self.model = Qwen2ForCausalLM(config).eval()
+        self.model = AutoModelForCausalLM.from_config(config).eval()
         state = {name: torch.from_numpy(array) for name, array in lively.state_dict().items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected
@@ -91,6 +95,18 @@ class TorchReference:
         logits = self.model(torch.from_numpy(token_ids.astype(np.int64)), use_cache=False).logits
         return logits.numpy(), torch.stack(self._rows).numpy()
 
+    def forward_float64(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What ``forward`` returns, computed in float64 throughout, from the same weights and frequencies."""
+        narrow, self.model = self.model, copy.deepcopy(self.model).double()
+        for layer in self.model.model.layers:
+            layer._forward_hooks.clear()  # those of the copied reference
+            layer.register_forward_hook(self._keep)
+        try:
+            with _all_float64():
+                return self.forward(token_ids)
+        finally:
+            self.model = narrow
+
     @torch.no_grad()
     def step_by_step(self, token_ids: np.ndarray, prompt_length: int) -> tuple[np.ndarray, np.ndarray]:
         """A prefill of the prompt, then a pass for each token, with Transformers' cache.
@@ -120,3 +136,13 @@ class TorchReference:
         ids = torch.from_numpy(token_ids[None].astype(np.int64))
         hidden_states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
         return self._rows[-1][0].numpy(), hidden_states[-1][0].numpy()
+
+
+@contextlib.contextmanager
+def _all_float64() -> Iterator[None]:
+    """Makes Transformers compute in float64 what it computes in float32 in a model of any dtype."""
+    with (
+        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
