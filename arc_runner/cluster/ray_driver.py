@@ -165,9 +165,8 @@ class Driver:
         """Takes back what a worker had that is gone."""
         if member.status is not None:
             self._statuses[member.index] = member.status
-        running = member.status.running if member.status is not None and lost.blames else ()
         units = self._queue.units_of(member.index)
-        self._queue.lost(member.index, running, lost.reason)
+        self._queue.lost(member.index, lost.reason if lost.blames else None)
         back = f"; {units} units of work go back to the queue" if units else ""
         say(f"{member.name} is gone: {lost.reason}{back}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,17 +183,15 @@ def test_workers_and_a_node_are_killed_and_a_node_comes_and_nothing_is_lost(
     for index in (4, 5):  # twice on the way
         os.kill(pids[-1], signal.SIGKILL)
         pids.append(run.worker(index))
-    (tmp_path / "pause").write_text("0.3")
-    run.go_on()
-    wait_until(lambda: len(digests_so_far(tmp_path)) > 0)
-    kill_node(max(cluster.worker_nodes, key=lambda node: node.unique_id))
+    kill_node(next(iter(cluster.worker_nodes)))
     cluster.add_node(num_cpus=1)
-    run.worker(6)
+    pids.append(run.worker(6))
+    run.go_on()
     ended = run.end()
     assert ended.code == DONE, ended
     assert "its node is gone" in ended.out
     assert_whole(tmp_path, alone)
-    assert_gone(pids + run.workers())
+    assert_gone(pids)
 
 
 @pytest.mark.slow
@@ -201,12 +200,11 @@ def test_a_driver_is_killed_twice_and_the_same_command_without_ray_does_the_rest
 ):
     tasks(tmp_path)
     (tmp_path / "pause").write_text("0.3")
-    seen: set[str] = set()
     for _ in range(2):
+        before = len(digests_so_far(tmp_path))
         run = start(tmp_path, cluster.address, held=False)
         run.worker(1)
-        wait_until(lambda: set(digests_so_far(tmp_path)) - seen)
-        seen = set(digests_so_far(tmp_path))
+        wait_until(lambda before=before: len(digests_so_far(tmp_path)) > before)
         run.process.kill()
         run.process.communicate()
         assert_gone(run.workers())  # in the middle of a window, too
@@ -307,16 +305,20 @@ def test_a_task_that_kills_its_worker_again_and_again_is_reported_and_all_others
 
 @pytest.mark.slow
 def test_a_cluster_that_the_run_has_started_ends_with_it_however_it_ends(
-    tmp_path: Path, start: Callable[..., Run]
+    tmp_path: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ):
-    run = start(tasks(tmp_path), None, ray_workers=2)
-    run.worker(1)
-    run.worker(2)
-    children = psutil.Process(run.process.pid).children(recursive=True)
-    assert {"gcs_server", "raylet"} <= {one.name() for one in children}
-    run.process.kill()
-    run.process.communicate()
-    assert_gone([one.pid for one in children])
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv(
+            "RAY_TMPDIR", folder
+        )  # no other cluster is found there; paths of sockets are short
+        run = start(tasks(tmp_path), None, ray_workers=2)
+        run.worker(1)
+        run.worker(2)
+        children = psutil.Process(run.process.pid).children(recursive=True)
+        assert {"gcs_server", "raylet"} <= {one.name() for one in children}
+        run.process.kill()
+        run.process.communicate()
+        assert_gone([one.pid for one in children])
 
 
 def digests_so_far(folder: Path) -> dict[str, str]:
