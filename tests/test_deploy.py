@@ -330,3 +330,15 @@ def test_the_command_for_tpu_vms_is_one_that_the_main_job_takes():
     command = re.search(r"distributed_kv_cached_inference.py ([^\"]+)\"", comment)
     assert command is not None
     assert parse_options(shlex.split(command[1])).ray == ""
+
+
+@pytest.mark.parametrize("name", ["ray_slurm.sbatch", "ray_tpu_vms.yaml"])
+def test_ray_start_takes_the_flags_that_it_is_given(name: str):
+    pytest.importorskip("ray")
+    from ray.scripts.scripts import start  # the parser of Ray's own command line
+
+    text = re.sub(r'"?\$\{?\w+[#*:]*\}?"?', "1", (DEPLOY / name).read_text())
+    commands = re.findall(r"ray start (--[^\n;&']+)", text)
+    assert len(commands) == 2
+    for command in commands:
+        start.make_context("start", shlex.split(command))
