@@ -16,7 +16,7 @@ from arc_runner.report import Report
 from arc_runner.signals import StopRequest
 from arc_runner.watch import LoopWatch
 from qwen2_core.requests import SequenceRequest
-from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots, Stage
+from qwen2_engine import ContinuousEngine, Occupancy, PromptReader, RunningSlots, Stage
 
 # A shard is committed once it has one of these: enough to be read well, little enough to be lost by a crash.
 SHARD_BYTES = 64 * 2**20
@@ -43,7 +43,7 @@ def make_continuously(
         work = Everything(engine.order(_missing(model.job.requests, writer)))
     stages = engine.stages(work.widths, model.job.options.max_output_tokens)
     compiling = Clock()
-    current: tuple[Stage, RunningSlots] | None = None
+    current: tuple[Stage, RunningSlots | PromptReader] | None = None
 
     def count(window: Occupancy) -> None:
         report.slot_steps += window.slots * window.steps
@@ -85,7 +85,9 @@ def _checked(
         yield None if request is None else engine.order([request])[0]
 
 
-def _start(engine: ContinuousEngine, stage: Stage, compiling: Clock, watch: LoopWatch) -> RunningSlots:
+def _start(
+    engine: ContinuousEngine, stage: Stage, compiling: Clock, watch: LoopWatch
+) -> RunningSlots | PromptReader:
     """Compiles a stage, and says what it is."""
     programs = Compiling()
     with compiling, watch.phase("compiling", programs):
@@ -113,8 +115,8 @@ def make_engine(model: LoadedModel) -> ContinuousEngine:
     )
 
 
-def describe(slots: RunningSlots) -> str:
-    """Says in a line what the slots of a stage are and which memory they take."""
+def describe(slots: RunningSlots | PromptReader) -> str:
+    """Says in a line what the slots of a stage are, or that it has none, and which memory it takes."""
     shape, layout, memory = slots.programs.shape, slots.programs.layout, slots.memory
     parts = {
         "weights": memory.weights,
@@ -124,9 +126,12 @@ def describe(slots: RunningSlots) -> str:
     detail = ", ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
     groups = f" on each of {layout.data_parallel} groups of devices" if layout.data_parallel > 1 else ""
     each = " a device" if layout.devices > 1 else ""
+    what = f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
+    what += f"{shape.window} steps"
+    if shape.reads_only:
+        what = f"prompts of up to {shape.prompt_width} tokens, read one after the other{groups}"
     return (
-        f"{shape.slots} slots{groups} for prompts of up to {shape.prompt_width} tokens, windows of "
-        f"{shape.window} steps: {memory.on_device / 1e6:.0f} MB{each} expected ({detail}); "
+        f"{what}: {memory.on_device / 1e6:.0f} MB{each} expected ({detail}); "
         f"on the host up to {memory.host_rows / 1e6:.0f} MB of unfinished rows"
     )
 

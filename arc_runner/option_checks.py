@@ -31,6 +31,8 @@ def check_options(options: RunOptions) -> None:
 
 
 def _check_paths(options: RunOptions) -> None:
+    if options.revision == "":
+        raise UsageError("--revision is empty; leave the flag out or give it a value")
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.metadata["flag"].is_path and value is not None:
@@ -92,6 +94,11 @@ def _check_amounts(options: RunOptions) -> None:
             f"--predictions_per_task {options.predictions_per_task} is not a multiple of --augmentations "
             f"{options.augmentations}"
         )
+    if options.max_output_tokens == 0 and options.samples_per_prompt > 1:
+        raise UsageError(
+            f"--max_output_tokens 0 generates nothing, so the {options.samples_per_prompt} samples of one "
+            "prompt would be the same; leave out --temperature, or give a lower --predictions_per_task"
+        )
     if options.temperature == 0 and options.samples_per_prompt > 1:
         remedy = (
             "or as many --augmentations as --predictions_per_task"
@@ -129,6 +136,11 @@ def _check_generation(options: RunOptions) -> None:
         raise UsageError(f"--mesh_shape {data} {model}: the old loop of --generation python uses one device")
     if options.extract_prompt and not options.extract_activations:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
+    if options.max_output_tokens == 0 and not options.extract_prompt:
+        raise UsageError(
+            "--max_output_tokens 0 generates nothing, and without --extract_prompt nothing would be stored: "
+            "give --extract_prompt too"
+        )
     if options.hook_points and not options.extract_activations:
         raise UsageError("--hook_points and --no_extract_activations contradict each other")
     if options.capture_before and options.steer is None:

@@ -233,7 +233,8 @@ def _prepare(given: Assignment) -> tuple[Job, str]:
         use_compilation_cache(options.compilation_cache_dir)
     config = load_config(options)
     layout, devices = choose_devices(options, config)
-    if checkpoint_fingerprint(options.model_path) != given.settings.model_fingerprint:
+    fingerprint = checkpoint_fingerprint(options.model_path, revision=options.revision)
+    if fingerprint != given.settings.model_fingerprint:
         raise UsageError(f"--model_path {options.model_path} has other weights here than where the driver is")
     about_tasks = ((), (), (), None)  # these are the driver's
     job = Job(options, config, layout, *about_tasks, given.eos, given.settings, (), given.interventions)
