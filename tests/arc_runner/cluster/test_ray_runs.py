@@ -33,6 +33,9 @@ import psutil
 import ray_faults
 from ray.cluster_utils import Cluster
 
+# Ray starts the nodes as children of this process, in which JAX has run.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 TASKS = 16
 FLAGS: dict[str, Any] = {"batch_size": 2}
@@ -74,23 +77,28 @@ def wait_until(condition: Callable[[], Any], seconds: float = 90) -> Any:
 
 
 def start_cluster(nodes: int) -> Cluster:
-    """A cluster of nodes with one CPU each, whose workers find the modules that are tested here."""
-    os.environ["PYTHONPATH"] = environment()["PYTHONPATH"]
+    """A cluster of nodes with one CPU each."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     for _ in range(nodes - 1):
         cluster.add_node(num_cpus=1)
     return cluster
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes."""
+@pytest.fixture(scope="module", autouse=True)
+def variables() -> Iterator[None]:
+    """What all nodes start with: their workers find the modules that are tested here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        cluster = start_cluster(2)
-        yield cluster
-        cluster.shutdown()
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes."""
+    cluster = start_cluster(2)
+    yield cluster
+    cluster.shutdown()
 
 
 class Ended(NamedTuple):
@@ -185,13 +193,13 @@ def test_workers_and_a_node_are_killed_and_a_node_comes_and_nothing_is_lost(
         pids.append(run.worker(index))
     kill_node(next(iter(cluster.worker_nodes)))
     cluster.add_node(num_cpus=1)
-    pids.append(run.worker(6))
+    wait_until(lambda: len(run.workers()) > len(pids))
     run.go_on()
     ended = run.end()
     assert ended.code == DONE, ended
     assert "its node is gone" in ended.out
     assert_whole(tmp_path, alone)
-    assert_gone(pids)
+    assert_gone(run.workers())
 
 
 @pytest.mark.slow
@@ -304,21 +312,19 @@ def test_a_task_that_kills_its_worker_again_and_again_is_reported_and_all_others
 
 
 @pytest.mark.slow
-def test_a_cluster_that_the_run_has_started_ends_with_it_however_it_ends(
+def test_a_cluster_that_the_run_has_started_ends_with_it_though_it_is_killed(
     tmp_path: Path, start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ):
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv(
-            "RAY_TMPDIR", folder
-        )  # no other cluster is found there; paths of sockets are short
+        # No other cluster is found there. Not in `tmp_path`: the paths of sockets must be short.
+        monkeypatch.setenv("RAY_TMPDIR", folder)
         run = start(tasks(tmp_path), None, ray_workers=2)
-        run.worker(1)
-        run.worker(2)
-        children = psutil.Process(run.process.pid).children(recursive=True)
-        assert {"gcs_server", "raylet"} <= {one.name() for one in children}
+        workers = [run.worker(1), run.worker(2)]
+        rays = {one.name(): one.pid for one in psutil.Process(run.process.pid).children()}
         run.process.kill()
         run.process.communicate()
-        assert_gone([one.pid for one in children])
+        # Two helpers of Ray's try for a minute to tell the dead cluster of its death, and end then.
+        assert_gone([*workers, rays["gcs_server"], rays["raylet"]])
 
 
 def digests_so_far(folder: Path) -> dict[str, str]:
