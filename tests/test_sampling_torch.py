@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lively import Lively, assert_lively, pad_right
@@ -59,8 +60,8 @@ def test_tokens_come_as_often_as_after_transformers_processors(sampling: Samplin
     logits = np.random.default_rng(6).normal(scale=2, size=VOCAB).astype(np.float32)
     tokens = [3, 9, 9, 31, *np.argsort(logits)[-3:].tolist(), int(logits.argmin())]
     expected = probabilities(sampling, logits, tokens)
-    prompts = np.array([[*tokens, 0, 0]], np.int32)  # padded
-    seen = np.asarray(tokens_in(jax.numpy.array(prompts), np.array([len(tokens)]), VOCAB))  # pyright: ignore
+    prompts = jnp.array([[*tokens, 0, 0]], jnp.int32)  # padded
+    seen = np.asarray(tokens_in(prompts, jnp.array([len(tokens)], jnp.int32), VOCAB))
     keys = jax.jit(sequence_keys)(np.uint32(1), np.arange(DRAWS, dtype=np.uint32))
     traced = sampling_params(sampling, 0, (), VOCAB)
     rows = np.tile(logits, (DRAWS, 1))
