@@ -160,7 +160,6 @@ class Worker:
         return Status(
             phase="waiting" if is_idle else watch.phase_name,
             room=self._feed.room,
-            running=tuple(self._feed.running),
             ended=ended,
             notices=notices,
             failure=self._failure,
