@@ -68,8 +68,8 @@ class QwenConfig:
 
     The other names and their meaning are those of Hugging Face's ``Qwen2Config``. ``rope_scaling`` is one of
     the classes of ``qwen2_core.rope``. With ``use_sliding_window``, ``layer_types`` says of each layer
-    whether it is "full_attention" or "sliding_attention". ``chunk_length`` is how long a text may be that dual
-    chunk attention, which is not implemented, would leave as it is.
+    whether it is "full_attention" or "sliding_attention". ``chunk_length`` is the longest text that dual
+    chunk attention, which is not implemented, would read as usual.
 
     Raises:
         CheckpointError: for sizes that do not fit each other and for features not implemented.
@@ -284,13 +284,10 @@ def _chunk_length(given: Any) -> int | None:
     """Returns how many tokens dual chunk attention takes at once; it is plain attention up to there."""
     if given is None:
         return None
-    chunk, local = (
-        given.get(n) if isinstance(given, Mapping) else None for n in ("chunk_size", "local_size")
-    )
+    sizes = given if isinstance(given, Mapping) else {}
+    chunk, local = sizes.get("chunk_size"), sizes.get("local_size")
     if type(chunk) is not int or type(local) is not int or not 0 <= local < chunk:
-        raise CheckpointError(
-            f"dual_chunk_attention_config {_shown(given)} has no chunk_size and local_size."
-        )
+        raise CheckpointError(f"dual_chunk_attention_config {_shown(given)} lacks chunk_size or local_size.")
     return chunk - local
 
 

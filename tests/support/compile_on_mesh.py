@@ -1,4 +1,4 @@
-"""Compiles a decode loop of published models by shape, on a mesh (1, 8): prints each device's share of bytes."""
+"""Compiles decode loops of published models by shape on a mesh (1, 8); prints each device's share."""
 
 from __future__ import annotations
 
