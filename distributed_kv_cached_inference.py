@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     """Does the main job once, prints and writes its report, and returns the exit code.
 
-    A signal while it generates stops it once the running work is stored. At other times the process ends at
-    once; what is committed is safe.
+    A signal while it generates stops it once the running work is stored, and one while it waits for other
+    processes ends the waiting. At other times the process ends at once; what is committed is safe.
 
     Raises:
         UsageError, ArcFormatError, CheckpointError, StoreError: as soon as it is known, each a sentence.

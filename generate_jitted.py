@@ -418,10 +418,9 @@ def _compile(
     model: QwenModel, shape: GenerateShape, params: AbstractParams, steering: AbstractParams
 ) -> CompiledGenerate:
     started = time.perf_counter()
-    prefill, *loop = compile_all(lower_generate(model, params.tree, shape, steering.tree))
+    programs = tuple(compile_all(lower_generate(model, params.tree, shape, steering.tree)))
     seconds = time.perf_counter() - started
-    decode = loop[0] if loop else None
-    return CompiledGenerate(shape, prefill, decode, seconds, model.capture_layers, model.capture_points)
+    return CompiledGenerate(shape, programs, seconds, model.capture_layers, model.capture_points)
 
 
 @traced_apart

@@ -93,7 +93,7 @@ def _predicted(record: SequenceRecord, store: ActivationStore, job: Job, encoder
     text = store.answer(record, job.tokenizer)
     grid = read_grid(text, record.augmentation, encoder, job.opens_thinking)
     logprob = float(store.generated_logprobs(record).sum(dtype=np.float64))
-    thinking = after_thinking(text, job.opens_thinking) is None
+    thinking = record.generated_length > 0 and after_thinking(text, job.opens_thinking) is None
     name = (record.key, record.augmentation, record.sample_index)
     return Predicted(*name, grid, logprob, thinking=thinking)
 

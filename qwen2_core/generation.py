@@ -144,11 +144,20 @@ class CompiledGenerate:
     """The executables of one shape."""
 
     shape: GenerateShape
-    prefill: jax.stages.Compiled  # as run_prefill, from params on
-    decode: jax.stages.Compiled | None  # as run_decode, from params on; None where nothing is generated
+    programs: tuple[jax.stages.Compiled, ...]  # prefill, and decode unless nothing is generated
     compile_seconds: float
     layers: tuple[int, ...] = ()  # the model's capture_layers
     point_layers: PointLayers = ()  # the model's capture_points
+
+    @property
+    def prefill(self) -> jax.stages.Compiled:
+        """The program of ``run_prefill``, from params on."""
+        return self.programs[0]
+
+    @property
+    def decode(self) -> jax.stages.Compiled:
+        """The program of ``run_decode``, from params on."""
+        return self.programs[1]
 
     @program_settings()
     def __call__(
@@ -166,7 +175,7 @@ class CompiledGenerate:
         state, (prompt_activations, prompt_points) = self.prefill(
             params, prompts, sampling, sequence_ids, *of_prompts
         )
-        if self.decode is not None:
+        if self.shape.max_tokens:
             state = self.decode(params, state, sampling, sequence_ids, *of_rows)
         return Generation(
             token_ids=state.token_ids,

@@ -333,7 +333,7 @@ class RunningSlots:
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
         self._requests: Iterator[SequenceRequest | None] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
-        self._prompts = Prompts(programs.prefills, params, steering)
+        self._prompts = Prompts(params, steering)
 
     def generate(
         self,
@@ -372,7 +372,8 @@ class RunningSlots:
         groups = self.programs.layout.data_parallel
         while chosen := self._choose():
             idle = next(iter(chosen.values()))  # read by a group that has no free slot, for nothing
-            read = self._prompts.read([chosen.get(group, idle)[1] for group in range(groups)])
+            of_groups = [chosen.get(group, idle)[1] for group in range(groups)]
+            read = self._prompts.read(self.programs.prefills, of_groups)
             slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
             sequence_ids = np.zeros(groups, np.uint32)
             for group, (slot, request) in chosen.items():
@@ -380,7 +381,7 @@ class RunningSlots:
                 sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
             strengths = ()
             if self._steering is not None:
-                strengths = (np.stack([chosen.get(group, idle)[1].strengths for group in range(groups)]),)
+                strengths = (np.stack([request.strengths for request in of_groups]),)
             self._slots = self.programs.insert(
                 self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, *strengths
             )

@@ -40,15 +40,18 @@ class ReadPrompts(NamedTuple):
 class Prompts:
     """Reads a prompt for each group of devices at a time, and keeps what it read last."""
 
-    def __init__(
-        self, prefills: Mapping[int, jax.stages.Compiled], params: Any, steering: Steering | None
-    ) -> None:
-        self._prefills, self._params, self._steering = prefills, params, steering
+    def __init__(self, params: Any, steering: Steering | None) -> None:
+        self._params, self._steering = params, steering
         self._read: ReadPrompts | None = None
         self.count = 0  # different prompts read; for the caller to reset
 
-    def read(self, requests: list[SequenceRequest]) -> ReadPrompts:
-        """Reads the prompt of a request for each group, all of one width, unless they were the last ones."""
+    def read(
+        self, prefills: Mapping[int, jax.stages.Compiled], requests: list[SequenceRequest]
+    ) -> ReadPrompts:
+        """Reads the prompt of a request for each group, all of one width, unless they were the last ones.
+
+        ``prefills`` are the programs by width.
+        """
         keys = [prompt_key(request, self._steering) for request in requests]
         if self._read is None or self._read.keys != keys:
             self._read = None  # makes room for the next one
@@ -58,7 +61,7 @@ class Prompts:
             if self._steering is not None:
                 strengths = np.stack([_prompt_strengths(request, self._steering) for request in requests])
                 steered = (dataclasses.replace(self._steering, strengths=strengths),)
-            read = self._prefills[width](self._params, *prompts, *steered)
+            read = prefills[width](self._params, *prompts, *steered)
             self._read = ReadPrompts(keys, *read)
             self.count += len(set(keys))
         return self._read
@@ -71,7 +74,7 @@ class PromptReader:
         self, programs: PromptPrograms, params: Any, memory: SlotMemory, steering: Steering | None = None
     ) -> None:
         self.programs, self.memory = programs, memory
-        self._prompts = Prompts(programs.prefills, params, steering)
+        self._prompts = Prompts(params, steering)
 
     def generate(
         self,
@@ -118,7 +121,7 @@ class PromptReader:
         """Starts to read prompts; returns what waits for them and copies their rows."""
         groups = self.programs.layout.data_parallel
         idle = chosen[:1] * (groups - len(chosen))  # read by groups that have no request, for nothing
-        read = self._prompts.read(chosen + idle)
+        read = self._prompts.read(self.programs.prefills, chosen + idle)
 
         def finished() -> list[FinishedSequence]:
             raise_on_nan(read.prompts.logits)

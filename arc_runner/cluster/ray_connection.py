@@ -18,7 +18,6 @@ from arc_runner.waiting import Waiting
 
 _REACHED_SECONDS = 10.0
 _OBJECT_BYTES = 2**27  # for Ray's own objects, where the cluster is ours; a run keeps none there
-_STARTED_HERE = Path("/tmp/ray/ray_current_cluster")  # where `ray start` leaves its address
 
 
 def import_ray() -> ModuleType:
@@ -57,6 +56,8 @@ def connected(address: str) -> Iterator[ModuleType]:
     what = "starting Ray on this machine" if own else f"connecting to Ray at {found}"
     with Waiting(what), _keeping_handlers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what Ray itself will change
+        # On stdout it would tell of each lost worker in many words, which the driver does in a sentence.
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
         settings = {"include_dashboard": False, "object_store_memory": _OBJECT_BYTES} if own else {}
         try:
             ray.init(
@@ -80,7 +81,7 @@ def connected(address: str) -> Iterator[ModuleType]:
 def _started_here() -> str:
     """Returns the address of the cluster that `ray start` began on this machine, if it answers; else ""."""
     try:
-        address = _STARTED_HERE.read_text().strip()
+        address = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()
         _reach(address)
     except (OSError, ValueError):
         return ""

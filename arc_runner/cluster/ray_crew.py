@@ -18,12 +18,12 @@ from arc_runner.cluster.ray_messages import DRIVER, Assignment, Order, Status
 from arc_runner.cluster.ray_places import Place, find_kind, find_places
 from arc_runner.errors import ClusterError
 
-MOST_STARTS = 3  # of workers of one place that end without having stored anything
+MOST_STARTS = 5  # of workers of one place that end without having stored anything
 NOBODY_SECONDS = 120.0  # without any worker, after which the run gives up
 SILENT_SECONDS = 120.0  # after which a worker that does not answer is taken for lost
 _LOOKED_SECONDS = 2.0  # between two looks at the cluster's nodes
 _PAUSE_SECONDS = 1.0  # before a place's next worker; twice as long each time
-_DETAIL = re.compile(r"Worker exit detail: ([^\n]*)")
+_DETAIL = re.compile(r"Worker exit detail: ([^\n]*?)(?: Some common causes|\n|$)")
 _logger = logging.getLogger(__name__)
 
 

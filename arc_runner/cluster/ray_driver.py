@@ -6,7 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,16 +72,11 @@ def _generate(
     files = open_files(options.activations_dir)
     left = [request for request in job.requests if request.key not in writer.committed]
     queue = WorkQueue(make_units(sorted(left, key=lambda request: request.width)))
-    assignment = Assignment(
-        options=_for_workers(options),
-        settings=job.settings,
-        eos=job.eos,
-        interventions=job.interventions,
-        widths=tuple(sorted({request.width for request in left})),
-        lock=lock_of(options.activations_dir),
-    )
     crew = Crew(
-        ray, assignment, options.ray_workers, lambda host: files.excludes_others and files.in_use(host)
+        ray,
+        assign(job, {request.width for request in left}),
+        options.ray_workers,
+        in_use=lambda host: files.excludes_others and files.in_use(host),
     )
     driver = Driver(queue, crew, stop, watch)
     with Commits(writer, patiently) as commits, stop.deferred():
@@ -165,9 +160,8 @@ class Driver:
         """Takes back what a worker had that is gone."""
         if member.status is not None:
             self._statuses[member.index] = member.status
-        running = member.status.running if member.status is not None and lost.blames else ()
         units = self._queue.units_of(member.index)
-        self._queue.lost(member.index, running, lost.reason)
+        self._queue.lost(member.index, lost.reason if lost.blames else None)
         back = f"; {units} units of work go back to the queue" if units else ""
         say(f"{member.name} is gone: {lost.reason}{back}")
 
@@ -218,6 +212,19 @@ def without(job: Job, given_up: Mapping[str, str], committed: Container[str]) ->
         for task_id, of_task in reasons.items()
     )
     return dataclasses.replace(job, requests=kept, failures=(*job.failures, *failures))
+
+
+def assign(job: Job, widths: Collection[int]) -> Assignment:
+    """Returns what each worker of a job is told, whose prompts are of some widths. The store is open."""
+    options = job.options
+    return Assignment(
+        options=_for_workers(options),
+        settings=job.settings,
+        eos=job.eos,
+        interventions=job.interventions,
+        widths=tuple(sorted(widths)),
+        lock=lock_of(options.activations_dir),
+    )
 
 
 def _for_workers(options: RunOptions) -> RunOptions:

@@ -44,7 +44,6 @@ class Status:
 
     phase: str  # "loading", "compiling", "generating", "waiting", "storing", "ended"
     room: int = 0  # sequences that it could take
-    running: Sequence[str] = ()  # keys of those that it makes now
     ended: Sequence[FinishedSequence] = ()  # on their way to the store; without rows
     notices: Sequence[str] = ()  # sentences for the user
     failure: str = ""  # why it has ended, if not by order

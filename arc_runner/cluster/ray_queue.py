@@ -3,8 +3,8 @@
 Workers draw small units, more as they have room, so that a slow one draws less. Near the end each draws a
 fair part of what is left, and then, with nothing of its own to do, a copy of what another has held for
 unusually long: the store keeps whichever comes first. What a lost worker had not committed is handed out
-again. A unit that was running each of MOST_FAILURES times that its worker died is given up. The last of these
-times it runs alone, so that it is not given up for its neighbours' faults.
+again. A unit whose worker has failed MOST_FAILURES times is given up. The last of these times it is made
+alone, so that it is not given up for its neighbours' faults.
 """
 
 from __future__ import annotations
@@ -186,23 +186,14 @@ class WorkQueue:
             if not self._left[number]:
                 self._remove(number)
 
-    def failed(self, worker: int, key: str, reason: str) -> None:
-        """Notes that a worker could not make a sequence, and goes on."""
-        number = self._unit_of[key]
-        if self._holds.get(worker, {}).pop(number, None) is not None:
-            if self._alone.get(worker) == number:
-                del self._alone[worker]
-            self._put_back(number, reason)
+    def lost(self, worker: int, reason: str | None = None) -> None:
+        """Takes back what a worker had not committed: it is gone.
 
-    def lost(self, worker: int, running: Collection[str] = (), reason: str = "") -> None:
-        """Takes back what a worker had not committed: it is gone, for some reason.
-
-        ``running`` are the keys of the sequences that may have caused it.
+        ``reason`` says why, if what it was making may have caused that.
         """
         self._alone.pop(worker, None)
-        blamed = {self._unit_of[key] for key in running}
-        for number in self._holds.pop(worker, {}):
-            self._put_back(number, reason if number in blamed else None)
+        for number, hold in self._holds.pop(worker, {}).items():
+            self._put_back(number, reason if hold.left else None)
 
     def _put_back(self, number: int, reason: str | None) -> None:
         """Hands out a unit again, or gives it up; a ``reason`` is one of its own failures."""

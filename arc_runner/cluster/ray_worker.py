@@ -160,7 +160,6 @@ class Worker:
         return Status(
             phase="waiting" if is_idle else watch.phase_name,
             room=self._feed.room,
-            running=tuple(self._feed.running),
             ended=ended,
             notices=notices,
             failure=self._failure,
@@ -234,7 +233,8 @@ def _prepare(given: Assignment) -> tuple[Job, str]:
         use_compilation_cache(options.compilation_cache_dir)
     config = load_config(options)
     layout, devices = choose_devices(options, config)
-    if checkpoint_fingerprint(options.model_path) != given.settings.model_fingerprint:
+    fingerprint = checkpoint_fingerprint(options.model_path, revision=options.revision)
+    if fingerprint != given.settings.model_fingerprint:
         raise UsageError(f"--model_path {options.model_path} has other weights here than where the driver is")
     about_tasks = ((), (), (), None)  # these are the driver's
     job = Job(options, config, layout, *about_tasks, given.eos, given.settings, (), given.interventions)

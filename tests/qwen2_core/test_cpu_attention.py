@@ -260,3 +260,15 @@ def test_attention_over_a_prompt_can_be_differentiated(prompt: Any):
 
     expected = tangent(*(a.astype(np.float32) for a in (q, k, v)))
     np.testing.assert_allclose(tangent(q, k, v).astype(np.float32), expected, atol=0.05)
+
+
+def test_heads_of_128_as_in_qwen3_are_attended_by_the_kernels(attend: Any, prompt: Any):
+    cache, q = cache_of([40, 3], [40, 64, 37, 66], 68, kv_heads=4, dim=128), normal(4, 8, 128)
+    got = np.asarray(attend(q, cache, 1), np.float64)
+    np.testing.assert_allclose(got, exact(q, cache, 1), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention" in attend.lower(q, cache, 1).as_text()
+    q, (k, v) = normal(2, 33, 8, 128), (np.asarray(normal(2, 4, 33, 128), jnp.bfloat16) for _ in range(2))
+    valid = some_valid(2, 33)
+    got = np.asarray(prompt(q, k, v, valid), np.float64)
+    np.testing.assert_allclose(got, exactly_causal(q, k, v, valid), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()

@@ -68,6 +68,18 @@ def test_a_greedy_answer_is_what_the_whole_sequence_says_at_each_place(
     assert np.ptp(one.layer(1), axis=0).min() > 0  # the rows differ
 
 
+def test_without_tokens_the_rows_of_prompts_come_alone(results: list[GeneratedText], parts: Parts):
+    alone = generate_text(*parts, PROMPTS, 0, extract_prompt=True, samples_per_prompt=2)
+    assert [(one.prompt, one.sample) for one in alone] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for one in alone:
+        assert (one.text, one.finish_reason, len(one.token_ids)) == ("", "length", 0)
+        for layer in (0, 1):
+            assert np.array_equal(one.prompt_layer(layer), results[one.prompt].prompt_layer(layer))
+            assert one.layer(layer).shape == (0, parts[0].config.hidden_size)
+    with pytest.raises(ValueError, match="max_tokens 0 generates nothing"):
+        generate_text(*parts, PROMPTS, 0)
+
+
 def test_tokens_come_as_texts_too(results: list[GeneratedText]):
     one = results[2]
     assert one.prompt_text == TEXT["text"]

@@ -36,7 +36,7 @@ class FaultyActor(ray_actor.WorkerActor):
                     continue
             return ""
 
-        def faulty(slots: RunningSlots) -> Any:
+        def faulty(self: RunningSlots) -> Any:
             temporary = folder / f".window-{index}"
             temporary.write_text(str(os.getpid()))
             temporary.replace(folder / f"window-{index}")
@@ -44,9 +44,9 @@ class FaultyActor(ray_actor.WorkerActor):
                 time.sleep(0.02)
             time.sleep(float(read("pause") or 0))
             poison = read("poison")
-            if any(one and one.request.id.task_id == poison for one in slots._running):
+            if any(one and one.request.id.task_id == poison for one in self._running):
                 os.kill(os.getpid(), signal.SIGKILL)
-            return dispatch(slots)
+            return dispatch(self)
 
         RunningSlots._dispatch = faulty
         super().__init__(assignment, index, tpu_chips)

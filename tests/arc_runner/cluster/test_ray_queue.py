@@ -117,23 +117,31 @@ def test_a_copy_survives_the_loss_of_either_worker():
         assert keys(queue.draw(3, MANY, 1, 5.0)) == keys(first + second)
 
 
-def test_a_unit_that_ends_its_worker_three_times_is_given_up_with_the_reason():
-    queue = queue_of(1, 1)
+def test_a_unit_whose_worker_fails_three_times_is_given_up_with_the_reason():
+    queue = queue_of(1)
     for attempt in range(MOST_FAILURES):
-        while not (drawn := queue.draw(attempt, MANY, 1, 0)):
-            pytest.fail("nothing is handed out")
-        bad = f"{0:032x}"
-        if attempt == MOST_FAILURES - 1:
-            assert keys(drawn) == keys([request(1)])
-            make(queue, attempt, drawn)
-            queue.committed(keys(drawn))
-            drawn = queue.draw(attempt, MANY, 1, 0)
-            assert keys(drawn) == [bad]  # alone
-            assert queue.draw(attempt, MANY, 1, 0) == []
-        assert bad in keys(drawn)
-        queue.lost(attempt, [bad], f"crash {attempt}")
+        assert keys(queue.draw(attempt, MANY, 1, 0)) == [f"{0:032x}"]
+        queue.lost(attempt, f"crash {attempt}")
     assert queue.is_done
-    assert queue.given_up == {bad: "crash 2"}
+    assert queue.given_up == {f"{0:032x}": "crash 2"}
+
+
+def test_the_last_time_a_unit_is_made_alone_and_after_all_others():
+    queue = queue_of(1, 1, 1)
+    first = request(0, "task-0")
+    for worker in range(MOST_FAILURES - 1):
+        assert keys(queue.draw(worker, 1, 1, 0)) == keys([first])
+        queue.lost(worker, "crash")
+    others = queue.draw(10, MANY, 1, 0)
+    assert keys(others) == [f"{1:032x}", f"{2:032x}"]
+    assert queue.draw(10, MANY, 1, 0) == []
+    make(queue, 10, others)
+    assert keys(queue.draw(10, MANY, 1, 0)) == keys([first])
+    assert queue.draw(10, MANY, 1, 0) == []
+    make(queue, 10, [first])
+    queue.committed(keys([first, *others]))
+    assert queue.is_done
+    assert queue.given_up == {}
 
 
 def test_a_neighbour_of_what_ends_workers_is_not_given_up():
@@ -141,10 +149,10 @@ def test_a_neighbour_of_what_ends_workers_is_not_given_up():
     bad, good = (f"{i:032x}" for i in range(2))
     for worker in range(MOST_FAILURES - 1):
         assert keys(queue.draw(worker, MANY, 1, 0)) == [bad, good]
-        queue.lost(worker, [bad, good], "crash")
+        queue.lost(worker, "crash")
     assert keys(queue.draw(10, MANY, 1, 0)) == [bad]
     assert keys(queue.draw(11, MANY, 1, 0)) == [good]
-    queue.lost(10, [bad], "crash")
+    queue.lost(10, "crash")
     queue.ended(11, good, 1.0)
     queue.committed([good])
     assert queue.is_done

@@ -76,6 +76,14 @@ class Cluster:
         return [Ended(one.returncode, *output) for one, output in zip(self.processes, outputs, strict=True)]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run in one process."""
+    folder = four(tmp_path_factory.mktemp("alone"))
+    assert run_main(folder, **FLAGS).code == DONE
+    return folder
+
+
 @pytest.fixture
 def start(port: int) -> Iterator[Callable[..., Cluster]]:
     """Starts clusters whose processes do not outlive the test."""
@@ -100,7 +108,7 @@ def assert_whole(folder: Path, expected: Path) -> None:
 
 
 def test_after_kill_9_of_one_process_0_says_what_is_missing_and_the_same_command_makes_it(
-    finished: Path, tmp_path: Path, start: Callable[..., Cluster]
+    alone: Path, tmp_path: Path, start: Callable[..., Cluster]
 ):
     cluster = start(four(tmp_path), 4)
     cluster.wait_until_all_generate()
@@ -117,12 +125,12 @@ def test_after_kill_9_of_one_process_0_says_what_is_missing_and_the_same_command
     cluster.go_on()
     ends = cluster.ends()
     assert [one.code for one in ends] == [DONE, DONE], ends
-    assert_whole(tmp_path, finished)
+    assert_whole(tmp_path, alone)
     assert sum(one["sequences_made"] for one in report(tmp_path)["processes"]) == 2
 
 
 def test_a_killed_process_0_and_a_stopped_one_keep_the_others_from_nothing(
-    finished: Path, tmp_path: Path, start: Callable[..., Cluster]
+    alone: Path, tmp_path: Path, start: Callable[..., Cluster]
 ):
     cluster = start(four(tmp_path), 4)
     cluster.wait_until_all_generate()
@@ -136,16 +144,14 @@ def test_a_killed_process_0_and_a_stopped_one_keep_the_others_from_nothing(
         assert "process 0 has ended; the same command makes what is missing" in ends[index].out
     assert len(digests(tmp_path)) == 6
     assert run_main(tmp_path, **FLAGS).code == DONE
-    assert_whole(tmp_path, finished)
+    assert_whole(tmp_path, alone)
 
 
-def test_one_is_stopped_by_sigterm_and_the_directory_is_away_for_a_moment(
-    tmp_path: Path, start: Callable[..., Cluster]
-):
-    alone = tmp_path / "alone"
-    alone.mkdir()
+def test_a_directory_that_is_away_for_a_moment_is_waited_for(tmp_path: Path, start: Callable[..., Cluster]):
+    expected = tmp_path / "expected"
+    expected.mkdir()
     flags = {"predictions_per_task": 4}  # 16 sequences, of which each process makes two in its first window
-    assert run_main(four(alone), **FLAGS | flags).code == DONE
+    assert run_main(four(expected), **FLAGS | flags).code == DONE
 
     cluster = start(four(tmp_path), 2, **flags)
     cluster.wait_until_all_generate()
@@ -159,5 +165,5 @@ def test_one_is_stopped_by_sigterm_and_the_directory_is_away_for_a_moment(
     away.rename(store)
     ends = cluster.ends()
     assert [(one.code, one.err) for one in ends] == [(DONE, "")] * 2
-    assert_whole(tmp_path, alone)
+    assert_whole(tmp_path, expected)
     assert [one["sequences_made"] for one in report(tmp_path)["processes"]] == [8, 8]
