@@ -157,9 +157,7 @@ def prepare(options: RunOptions) -> tuple[Job, Report]:
                 fingerprint = checkpoint_fingerprint(options.model_path, revision=options.revision)
             settings = dataclasses.replace(settings, model_fingerprint=fingerprint)
             check_store(options.activations_dir, settings)
-        requests, unusable = build_requests(
-            loaded, tokenizer, options, settings, config.max_position_embeddings
-        )
+        requests, unusable = build_requests(loaded, tokenizer, options, settings, config.context_length)
     report = Report(options.model_path, devices)
     report.tasks = len(loaded.outline)
     failures = (*loaded.failures, *unusable)

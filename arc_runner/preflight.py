@@ -242,10 +242,10 @@ def load_config(options: RunOptions) -> QwenConfig:
     config = read_config(
         options.model_path, dtype=options.dtype, revision=options.revision, scan_layers=scan_layers
     )
-    if options.max_output_tokens >= config.max_position_embeddings:
+    if options.max_output_tokens >= config.context_length:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "
-            f"context is {config.max_position_embeddings}"
+            f"context is {config.context_length}"
         )
     if options.extract_activations:
         if sentence := missing_defaults(options.layers_to_extract, config.num_hidden_layers):

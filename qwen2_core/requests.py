@@ -165,10 +165,10 @@ def check_prompts(
                 f"Token id {row[column]} (prompt {number}, position {column}) is outside the vocabulary of "
                 f"{config.vocab_size}; does the tokenizer belong to the model?"
             )
-    if longest + max_tokens > config.max_position_embeddings:
+    if longest + max_tokens > config.context_length:
         raise ValueError(
             f"A prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
-            f"{config.max_position_embeddings}; shorten the prompt or lower max_tokens."
+            f"{config.context_length}; shorten the prompt or lower max_tokens."
         )
     return pad_to(rows, width)
 

@@ -1,13 +1,24 @@
-"""``--enable_thinking``: the prompts it makes, the store that keeps it, and whom it is refused."""
+"""A Qwen3 in the runner, and ``--enable_thinking``: its prompts and store, and who is refused it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from lively import Lively, row_errors
 from prompt_cases import QUESTION, TEXT, run_prompts, write_prompts
-from runner_cases import assert_refused, copy_small, puzzle, run_main, store_of, write_tasks
+from runner_cases import (
+    LAYERS,
+    assert_refused,
+    copy_small,
+    plain_rows,
+    puzzle,
+    run_main,
+    store_of,
+    write_tasks,
+)
 from spoil import template
 from thinking_cases import CHOICE
 from transformers import AutoTokenizer
@@ -19,15 +30,30 @@ CLOSED = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The small checkpoint with a template in the shape of Qwen3's."""
+    """A small Qwen3 with a template in the shape of the published one."""
     made = copy_small(tmp_path / "model")
     template(CHOICE)(made)
-    return made
+    return Lively(layers=LAYERS, vocab=512, head_dim=32, seed=8).save(made)
 
 
 def last_prompt(folder: Path, model: Path) -> str:
     store = store_of(folder)
     return AutoTokenizer.from_pretrained(model).decode(store.prompt_token_ids(store[-1]))
+
+
+def test_a_qwen3_is_run_stored_verified_and_replayed(model: Path, tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    points = ["attn.hook_q:0-1", "attn.hook_z:1", "ln_final.hook_normalized"]
+    assert run_main(tmp_path, model_path=model, hook_points=points, extract_prompt=True).code == 0
+    store = store_of(tmp_path)
+    assert store.settings.hook_widths["blocks.1.attn.hook_q"] == 4 * 32  # twice the stream's
+    record = store[0]
+    ids = np.concatenate([store.prompt_token_ids(record), store.generated_tokens(record)])
+    expected = plain_rows(model, (0, 1), ids)
+    for layer in (0, 1):
+        assert row_errors(store.rows(record, layer), expected[layer]).max() < 1e-4
+    command = ["verify", str(tmp_path / "activations"), "--replay", "2", "--model_path", str(model)]
+    assert look_after(command) == 0
 
 
 def test_prompts_are_made_so_and_the_store_keeps_to_it(
