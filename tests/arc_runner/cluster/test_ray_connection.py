@@ -117,6 +117,6 @@ def test_without_an_address_that_of_the_environment_counts_then_that_of_this_mac
 
 def test_what_ray_says_against_a_connection_is_told(fake: FakeRay, listening: str):
     fake._error = ConnectionError("no node\nhere")
-    with pytest.raises(ClusterError, match=r"cannot connect to Ray at .* \(no node here\)"):
-        with connected(listening):
-            pytest.fail("it is connected")
+    refused = pytest.raises(ClusterError, match=r"cannot connect to Ray at .* \(no node here\)")
+    with refused, connected(listening):
+        pytest.fail("it is connected")
