@@ -87,8 +87,10 @@ class Display:
         if progress is not None and not activities and now - self._progress_said >= _QUIET_SECONDS:
             self._progress_said = now
             say(", ".join([f"{progress.done} of {progress.total} sequences", *progress.facts()]))
-            for one in progress.workers:
-                say(f"  {one}")
+            workers, more = progress.shown_workers()
+            lines = [f"  {one}" for one in workers] + ([f"  and {more} more workers"] if more else [])
+            if lines:
+                say("\n".join(lines))
 
 
 DISPLAY = Display()

@@ -38,10 +38,13 @@ class Activity:
     lines_said: int = 0
 
 
+_MOST_SHOWN = 16  # workers
+
+
 class WorkerLine(NamedTuple):
     """What is shown of one of several workers."""
 
-    index: int
+    host: int  # the index of its folder in the store
     place: str
     phase: str
     tokens_per_second: float
@@ -52,7 +55,7 @@ class WorkerLine(NamedTuple):
     def __str__(self) -> str:
         silent = shown_seconds(time.monotonic() - self.heard)
         return (
-            f"worker {self.index} ({self.place}): {self.phase}, {self.tokens_per_second:.1f} tokens/s, "
+            f"worker {self.host} ({self.place}): {self.phase}, {self.tokens_per_second:.1f} tokens/s, "
             f"{self.slots_in_use} of {self.slots} slots, heard {silent} ago"
         )
 
@@ -107,6 +110,11 @@ class Progress:
         to_come = (self.total - self.done) * self._tokens_of_made / self.made
         begun = self.tokens - self._tokens_of_made
         return max(0.0, to_come - begun) / self.tokens_per_second
+
+    def shown_workers(self) -> tuple[list[WorkerLine], int]:
+        """Returns the workers that are shown, by index, and how many more there are."""
+        longest_silent = sorted(self.workers, key=lambda one: one.heard)
+        return sorted(longest_silent[:_MOST_SHOWN]), max(0, len(self.workers) - _MOST_SHOWN)
 
     def facts(self) -> list[str]:
         """Returns for a person what is known while it generates: speed, slots, tasks solved, time left."""

@@ -57,11 +57,13 @@ def _progress(progress: Progress, console: Console) -> list[RenderableType]:
         line.add_column(no_wrap=True)
         line.add_row(Text("generating", "bold"), bar, done)
     between = ", " if console.options.ascii_only else " \N{MIDDLE DOT} "
-    table = [_workers(progress.workers)] if progress.workers else []
-    return [line, Text(between.join(progress.facts())), *table]
+    workers, more = progress.shown_workers()
+    table = [_table(workers)] if workers else []
+    rest = [Text(f"and {more} more workers")] if more else []
+    return [line, Text(between.join(progress.facts())), *table, *rest]
 
 
-def _workers(workers: Sequence[WorkerLine]) -> Table:
+def _table(workers: Sequence[WorkerLine]) -> Table:
     table = Table(box=None, padding=(0, 1), header_style="bold", show_edge=False)
     for name in ("worker", "place", ""):
         table.add_column(name, no_wrap=True)
@@ -72,7 +74,7 @@ def _workers(workers: Sequence[WorkerLine]) -> Table:
         heard = now - one.heard
         style = "red" if heard >= _SILENT_SECONDS else None
         table.add_row(
-            str(one.index),
+            str(one.host),
             shown_on(sys.stderr, one.place),
             one.phase,
             f"{one.tokens_per_second:.1f}",

@@ -95,7 +95,7 @@ class Watch:
         now = time.monotonic()
         workers = [
             {
-                "host": one.index,
+                "host": one.host,
                 "place": one.place,
                 "phase": one.phase,
                 "tokens_per_second": round(one.tokens_per_second, 3),

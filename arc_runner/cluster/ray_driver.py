@@ -79,15 +79,19 @@ def _generate(
         in_use=lambda host: files.excludes_others and files.in_use(host),
     )
     driver = Driver(queue, crew, stop, watch)
-    with Commits(writer, patiently) as commits, stop.deferred():
+    # A policy of its own: in the end it gives up, and the others must not.
+    looking = RetryPolicy(options.activations_dir, "the driver", lambda: stop.requested)
+    with Commits(writer, looking) as commits, stop.deferred():
         try:
             driver.run(commits)
         finally:
             crew.dismiss_all()
     with Waiting("looking for what is stored"):
         patiently(writer.refresh)
-    merge_figures(report, driver.figures())
-    report.generate_seconds = watch.generating.seconds
+    figures, resumed = driver.figures(), report.sequences_resumed
+    merge_figures(report, figures)
+    report.sequences_resumed, report.generate_seconds = resumed, watch.generating.seconds
+    report.device = ", ".join(["Ray", *sorted({one["device"] for one in figures})])
     return without(job, queue.given_up, writer.committed)
 
 

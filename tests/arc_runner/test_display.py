@@ -13,7 +13,7 @@ from tqdm import tqdm
 from arc_runner import display
 from arc_runner.console import say
 from arc_runner.display import DISPLAY, Display
-from arc_runner.progress import Activity, Clock, Progress
+from arc_runner.progress import Activity, Clock, Progress, WorkerLine
 from arc_runner.waiting import Waiting
 
 
@@ -59,6 +59,38 @@ def test_there_is_a_line_every_half_minute_at_most_and_none_while_something_else
     ]
 
 
+def worker(index: int, heard: float) -> WorkerLine:
+    return WorkerLine(index, f"host-{index} GPU 0", "generating", 25.0, 7, 8, heard)
+
+
+def test_below_the_line_stand_the_workers_of_a_run_on_ray(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    shown, progress = Display(), generating()
+    progress.workers = [worker(1, clock[0]), worker(2, clock[0] - 5)]
+    shown._progress, shown._progress_said = progress, clock[0]
+    clock[0] += 30
+    shown._say([], progress)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  worker 1 (host-1 GPU 0): generating, 25.0 tokens/s, 7 of 8 slots, heard 30 s ago",
+        "  worker 2 (host-2 GPU 0): generating, 25.0 tokens/s, 7 of 8 slots, heard 35 s ago",
+    ]
+
+
+def test_of_many_workers_those_are_shown_that_have_been_silent_for_longest(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+):
+    shown, progress = Display(), generating()
+    progress.workers = [worker(index, clock[0] - (index == 77)) for index in range(100)]
+    shown._progress, shown._progress_said = progress, clock[0]
+    clock[0] += 30
+    shown._say([], progress)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 17
+    assert any("worker 77 " in line for line in lines)
+    assert lines[-1] == "  and 84 more workers"
+
+
 def test_an_activity_is_told_after_2_10_and_30_seconds_and_then_every_half_minute(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ):
@@ -90,7 +122,9 @@ def test_the_bar_fits_any_terminal_stays_below_what_is_printed_and_goes_away(
     terminal = on_terminal(monkeypatch, columns, encoding)
     progress = generating(done=25)
     progress.count_steps(tokens=50, slots=8, slots_in_use=7)
+    progress.workers = [worker(3, time.monotonic())]
     DISPLAY.begin(progress)
+    until(lambda: "ago" in terminal.written or columns < 60)
     until(lambda: "solve" in terminal.written)
     say("a line")
     with Waiting("storing é"):

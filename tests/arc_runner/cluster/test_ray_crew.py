@@ -13,7 +13,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 import ray.exceptions
 
-from arc_runner.cluster import ray_crew
+from arc_runner.cluster import ray_actor, ray_crew
 from arc_runner.cluster.ray_actor import use_own_chips
 from arc_runner.cluster.ray_crew import MOST_STARTS, Crew, Lost
 from arc_runner.cluster.ray_messages import Order, Status
@@ -252,3 +252,39 @@ def test_a_missing_module_is_told_in_a_sentence():
 
 def test_a_place_says_where_it_is():
     assert str(Place("id", "name", "CPU", 1, 2)) == "name CPU 2"
+
+
+def test_an_actor_tells_rays_metrics_what_it_tells_the_driver(monkeypatch: pytest.MonkeyPatch):
+    told: dict[str, float] = {}
+
+    class Metric:
+        def __init__(self, name: str, _about: str, tag_keys: tuple[str, ...]) -> None:
+            assert tag_keys == ("host",)
+            self._name = name
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert tags == {"host": "3"}
+
+        def set(self, value: float) -> None:
+            told[self._name] = value
+
+        def inc(self, value: float) -> None:
+            told[self._name] = told.get(self._name, 0) + value
+
+    ended: list[Any] = [None, None]
+    statuses = iter([status(tokens=5), status(tokens=9, slots=8, slots_in_use=7, ended=ended)])
+    monkeypatch.setattr(ray_actor, "Gauge", Metric)
+    monkeypatch.setattr(ray_actor, "Counter", Metric)
+    monkeypatch.setattr(ray_actor.Worker, "__init__", lambda *_: None)
+    monkeypatch.setattr(ray_actor.Worker, "exchange", lambda *_: next(statuses))
+    assignment: Any = None
+    actor = ray_actor.WorkerActor(assignment, 3, 0)
+    actor.exchange(Order())
+    actor.exchange(Order())
+    assert told == {
+        "qwen2_tokens_per_second": 0.0,
+        "qwen2_slots": 8,
+        "qwen2_slots_in_use": 7,
+        "qwen2_tokens": 9,
+        "qwen2_sequences": 2,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -178,6 +179,10 @@ def test_what_a_killed_worker_had_not_stored_is_made_by_others(
     assert "is gone" in ended.out
     assert_whole(tmp_path, alone)
     assert {one["process"] for one in report(tmp_path)["processes"]} <= {2, 3}
+    lines = [json.loads(line) for line in (tmp_path / "submission.metrics.jsonl").read_text().splitlines()]
+    seen = {worker["host"]: worker for line in lines for worker in line.get("workers", [])}
+    assert {2, 3} <= set(seen)
+    assert {"phase", "tokens_per_second", "slots_in_use", "seconds_since_heard"} <= set(seen[2])
     assert_gone([first, second, third])
 
 
@@ -239,6 +244,8 @@ def test_sigterm_stores_what_has_ended_within_twenty_seconds_and_the_same_comman
     again = start(tmp_path, cluster.address, held=False).end()
     assert again.code == DONE, again
     assert f"{len(stopped)} of them done already" in again.out
+    assert report(tmp_path)["sequences_resumed"] == len(stopped)
+    assert report(tmp_path)["device"] == "Ray, cpu"
     assert_whole(tmp_path, alone)
 
 
