@@ -1,8 +1,9 @@
 """The barrier at the end of a run of several processes: process 0 learns how each of the others has ended.
 
 It is made of the coordination service of JAX, which runs in process 0. A process that ends connects for a
-moment, leaves a word, and goes; process 0 alone waits. ``wait_at_barrier`` of JAX would keep all until the
-slowest one, and a process that stays connected is aborted when process 0 dies.
+moment, leaves a word, and goes; process 0 alone waits, and connects for a moment now and again.
+``wait_at_barrier`` of JAX would keep all until the slowest one, and the service aborts every process that
+stays connected when process 0 dies, or when it thinks another one dead.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from arc_runner.waiting import Waiting
 DONE, STOPPED = "done", "stopped"
 NEWS_SECONDS = 1800.0  # process 0 waits while the others store something at least so often
 FIGURES_SECONDS = 30.0  # what a process still does once it has stored its last sequence takes no longer
-POLL_SECONDS = 1.0
+POLL_SECONDS = 2.0
 _CONNECT_SECONDS = 60.0
 _NEVER = 24 * 3600  # the runtime ends a process by abort() when its own time is up
 _ENDED = "ended"
@@ -65,9 +66,11 @@ def wait_for_others(process: ProcessInfo, left: Callable[[], int], stop: StopReq
         names = ", ".join(str(index) for index in sorted(others - set(ended)))
         return f"{process}: {missing} sequences left, waiting for process {names}"
 
-    with stop.deferred(), Waiting(what), _connected(process) as client:
+    with stop.deferred(), Waiting(what):
         while True:
-            ended = {int(key.rpartition("/")[2]): how for key, how in client.key_value_dir_get(_ENDED)}
+            with _connected(process) as client:
+                words = client.key_value_dir_get(_ENDED)
+            ended = {int(key.rpartition("/")[2]): how for key, how in words}
             now = left()
             if now < missing:
                 missing, since = now, time.monotonic()
