@@ -260,6 +260,8 @@ def _failures(
         if len(bad_rows):
             row, layer = bad_rows[0]
             failures[place] = f"{settings.hook_names[layer]} is not finite at position {first_position + row}"
+            if settings.dtype == "float16":
+                failures[place] += " (float16 ends at 65,504)"
         elif sequence.finish_reason == "imported":  # a model's rows are never all zero, unlike old files'
             if len(zero_rows := np.argwhere(norms[:, start:end].T == 0)):
                 row, layer = zero_rows[0]

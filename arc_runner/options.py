@@ -22,7 +22,7 @@ GENERATION = "generation"
 PROCESSES = "several processes"
 CAPTURE = "capture"
 NO_CACHE = "none"  # --compilation_cache_dir
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Limits(NamedTuple):

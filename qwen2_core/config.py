@@ -68,7 +68,8 @@ class QwenConfig:
 
     The other names and their meaning are those of Hugging Face's ``Qwen2Config``. ``rope_scaling`` is one of
     the classes of ``qwen2_core.rope``. With ``use_sliding_window``, ``layer_types`` says of each layer
-    whether it is "full_attention" or "sliding_attention".
+    whether it is "full_attention" or "sliding_attention". ``chunk_length`` is the longest text that dual
+    chunk attention, which is not implemented, would read as usual.
 
     Raises:
         CheckpointError: for sizes that do not fit each other and for features not implemented.
@@ -95,6 +96,7 @@ class QwenConfig:
     qk_norm: bool = False
     qkv_bias: bool = True
     output_bias: bool = False
+    chunk_length: int | None = None
 
     def __post_init__(self) -> None:
         dtype = as_dtype(self.dtype)
@@ -170,7 +172,8 @@ class QwenConfig:
     def context_length(self) -> int:
         """Returns how many tokens a text may have: ``max_position_embeddings``, or what RoPE is scaled to."""
         scaled = 0 if self.rope_scaling is None else self.rope_scaling.context_length
-        return max(self.max_position_embeddings, scaled)
+        context = max(self.max_position_embeddings, scaled)
+        return context if self.chunk_length is None else min(context, self.chunk_length)
 
     def kv_cache(
         self,
@@ -248,6 +251,7 @@ class QwenConfig:
                 use_sliding_window=layer_types is not None,
                 layer_types=layer_types,
                 rope_scaling=read_rope_scaling(rope, config.max_position_embeddings),
+                chunk_length=_chunk_length(hf.get("dual_chunk_attention_config")),
             )
         except CheckpointError as error:
             unsaid = [name for name in _UNSAID if name not in hf and f"{name} {_UNSAID[name]}" in str(error)]
@@ -276,6 +280,17 @@ def _of_qwen3(said: Mapping[str, Any]) -> dict[str, bool]:
     return {"qk_norm": True, "qkv_bias": bias, "output_bias": bias}
 
 
+def _chunk_length(given: Any) -> int | None:
+    """Returns how many tokens dual chunk attention takes at once; it is plain attention up to there."""
+    if given is None:
+        return None
+    sizes = given if isinstance(given, Mapping) else {}
+    chunk, local = sizes.get("chunk_size"), sizes.get("local_size")
+    if type(chunk) is not int or type(local) is not int or not 0 <= local < chunk:
+        raise CheckpointError(f"dual_chunk_attention_config {_shown(given)} lacks chunk_size or local_size.")
+    return chunk - local
+
+
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     model_type = hf.get("model_type")
     if model_type not in list(_UNSAID_OF):
@@ -287,6 +302,8 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
         raise CheckpointError(f"hidden_act {_shown(hf['hidden_act'])} is not implemented; Qwen2 uses 'silu'.")
     if hf.get("quantization_config") is not None:
         raise CheckpointError("quantization_config is not implemented; use the unquantized checkpoint.")
+    if hf.get("use_mrope"):
+        raise CheckpointError("use_mrope (RoPE in several dimensions) is not implemented; it is for images.")
     causal = hf.get("is_causal")
     if causal is not None and causal is not True:
         raise CheckpointError(

@@ -160,9 +160,8 @@ def test_prompt_rows_and_logits_are_as_near_the_truth_as_transformers_own_float3
         logits, rows = case.torch.forward_float64(np.concatenate([prompt, tokens[b]])[None])
         assert rows.dtype == np.float64
         true = rows[list(case.lively.extract), 0]
-        ours = np.concatenate(
-            [case.out.prompt_activations[:, :n, b], case.out.activations[:, :, b * SAMPLES]], axis=1
-        )
+        of_prompt, generated = map(np.asarray, (case.out.prompt_activations, case.out.activations))
+        ours = np.concatenate([of_prompt[:, :n, b], generated[:, :, b * SAMPLES]], axis=1)
         got = row_errors(ours, true), row_errors(case.reference[b][1], true)
         for layer, (mine, theirs) in enumerate(zip(*got, strict=True)):
             assert mine.max() < 2 * theirs.max(), (n, layer)

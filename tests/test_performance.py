@@ -24,6 +24,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from lively import Lively, pad_right
+from published_configs import PUBLISHED, YARN
 from qwen3_sizes import qwen3
 from real_shape import abstract_model, random_model
 
@@ -45,7 +46,7 @@ from qwen2_core.hooks import LayerHooks
 from qwen2_core.interventions import Add
 from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.matmul import compiler_options
-from qwen2_core.sharding import layout_of, make_layout
+from qwen2_core.sharding import bytes_on_device, layout_of, make_layout
 from qwen2_core.steering import steer
 from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
@@ -560,6 +561,35 @@ def heap_in_hbm(dump: Path) -> int:
     (assignment,) = dump.glob("*buffer-assignment.txt")
     (heap,) = re.findall(r"size (\d+), preallocated-temp", assignment.read_text())
     return int(heap)
+
+
+HALF_WINDOWS = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 14}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more", [{}, HALF_WINDOWS | {"rope_scaling": YARN}], ids=["plain", "windows and YaRN"]
+)
+def test_qwen2_5_7b_on_four_tpus_takes_what_is_planned_and_copies_nothing(
+    tpu: Any, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = QwenConfig.from_hf(PUBLISHED["Qwen2.5-7B"] | more).replace(scan_layers=True)
+    model, params = real_on(tpu("v4:2x2x1"), (1, 4), config)
+    monkeypatch.setattr(programs, "compiler_options", lambda: writing_to(tmp_path))
+    shape = SlotShape(32, 1024, 1024)
+    window = compile_window(model, params, shape)
+    weights = sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(params))
+    cache = shape.cache_config(model).nbytes / 4  # each chip has one of four heads of keys and values
+    memory: Any = window.memory_analysis()
+    assert 3.8e9 < weights < 3.82e9
+    assert memory.argument_size_in_bytes == pytest.approx(weights + cache, rel=1e-3)
+    assert memory.alias_size_in_bytes == pytest.approx(cache, rel=1e-3)
+    assert heap_in_hbm(tmp_path) < 10 * MB
+    planned = MemoryPlanner(model, params, layout_of(config, params)).estimate(shape)
+    planned -= model.captured_bytes(
+        shape.max_tokens, shape.slots
+    )  # rows on the host, planned where it is a CPU
+    assert 0.9 < memory.peak_memory_in_bytes / planned < 1
 
 
 @pytest.mark.slow

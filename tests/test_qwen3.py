@@ -38,7 +38,7 @@ def built(lively: Lively, dtype: str) -> tuple[Any, Any]:
     return lively.build(dtype=dtype, scan_layers=True)
 
 
-def by_engine(lively: Lively, dtype: str, order: int = 1) -> dict[int, Any]:
+def by_engine(lively: Lively, dtype: str, order: int = 1) -> dict[Any, Any]:
     requests = [
         SequenceRequest(prompt, STEPS, sampling_id=i, id=i, capture_prompt=True)
         for i, prompt in enumerate(lively.prompts(LENGTHS))

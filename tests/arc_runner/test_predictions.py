@@ -45,6 +45,7 @@ def test_outcomes_are_those_of_tests_with_a_known_answer():
 def test_the_json_says_all_and_reads_back_the_same():
     book = Book({"one": ONE, "two": TWO, "\ud800": BAD, "x": task(predicted("e", None, 0.0, "not finite"))})
     value = json.loads(json.dumps(book.to_json()))
+    common = {"augmentation": "identity", "sample": 0, "logprob": -1.0, "failure": None, "thinking": False}
     assert value["one"] == {
         "puzzle": "p",
         "failure": None,
@@ -52,7 +53,7 @@ def test_the_json_says_all_and_reads_back_the_same():
             {
                 "output": [[1]],
                 "predictions": [
-                    entry | {"augmentation": "identity", "sample": 0, "logprob": -1.0, "failure": None}
+                    entry | common
                     for entry in (
                         {"key": "a", "grid": [[2, 2]], "votes": 1},
                         {"key": "b", "grid": [[1]], "votes": 2},
@@ -64,6 +65,14 @@ def test_the_json_says_all_and_reads_back_the_same():
     }
     assert value["two"]["tests"][0]["predictions"][0]["votes"] == 0
     assert Book.from_json(value) == book
+
+
+def test_a_file_of_before_that_knows_nothing_of_thinking_is_read():
+    book = Book({"one": task(Predicted("a", "identity", 0, thinking=True))})
+    value = json.loads(json.dumps(book.to_json()))
+    assert Book.from_json(value) == book
+    del value["one"]["tests"][0]["predictions"][0]["thinking"]
+    assert Book.from_json(value) == Book({"one": task(Predicted("a", "identity", 0))})
 
 
 @pytest.mark.parametrize(

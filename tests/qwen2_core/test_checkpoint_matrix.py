@@ -315,6 +315,14 @@ LOADED |= {
     "Qwen3, a large rms_norm_eps": saved(QWEN3, rms_norm_eps=0.1),
     "Qwen3, tied, another head stored": saved(QWEN3, with_tensor(HEAD, OTHER_HEAD)),
     "Qwen3, Qwen3Model.save_pretrained": saved(QWEN3, renamed(lambda n: n.removeprefix("model."))),
+    "Qwen3, yarn": saved(
+        QWEN3,
+        max_position_embeddings=32,
+        rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    ),
+    "Qwen3, window below the depth": saved(
+        QWEN3, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
     "Qwen3, a small window not in use": saved(QWEN3, sliding_window=2, max_window_layers=0),
 }
 # Nothing says what a model in bfloat16 or float16 rounds to: its dtype is compared, and its logits roughly.

@@ -62,7 +62,7 @@ class TorchReference:
         self._rows.append(output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
-    def greedy(self, prompts: list[np.ndarray], tokens: int) -> np.ndarray:
+    def greedy(self, prompts: list[np.ndarray], tokens: int, **settings: Any) -> np.ndarray:
         """``tokens`` greedy tokens after each prompt, with Transformers' own loop and cache: [P, tokens].
 
         One batch, padded on the left as Transformers wants it.
@@ -80,6 +80,7 @@ class TorchReference:
             min_new_tokens=tokens,
             eos_token_id=None,
             pad_token_id=0,
+            **settings,
         )
         self._rows.clear()
         return out[:, width:].numpy().astype(np.int32)

@@ -20,9 +20,11 @@ def lens_model(checkpoint: str, context: int) -> Any:
         HookedTransformer,
         HookedTransformerConfig,
     )
-    from transformer_lens.pretrained.weight_conversions import (  # pyright: ignore[reportMissingImports]
-        convert_qwen2_weights,
-        convert_qwen3_weights,
+    from transformer_lens.pretrained.weight_conversions.qwen2 import (  # pyright: ignore[reportMissingImports]
+        convert_qwen2_weights,  # pyright: ignore[reportPrivateImportUsage]
+    )
+    from transformer_lens.pretrained.weight_conversions.qwen3 import (  # pyright: ignore[reportMissingImports]
+        convert_qwen3_weights,  # pyright: ignore[reportPrivateImportUsage]
     )
 
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
