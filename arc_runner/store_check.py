@@ -52,7 +52,7 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
         )
     if not asked.model_fingerprint:
         asked = dataclasses.replace(asked, model_fingerprint=there.model_fingerprint)
-    differences = list(_differences(there.to_json(), asked.to_json()))
+    differences = list(_differences(_values(there), _values(asked)))
     if not differences:
         return True
     said, flags = [], []
@@ -70,6 +70,10 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
         f"{files.location} was made with other settings ({'; '.join(said)}); choose another "
         f"--activations_dir{again}"
     )
+
+
+def _values(settings: StoreSettings) -> dict[str, Any]:
+    return {"residual_dtype": settings.dtype} | settings.to_json()
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
