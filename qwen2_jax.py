@@ -1,4 +1,4 @@
-"""The Qwen2 decoder in Flax linen: one layer body for every cache, layers unrolled or scanned.
+"""The Qwen2 and Qwen3 decoder in Flax linen: one layer body for every cache, layers unrolled or scanned.
 
 The cache that is passed in decides what a forward pass does:
 
@@ -12,7 +12,7 @@ The cache that is passed in decides what a forward pass does:
 
 RMSNorm, RoPE, softmax and logits are computed in float32. The residual stream, and all that lies between
 two products, has ``config.residual_dtype``; what weights are multiplied by is rounded to ``config.dtype``.
-Where both have 16 bits, values are rounded where Hugging Face's Qwen2 rounds them.
+Where both have 16 bits, values are rounded where Hugging Face's Qwen2 and Qwen3 round them.
 """
 
 from __future__ import annotations
@@ -151,15 +151,14 @@ class RMSNorm(nn.Module):
     config: QwenConfig
 
     @nn.compact
-    def __call__(self, x: Array, hooks: LayerHooks, point: str) -> Array:
-        weight = _parameter(
-            self, "weight", nn.initializers.ones, (self.config.hidden_size,), self.config.dtype
-        )
+    def __call__(self, x: Array, hooks: LayerHooks | None = None, point: str = "") -> Array:
+        weight = _parameter(self, "weight", nn.initializers.ones, x.shape[-1:], self.config.dtype)
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
         # As Hugging Face: back to the stream's dtype first, then times the weight.
         dtype = self.config.residual_dtype
-        return weight.astype(dtype) * hooks(point, normed.astype(dtype))
+        normed = normed.astype(dtype)
+        return weight.astype(dtype) * (normed if hooks is None else hooks(point, normed))
 
 
 class Linear(nn.Module):
@@ -217,13 +216,20 @@ class QwenAttention(nn.Module):
             """Returns queries, keys or values: ``name`` is q, k or v."""
             # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
             # copy all of q, k and v into it (49 MB at batch 64).
-            flat = Linear(heads * config.head_dim, True, config, name=f"{name}_proj")(x)
+            width = heads * config.head_dim
+            flat = Linear(width, config.qkv_bias, config, name=f"{name}_proj")(x)
             flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
-        q = apply_rope(project("q", config.num_attention_heads), context.cos, context.sin, config.dtype)
-        k = apply_rope(project("k", config.num_key_value_heads), context.cos, context.sin, config.dtype)
-        k = k.swapaxes(1, 2)
+        def rotate(name: str, heads: int) -> Array:
+            """Returns queries or keys as attention takes them: normalised a head, in Qwen3, and rotated."""
+            x = project(name, heads)
+            if config.qk_norm:
+                x = RMSNorm(config, name=f"{name}_norm")(x)
+            return apply_rope(x, context.cos, context.sin, config.dtype)
+
+        q = rotate("q", config.num_attention_heads)
+        k = rotate("k", config.num_key_value_heads).swapaxes(1, 2)
         v = project("v", config.num_key_value_heads).swapaxes(1, 2).astype(config.dtype)
 
         if isinstance(cache, KVCache):
@@ -238,7 +244,7 @@ class QwenAttention(nn.Module):
             layer_kv = (k, v)
             out = attend_causal(q, k, v, context.key_valid)
         out = hooks("attn.hook_z", out.reshape(batch, tokens, -1))
-        out = Linear(config.hidden_size, False, config, name="o_proj")(out)
+        out = Linear(config.hidden_size, config.output_bias, config, name="o_proj")(out)
         return out, cache, layer_kv
 
 
@@ -267,7 +273,7 @@ class QwenDecoderLayer(nn.Module):
             x = hooks.stream("hook_resid_post", before)
         output = (before if context.hooks.before else x.astype(dtype)).astype(self.config.dtype)
         # Unrolled layers pass float32 on after an intervention; a scan carries one dtype.
-        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept), (output, layer_kv)
+        return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept()), (output, layer_kv)
 
 
 class QwenModel(nn.Module):
@@ -433,7 +439,7 @@ class QwenModel(nn.Module):
             cache = advance_ar_index(cache)
         elif cache is None and not (config.use_fixed_cache and kv_caches is None):
             cache = grown
-        return make_output(logits, cache, activations, of_model.kept)
+        return make_output(logits, cache, activations, of_model.kept())
 
     def _run_layers(
         self,

@@ -1,4 +1,4 @@
-"""Write Qwen2 checkpoints in Hugging Face layout: config, safetensors, index; trained or seeded weights.
+"""Write Qwen2 and Qwen3 checkpoints in Hugging Face layout, with trained or with seeded weights.
 
 The seeded random weights are *lively*: greedy decoding from them gives a varied sequence, so that a broken
 cache shows. (At the usual initialisation, normal with deviation 0.02, a random model repeats one token for
@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,7 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float
 GAIN = 1.6
 BIAS_DEVIATION = 0.3
 NORM_WEIGHT_DEVIATION = 0.3  # around 1
+_BIASED = ("q_proj", "k_proj", "v_proj")  # of Qwen2
 BLOCK = 1 << 24  # elements made at a time, to bound the float32 temporaries
 
 Shapes = dict[str, tuple[int, ...]]
@@ -71,19 +73,35 @@ def qwen2_config(  # noqa: PLR0913 - one keyword for each field of config.json
     }
 
 
+def qwen3_config(*, head_dim: int, attention_bias: bool = False, **fields: Any) -> dict:
+    """The contents of `config.json` of a dense Qwen3; `fields` are those of `qwen2_config`."""
+    return qwen2_config(**fields) | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": attention_bias,
+        "head_dim": head_dim,
+        "max_position_embeddings": 40960,
+        "model_type": "qwen3",
+        "sliding_window": None,
+    }
+
+
 def tensor_shapes(config: dict) -> Shapes:
     """Hugging Face names and shapes (`[out, in]` for projections) of every tensor in the checkpoint."""
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    head_dim = hidden // config["num_attention_heads"]
-    kv = config["num_key_value_heads"] * head_dim
+    head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
+    heads, kv = (config[name] * head_dim for name in ("num_attention_heads", "num_key_value_heads"))
+    is_qwen3 = config["model_type"] == "qwen3"
+    biased = ("q_proj", "k_proj", "v_proj", "o_proj") * config["attention_bias"] if is_qwen3 else _BIASED
     shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        for name, width in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
-            shapes[f"{prefix}.self_attn.{name}.weight"] = (width, hidden)
-            shapes[f"{prefix}.self_attn.{name}.bias"] = (width,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, hidden)
+        for name, width in (("q_proj", heads), ("k_proj", kv), ("v_proj", kv), ("o_proj", hidden)):
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (width, heads if name == "o_proj" else hidden)
+            if name in biased:
+                shapes[f"{prefix}.self_attn.{name}.bias"] = (width,)
+        for name in ("q_norm", "k_norm") if is_qwen3 else ():
+            shapes[f"{prefix}.self_attn.{name}.weight"] = (head_dim,)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}.mlp.gate_proj.weight"] = (intermediate, hidden)
         shapes[f"{prefix}.mlp.up_proj.weight"] = (intermediate, hidden)

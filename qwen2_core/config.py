@@ -1,4 +1,4 @@
-"""Describes a Qwen2 model: its shape and numerics, read from a Hugging Face ``config.json``.
+"""Describes a Qwen2 or Qwen3 model: its shape and numerics, read from a Hugging Face ``config.json``.
 
 What this project does not implement (sliding windows, scaled RoPE, other architectures) is refused
 by name here, before any weight is read.
@@ -31,7 +31,7 @@ _SIZES = {
 }
 _NUMBERS = {"rope_theta": 1e15, "rms_norm_eps": 1.0}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What Transformers takes where a Qwen2 config does not say; the other defaults are those of QwenConfig.
+# What Transformers takes where a config does not say; the other defaults are those of QwenConfig.
 _UNSAID: dict[str, Any] = {
     "num_key_value_heads": 32,
     "rope_theta": 10_000.0,
@@ -39,11 +39,15 @@ _UNSAID: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_UNSAID_OF: dict[str, dict[str, Any]] = {  # besides, by model_type; all that are implemented
+    "qwen2": {"head_dim": None},
+    "qwen3": {"head_dim": 128, "attention_bias": False},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
-    """Describes the shape and numerics of a Qwen2/Qwen2.5 decoder. The defaults are Qwen2.5-0.5B.
+    """Describes the shape and numerics of a Qwen2, Qwen2.5 or dense Qwen3 decoder; by default Qwen2.5-0.5B.
 
     ``dtype`` is the type of weights, of what they are multiplied by, of captured rows and of the KV cache.
     Norms, RoPE angles, softmax and logits are always computed in float32.
@@ -57,7 +61,12 @@ class QwenConfig:
     ``scan_layers`` runs the layers as one ``lax.scan`` over stacked weights
     (``qwen2_core.weights.stack_layers``) instead of unrolled. The results are the same but for last bits.
 
-    The names and their meaning are those of Hugging Face's ``Qwen2Config``.
+    ``head_dim`` is hidden_size / num_attention_heads where it is not given. ``qk_norm`` gives each head's
+    queries and keys an RMSNorm of their own before RoPE. Projections to queries, keys and values have biases
+    with ``qkv_bias``, the one of attention's output with ``output_bias``. Qwen2 has ``qkv_bias`` alone, Qwen3
+    ``qk_norm`` alone.
+
+    The other names and their meaning are those of Hugging Face's ``Qwen2Config``.
 
     Raises:
         CheckpointError: for sizes that do not fit each other and for features not implemented.
@@ -79,6 +88,10 @@ class QwenConfig:
     scan_layers: bool = False
     dtype: Any = jnp.float32
     residual_dtype: Any = jnp.float32
+    head_dim: int = None  # pyright: ignore[reportAssignmentType] - a number from __post_init__ on
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    output_bias: bool = False
 
     def __post_init__(self) -> None:
         dtype = as_dtype(self.dtype)
@@ -110,13 +123,21 @@ class QwenConfig:
             raise CheckpointError(
                 f"sliding_window must be an integer or null, not {_shown(self.sliding_window)}."
             )
-        for name in ("tie_word_embeddings", "scan_layers", "use_fixed_cache"):
+        flags = ("tie_word_embeddings", "scan_layers", "use_fixed_cache")
+        for name in (*flags, "qk_norm", "qkv_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise CheckpointError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise CheckpointError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}."
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if type(self.head_dim) is not int or not 1 <= self.head_dim <= _SIZES["hidden_size"]:
             raise CheckpointError(
-                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                f"{self.num_attention_heads}."
+                f"head_dim must be a positive integer, not {_shown(self.head_dim)} (the most is "
+                f"{_SIZES['hidden_size']})."
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one.")
@@ -130,11 +151,6 @@ class QwenConfig:
                 "use_sliding_window (sliding_attention layers) is not implemented: attention here is always "
                 "over the whole context. Use a checkpoint without a sliding window."
             )
-
-    @property
-    def head_dim(self) -> int:
-        """Returns the size of one attention head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def q_heads_per_kv_head(self) -> int:
@@ -166,7 +182,12 @@ class QwenConfig:
         )
 
     def replace(self, **changes: Any) -> QwenConfig:
-        """Returns a copy with some fields changed; checked like a new one."""
+        """Returns a copy with some fields changed; checked like a new one.
+
+        A ``head_dim`` that is hidden_size / num_attention_heads stays so.
+        """
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            changes = {"head_dim": None} | changes
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -178,7 +199,7 @@ class QwenConfig:
         for one. ``qwen2_core.weights.read_config`` also asks the weights, as loading does.
 
         Raises:
-            CheckpointError: no such model, not a Qwen2 model, or a feature that is not implemented.
+            CheckpointError: no such model, not a Qwen model, or a feature that is not implemented.
         """
         hf = _as_dict(source)
         try:
@@ -194,12 +215,14 @@ class QwenConfig:
         missing = [name for name in _REQUIRED if name not in hf]
         if missing:
             raise CheckpointError(f"The model config lacks {', '.join(missing)}; is it a Qwen2 config.json?")
-        said = _UNSAID | dict(hf)
+        said = _UNSAID | _UNSAID_OF[hf["model_type"]] | dict(hf)
         said["rope_theta"] = _rope(hf).get("rope_theta", said["rope_theta"])
         if said["num_key_value_heads"] is None:
             said["num_key_value_heads"] = said["num_attention_heads"]
-        names = [*_SIZES, *_NUMBERS, "tie_word_embeddings", "sliding_window"]
+        names = [*_SIZES, *_NUMBERS, "tie_word_embeddings", "sliding_window", "head_dim"]
         kwargs = {name: said[name] for name in names if name in said}
+        if hf["model_type"] == "qwen3":
+            kwargs |= _of_qwen3(said)
         dtype = said_dtype(hf) or "float32"
         if dtype not in _DTYPES:
             raise CheckpointError(f"The checkpoint's dtype {dtype} is not one of {', '.join(_DTYPES)}.")
@@ -221,6 +244,16 @@ def said_dtype(hf: Mapping[str, Any]) -> str | None:
     if dtype is None:
         dtype = hf.get("torch_dtype")
     return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _of_qwen3(said: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns what attention of Qwen3 has beside that of Qwen2."""
+    head_dim, bias = said["head_dim"], said["attention_bias"]
+    if head_dim is None:
+        raise CheckpointError("head_dim must be a positive integer, not None.")
+    if not isinstance(bias, bool):
+        raise CheckpointError(f"attention_bias must be true or false, not {_shown(bias)}.")
+    return {"qk_norm": True, "qkv_bias": bias, "output_bias": bias}
 
 
 def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -263,9 +296,10 @@ def _shown(value: Any) -> str:
 
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     model_type = hf.get("model_type")
-    if model_type != "qwen2":
+    if model_type not in list(_UNSAID_OF):
         raise CheckpointError(
-            f"This is a {_shown(model_type)} model; only model_type 'qwen2' (Qwen2, Qwen2.5) is implemented."
+            f"This is a {_shown(model_type)} model; only model_type 'qwen2' (Qwen2, Qwen2.5) and 'qwen3' "
+            "(dense Qwen3) are implemented."
         )
     for name in ("rope_scaling", "rope_parameters"):
         if hf.get(name) and isinstance(hf[name], Mapping):
@@ -280,11 +314,6 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
                 raise CheckpointError(f"{name} of its own for each kind of layer is not implemented.")
     if hf.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act {_shown(hf['hidden_act'])} is not implemented; Qwen2 uses 'silu'.")
-    head_dim = hf.get("head_dim")
-    if head_dim is not None and head_dim * hf.get("num_attention_heads", 0) != hf.get("hidden_size"):
-        raise CheckpointError(
-            f"head_dim {_shown(head_dim)} is not hidden_size / num_attention_heads; not implemented."
-        )
     if hf.get("quantization_config") is not None:
         raise CheckpointError("quantization_config is not implemented; use the unquantized checkpoint.")
     causal = hf.get("is_causal")

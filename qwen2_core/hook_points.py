@@ -7,9 +7,9 @@ point                   what                                                  wi
 ======================  ====================================================  =========================
 hook_resid_pre          the residual stream before the block                  hidden
 ln1.hook_normalized     that over its root mean square, before the weight     hidden
-attn.hook_q             queries with their bias, before RoPE                  heads * head_dim
-attn.hook_k             keys with their bias, before RoPE                     kv_heads * head_dim
-attn.hook_v             values with their bias                                kv_heads * head_dim
+attn.hook_q             queries as projected, with their bias                 heads * head_dim
+attn.hook_k             keys as projected, with their bias                    kv_heads * head_dim
+attn.hook_v             values as projected, with their bias                  kv_heads * head_dim
 attn.hook_z             each head's weighted sum of values                    heads * head_dim
 hook_attn_out           what attention adds                                   hidden
 hook_resid_mid          the residual stream after that                        hidden
@@ -19,8 +19,9 @@ hook_mlp_out            what the MLP adds                                     hi
 hook_resid_post         the residual stream after the block                   hidden
 ======================  ====================================================  =========================
 
-``ln_final.hook_normalized`` (hidden) is the model's own: it has no layer. Values are flat in their last axis:
-heads lie end to end.
+Queries and keys are those before RoPE and, in Qwen3, before the norm of each head. Biases are Qwen2's; Qwen3
+has none. ``ln_final.hook_normalized`` (hidden) is the model's own: it has no layer. Values are flat in their
+last axis: heads lie end to end.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Hooks:
 
     def at(self, layer: int | Array | None, kept: Kept) -> LayerHooks:
         """Returns what is done in one layer; None: at the model's own points."""
-        return LayerHooks(self, layer, dict(kept))
+        return LayerHooks(self, layer, kept)
 
     def edits_at(self, point: str) -> list[Edit]:
         """Returns the interventions at a point, in their order."""
@@ -45,10 +45,20 @@ class Hooks:
 
 
 class LayerHooks:
-    """What is done in one layer. ``kept`` holds the values kept so far, those of earlier layers included."""
+    """What is done in one layer, whose values are kept beside those of earlier layers."""
 
     def __init__(self, hooks: Hooks, layer: int | Array | None, kept: Kept) -> None:
-        self._hooks, self._layer, self.kept = hooks, layer, kept
+        self._hooks, self._layer, self._kept = hooks, layer, kept
+        self._new: dict[tuple[int | None, ...], Kept] = {}  # by the layers that are asked for, then by point
+
+    def kept(self) -> Kept:
+        """Returns the values kept so far, those of this layer included."""
+        kept = self._kept
+        for layers, new in self._new.items():
+            place = self._find(layers)
+            assert place is not None
+            kept = kept | _write({point: kept[point] for point in new}, new, place)
+        return kept
 
     def __call__(self, point: str, x: Array) -> Array:
         """Returns the value that the model goes on with in place of x [batch, tokens, width] at a point."""
@@ -70,10 +80,10 @@ class LayerHooks:
             untouched = functools.reduce(jnp.logical_and, [edit.strength == 0 for edit, _ in chosen])
             rounded = wide.astype(self._hooks.residual_dtype).astype(jnp.float32)
             x = jnp.where(untouched[..., None], clean, rounded)
-        place = self._find(dict(self._hooks.points).get(point, ()))
-        if place is not None:
+        layers = dict(self._hooks.points).get(point, ())
+        if self._find(layers) is not None:
             value = (before if self._hooks.before else x).astype(self._hooks.dtype)
-            self.kept[point] = _write(self.kept[point], value.swapaxes(0, 1), place)
+            self._new.setdefault(layers, {})[point] = value.swapaxes(0, 1)
         return x
 
     def _find(self, layers: tuple[int | None, ...]) -> _Place | None:
@@ -92,11 +102,16 @@ def _find(layers: tuple[int | None, ...], layer: int | Array | None, depth: int)
     slots = np.full(depth, -1, np.int32)
     slots[list(layers)] = np.arange(len(layers))  # pyright: ignore[reportCallIssue, reportArgumentType]
     slot = jnp.asarray(slots)[layer]
-    return _Place(jnp.maximum(slot, 0), slot >= 0)
+    return _Place(jnp.maximum(slot, 0), True if (slots >= 0).all() else slot >= 0)
 
 
-def _write(buffer: Array, value: Array, place: _Place) -> Array:
-    start = (place.slot, 0, 0, 0)
-    if not isinstance(place.chosen, bool):
-        value = jnp.where(place.chosen, value, lax.dynamic_slice(buffer, start, (1, *value.shape))[0])
-    return update_slice(buffer, value[None], start)
+def _write(kept: Kept, new: Kept, place: _Place) -> Kept:
+    """Returns buffers of points with a layer's values, if it is one of those that are asked for."""
+
+    def put(kept: Kept) -> Kept:
+        return {point: update_slice(kept[point], new[point][None], (place.slot, 0, 0, 0)) for point in kept}
+
+    if isinstance(place.chosen, bool):
+        return put(kept)
+    # One branch for all points: the other layers of a scan then write nothing.
+    return lax.cond(place.chosen, put, lambda kept: kept, kept)

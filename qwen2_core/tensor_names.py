@@ -38,6 +38,7 @@ def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
     """Returns every tensor that a checkpoint of this config has, by its Hugging Face name."""
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    biased = ("q_proj", "k_proj", "v_proj") * config.qkv_bias + ("o_proj",) * config.output_bias
     specs = {EMBEDDING: TensorSpec(("embed_tokens", "embedding"), (config.vocab_size, hidden))}
     projections = {
         ("self_attn", "q_proj"): (heads, hidden),
@@ -54,11 +55,14 @@ def tensor_specs(config: QwenConfig) -> dict[str, TensorSpec]:
             specs[f"{name}.{block}.{projection}.weight"] = TensorSpec(
                 (tree, block, projection, "kernel"), shape
             )
-            if projection in ("q_proj", "k_proj", "v_proj"):
+            if projection in biased:
                 bias = TensorSpec((tree, block, projection, "bias"), shape[:1])
                 specs[f"{name}.{block}.{projection}.bias"] = bias
         for norm in ("input_layernorm", "post_attention_layernorm"):
             specs[f"{name}.{norm}.weight"] = TensorSpec((tree, norm, "weight"), (hidden,))
+        for norm in ("q_norm", "k_norm") * config.qk_norm:
+            path = (tree, "self_attn", norm, "weight")
+            specs[f"{name}.self_attn.{norm}.weight"] = TensorSpec(path, (config.head_dim,))
     specs["model.norm.weight"] = TensorSpec(("norm", "weight"), (hidden,))
     if not config.tie_word_embeddings:
         specs[HEAD] = TensorSpec(("lm_head", "kernel"), (config.vocab_size, hidden))

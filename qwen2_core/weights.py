@@ -2,7 +2,8 @@
 
 The tree is that of a Flax linen model: ``embed_tokens/embedding``,
 ``layers_{i}/self_attn/q_proj/{kernel,bias}``, ``layers_{i}/mlp/down_proj/kernel``,
-``layers_{i}/input_layernorm/weight``, ``norm/weight`` and, if the head is untied, ``lm_head/kernel``.
+``layers_{i}/input_layernorm/weight``, ``norm/weight`` and, if the head is untied, ``lm_head/kernel``. Qwen3
+has no biases, and ``layers_{i}/self_attn/{q_norm,k_norm}/weight``.
 Kernels are ``[in, out]``, the transpose of Hugging Face's. With ``config.scan_layers`` the layers are one
 stack ``layers/...`` with a leading axis.
 """
@@ -76,7 +77,7 @@ def load_qwen2(
     scan_layers: bool | None = None,
     mesh_shape: tuple[int, int] = (1, 1),
 ) -> tuple[QwenConfig, Params]:
-    """Reads a Qwen2 checkpoint, tensor by tensor, onto the default device or several devices.
+    """Reads a Qwen2 or dense Qwen3 checkpoint, tensor by tensor, onto the default device or several devices.
 
     Args:
         path_or_hub_id: a directory in Hugging Face layout (``config.json`` and one or several

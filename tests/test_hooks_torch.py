@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lively import SHALLOW, Lively, assert_lively, pad_right, row_errors
+from lively import SHALLOW, THREE, Lively, assert_lively, pad_right, row_errors
 
 from generate_jitted import Generation, generate_single_task_jitted
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, parse_name, point_names
@@ -43,6 +43,7 @@ LAYERS = (1, 0)  # captured at every point
 OTHERS = tuple(point for point in point_names() if point != RESID_POST)
 MODELS = {
     "GQA": dataclasses.replace(SHALLOW, layers=2, tied=False, seed=5, extract=(1, 0)),
+    "Qwen3": dataclasses.replace(THREE, layers=2, extract=(1, 0)),
     "MHA, scanned": dataclasses.replace(SHALLOW, layers=2, kv_heads=4, tied=False, seed=1, extract=(1, 0)),
 }
 
@@ -134,8 +135,9 @@ def interventions_of(case: Case, positions: tuple[Any, ...], strengths: np.ndarr
     def vector(*shape: int, scale: float = 1.0) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32) * scale
 
-    hidden, inner, heads = case.lively.hidden, case.lively.inner, case.lively.hidden
-    keys = hidden * case.lively.kv_heads // case.lively.heads
+    config = case.model.config
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     feature = {"encoder": vector(hidden), "decoder": vector(hidden), "decoder_bias": vector(hidden)}
     found = [
         Add("hook_resid_post", [1, 0], vector(2, hidden)),
@@ -246,7 +248,7 @@ def test_every_intervention_in_a_row_of_its_own_is_that_of_torchs_hooks(case: Ca
     assert len(changed) > count - 4  # at a last layer, positions of the prompt change nothing but its logits
     np.testing.assert_array_equal(out.token_ids[0], clean.token_ids[0])
     for b, prompt in enumerate(prompts):
-        edit = torch_edit(chosen, b, length, case.lively.hidden // case.lively.heads)
+        edit = torch_edit(chosen, b, length, model.config.head_dim)
         expected = reference(case, prompt, np.asarray(out.token_ids[b]), edit=edit)
         got = {k: np.concatenate([prompt_rows[k][:, b], v[:, b]]) for k, v in generated.items()}
         assert_rows_equal(got, expected)
@@ -270,7 +272,7 @@ def test_the_engines_sequences_with_strengths_of_their_own_are_those_of_torchs_h
     assert len(finished) == len(strengths)
     for b, one in finished.items():
         of_row = [dataclasses.replace(c, strength=strengths[b, i : i + 1]) for i, c in enumerate(chosen)]
-        edit = torch_edit(of_row, 0, len(prompt), case.lively.hidden // case.lively.heads)
+        edit = torch_edit(of_row, 0, len(prompt), case.model.config.head_dim)
         assert_rows_equal(
             rows_by_name(case.model, one.rows, one.points), reference(case, prompt, one.token_ids, edit=edit)
         )

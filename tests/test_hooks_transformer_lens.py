@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lively import SHALLOW
+from lively import SHALLOW, THREE, Lively
 
 from qwen2_core.hook_points import full_name, parse_name, point_names
 from qwen2_jax import load_qwen2
@@ -24,11 +24,15 @@ TOLERANCE = 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [2, 4], ids=["GQA", "MHA"])
-def test_every_point_has_the_value_of_transformer_lens(kv_heads: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    "lively",
+    [SHALLOW, dataclasses.replace(SHALLOW, kv_heads=4), THREE],
+    ids=["GQA", "MHA", "Qwen3"],
+)
+def test_every_point_has_the_value_of_transformer_lens(lively: Lively, tmp_path: Path):
     if importlib.util.find_spec("transformer_lens") is None:
         pytest.skip("transformer-lens is not installed")
-    lively = dataclasses.replace(SHALLOW, layers=LAYERS, kv_heads=kv_heads, tied=False, seed=3)
+    lively = dataclasses.replace(lively, layers=LAYERS, tied=False, seed=3)
     checkpoint = lively.save(tmp_path / "checkpoint")
     tokens = np.random.default_rng(0).integers(0, lively.vocab, (2, 12), dtype=np.int32)
     np.save(tmp_path / "tokens.npy", tokens)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lively import SHALLOW, Lively, rewrite_json, rewrite_safetensors
+from lively import SHALLOW, THREE, Lively, rewrite_json, rewrite_safetensors
 
 from qwen2_core.errors import CheckpointError
 from qwen2_core.weights import load_qwen2
@@ -140,10 +140,20 @@ def whole_folder_is_a_link(folder: Path) -> None:
     folder.symlink_to(BASE.save(folder.parent / "real"))
 
 
+def wider(name: str, array: np.ndarray) -> np.ndarray:
+    """Returns a tensor of attention for heads twice as wide."""
+    axis = 1 if "o_proj" in name else 0
+    return np.concatenate([array, np.flip(array, axis)], axis)
+
+
 INV_FREQ = np.zeros(8, np.float32)  # not what our own is: the file's is passed over
 UNTIED = replace(BASE, tied=False)
 MQA, MHA = replace(BASE, kv_heads=1), replace(BASE, kv_heads=4)
 Q_BIAS = "model.layers.1.self_attn.q_proj.bias"
+QWEN3 = replace(THREE, layers=2, extract=(0,))
+BIASED = replace(QWEN3, biased=True)
+Q_NORM = "model.layers.1.self_attn.q_norm.weight"
+WIDE_HEADS = replace(QWEN3, head_dim=128, heads=32, kv_heads=32, hidden=32, inner=32)  # Transformers' own
 LOADED: dict[str, Make] = {
     "tied": saved(),
     "untied": saved(UNTIED),
@@ -167,6 +177,11 @@ LOADED: dict[str, Make] = {
     "num_key_value_heads null": saved(MHA, config_is(num_key_value_heads=None)),
     "num_key_value_heads all": saved(MHA),
     "head_dim as it would be": saved(head_dim=16),
+    "another head_dim, which Qwen2 has too": saved(
+        BASE,
+        tensors(lambda t: t.update({n: wider(n, a) for n, a in t.items() if "self_attn" in n})),
+        head_dim=32,
+    ),
     "no rope_theta": saved(rope_theta=None),
     "rope_theta an integer": saved(rope_theta=500),
     "rope_theta in rope_parameters": saved(
@@ -232,11 +247,32 @@ LOADED: dict[str, Make] = {
         BASE, lambda folder: (folder / "pytorch_model.bin").write_bytes(b"old"), auto_map={"AutoModel": "x.Y"}
     ),
 }
+LOADED |= {
+    "Qwen3": saved(QWEN3),
+    "Qwen3, untied": saved(replace(QWEN3, tied=False)),
+    "Qwen3, heads that are no part of the stream": saved(replace(QWEN3, heads=6)),
+    "Qwen3, heads as wide as their part of the stream": saved(replace(QWEN3, head_dim=16)),
+    "Qwen3, multi-query attention": saved(replace(QWEN3, kv_heads=1)),
+    "Qwen3, num_key_value_heads null": saved(replace(QWEN3, kv_heads=4), config_is(num_key_value_heads=None)),
+    "Qwen3, no num_key_value_heads": saved(WIDE_HEADS, num_key_value_heads=None),
+    "Qwen3, no head_dim": saved(replace(QWEN3, head_dim=128), head_dim=None),
+    "Qwen3, attention_bias": saved(BIASED),
+    "Qwen3, no attention_bias": saved(QWEN3, attention_bias=None),
+    "Qwen3, no rope_theta": saved(QWEN3, rope_theta=None),
+    "Qwen3, rope_theta in rope_parameters": saved(
+        QWEN3, rope_theta=None, rope_parameters={"rope_theta": 5e4, "rope_type": "default"}
+    ),
+    "Qwen3, a large rms_norm_eps": saved(QWEN3, rms_norm_eps=0.1),
+    "Qwen3, tied, another head stored": saved(QWEN3, with_tensor(HEAD, OTHER_HEAD)),
+    "Qwen3, Qwen3Model.save_pretrained": saved(QWEN3, renamed(lambda n: n.removeprefix("model."))),
+    "Qwen3, a small window not in use": saved(QWEN3, sliding_window=2, max_window_layers=0),
+}
 # Nothing says what a model in bfloat16 or float16 rounds to: its dtype is compared, and its logits roughly.
 COARSE: dict[str, Make] = {
     "bfloat16": saved(BASE, cast(jnp.bfloat16), torch_dtype="bfloat16"),
     "float16": saved(BASE, cast(np.float16), torch_dtype="float16"),
     "bfloat16 said, float32 stored": saved(torch_dtype="bfloat16"),
+    "Qwen3 in bfloat16": saved(QWEN3, cast(jnp.bfloat16), torch_dtype="bfloat16"),
     "no dtype, bfloat16 weights": saved(BASE, cast(jnp.bfloat16), torch_dtype=None),
     "no dtype, float16 weights": saved(BASE, cast(np.float16), torch_dtype=None),
     "dtype null, bfloat16 weights": saved(BASE, cast(jnp.bfloat16), config_is(torch_dtype=None, dtype=None)),
@@ -292,7 +328,34 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "no intermediate_size": (saved(intermediate_size=None), "lacks intermediate_size"),
     "no num_hidden_layers": (saved(num_hidden_layers=None), "lacks num_hidden_layers"),
     "no num_attention_heads": (saved(num_attention_heads=None), "lacks num_attention_heads"),
-    "another head_dim": (saved(head_dim=32), "head_dim 32 is not"),
+    "another head_dim": (
+        saved(head_dim=32),
+        r"mis-shaped: .*q_proj\.weight \[64, 64\] instead of \[128, 64\]",
+    ),
+    "Qwen3 without a norm of the queries": (saved(QWEN3, without(Q_NORM)), f"missing: {Q_NORM}"),
+    "Qwen3 with a norm as wide as all heads": (
+        saved(QWEN3, with_tensor(Q_NORM, np.ones(128, np.float32))),
+        r"mis-shaped: .*q_norm\.weight \[128\] instead of \[32\]",
+    ),
+    "Qwen3 with biases that its config denies": (
+        saved(BIASED, attention_bias=False),
+        r"unexpected: .*q_proj\.bias.*o_proj\.bias",
+    ),
+    "Qwen3 without the biases that its config has": (
+        saved(QWEN3, attention_bias=True),
+        r"missing: .*q_proj\.bias.*o_proj\.bias",
+    ),
+    "Qwen2 with norms of its heads": (
+        saved(BASE, with_tensor(Q_NORM, np.ones(16, np.float32))),
+        f"unexpected: {Q_NORM}",
+    ),
+    "Qwen3, head_dim null": (saved(QWEN3, config_is(head_dim=None)), "head_dim must be a positive integer"),
+    "Qwen3, an odd head_dim": (saved(QWEN3, head_dim=31), "head_dim 31 is odd"),
+    "Qwen3, attention_bias null": (
+        saved(QWEN3, config_is(attention_bias=None)),
+        "attention_bias must be true or false",
+    ),
+    "Qwen3 with experts": (saved(QWEN3, model_type="qwen3_moe"), "'qwen3_moe' model"),
     "linear scaling": (saved(rope_scaling={"type": "linear", "factor": 2.0}), "'linear' is not implemented"),
     "dynamic scaling": (saved(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
     "yarn": (saved(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}), "'yarn'"),
@@ -349,7 +412,7 @@ REFUSED: dict[str, tuple[Make, str]] = {
         r"mis-shaped: lm_head\.weight \[100, 64\]",
     ),
     "another architecture": (saved(model_type="llama"), "'llama' model"),
-    "the next generation": (saved(model_type="qwen3"), "'qwen3' model"),
+    "the next generation": (saved(model_type="qwen3_5"), "'qwen3_5' model"),
     "no model_type": (saved(model_type=None), "None model"),
     "shards without their index": (
         sharded(BASE, remove("*.index.json")),
@@ -417,7 +480,7 @@ def error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 # The others, of which each needs a program of its own or a second model, are for the slow tier.
-QUICK = ("tied", "tied, another head stored", "safetensors.torch.save_model", "no rope_theta")
+QUICK = ("Qwen3", "tied", "tied, another head stored", "safetensors.torch.save_model", "no rope_theta")
 
 
 def tiers(names: Iterable[str]) -> list[Any]:

@@ -131,7 +131,9 @@ def test_numbers_are_numbers_of_a_plausible_range(name: str, value: Any):
         ({"layer_types": [["full_attention"]] * 24}, "layer_types .* is not implemented"),
         ({"hidden_act": {"silu": 1}}, "hidden_act .* is not implemented"),
         ({"hidden_act": None}, "hidden_act None is not implemented"),
-        ({"head_dim": "64"}, "head_dim '64' is not"),
+        ({"head_dim": "64"}, "head_dim must be a positive integer, not '64'"),
+        ({"head_dim": 0}, "head_dim must be a positive integer, not 0"),
+        ({"head_dim": True}, "head_dim must be a positive integer, not True"),
         ({"dtype": ["float32"]}, r"dtype \['float32'\] is not one of"),
         ({"model_type": ["qwen2"]}, "This is a .* model"),
         ({"quantization_config": {}}, "quantization_config is not implemented"),
@@ -142,6 +144,66 @@ def test_numbers_are_numbers_of_a_plausible_range(name: str, value: Any):
 def test_values_of_the_wrong_type_are_refused_by_name(change: dict[str, Any], message: str):
     with pytest.raises(CheckpointError, match=message):
         QwenConfig.from_hf(FOUR | change)
+
+
+# Qwen3-0.6B, as Transformers 4 writes it.
+THREE = FOUR | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rope_scaling": None,
+    "sliding_window": None,
+}
+
+
+def test_a_qwen3_has_norms_of_its_heads_their_own_size_and_no_biases():
+    config = QwenConfig.from_hf(THREE)
+    assert config.head_dim == 128
+    assert config.qk_norm
+    assert not config.qkv_bias
+    assert not config.output_bias
+    assert config.max_position_embeddings == 40960
+    assert config.q_heads_per_kv_head == 2
+    biased = QwenConfig.from_hf(THREE | {"attention_bias": True})
+    assert biased == config.replace(qkv_bias=True, output_bias=True)
+
+
+def test_what_a_qwen3_config_does_not_say_is_as_transformers_has_it():
+    names = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    config = QwenConfig.from_hf({key: THREE[key] for key in names} | {"num_attention_heads": 32})
+    assert (config.head_dim, config.num_key_value_heads) == (128, 32)
+    assert not config.tie_word_embeddings
+    assert not config.qkv_bias
+    assert config.rope_theta == 10_000
+    assert config.max_position_embeddings == 32768
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": None}, "head_dim must be a positive integer, not None"),
+        ({"attention_bias": None}, "attention_bias must be true or false, not None"),
+        ({"attention_bias": 0}, "attention_bias must be true or false, not 0"),
+    ],
+    ids=str,
+)
+def test_a_qwen3_config_that_transformers_refuses_is_refused(change: dict[str, Any], message: str):
+    with pytest.raises(CheckpointError, match=message):
+        QwenConfig.from_hf(THREE | change)
+
+
+def test_a_head_dim_of_its_own_is_kept_when_a_config_is_changed_and_a_derived_one_follows():
+    assert QwenConfig.from_hf(THREE).replace(hidden_size=512).head_dim == 128
+    assert QwenConfig().replace(hidden_size=448).head_dim == 32
+    assert QwenConfig().replace(num_attention_heads=8, head_dim=48).head_dim == 48
 
 
 def test_a_config_is_hashable_and_frozen():
@@ -173,10 +235,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
             r"sliding_attention layers\) is not implemented",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
-        ({"head_dim": 128}, "head_dim 128 is not hidden_size / num_attention_heads"),
+        ({"head_dim": 63}, "head_dim 63 is odd"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is not implemented"),
         ({"model_type": "llama"}, "'llama' model; only model_type 'qwen2'"),
-        ({"model_type": "qwen3"}, "'qwen3' model; only model_type 'qwen2'"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe' model; only model_type 'qwen2' .* and 'qwen3'"),
+        ({"model_type": "qwen3_next"}, "'qwen3_next' model; only"),
         ({"dtype": "float64", "torch_dtype": "float64"}, "dtype float64 is not one of"),
         ({"num_attention_heads": 13}, "hidden_size 896 is not a multiple of num_attention_heads 13"),
         ({"num_key_value_heads": 4}, "num_attention_heads 14 is not a multiple of num_key_value_heads 4"),

@@ -20,6 +20,8 @@ from runner_cases import LAYERS, assert_refused, digests, four, report, run_main
 from activation_store import FinishedSequence, verify_store
 from generate_jitted import Generation, Sampling, generate_single_task_jitted
 from qwen2_core.config import QwenConfig
+from qwen2_core.hook_points import LN_FINAL, RESID_POST, point_names
+from qwen2_core.interventions import AblateHeads, Add
 from qwen2_core.sharding import Layout, bytes_on_device, layout_of, make_layout
 from qwen2_core.weights import load_qwen2
 from qwen2_engine import ContinuousEngine, SequenceRequest
@@ -232,6 +234,33 @@ def test_one_call_on_a_mesh_is_that_of_one_device():
         assert out.prompt_activations is not None
         rows = (out.prompt_activations[:, :prompt, row // 2], out.activations[:, :n, row])
         assert row_errors(np.concatenate(rows, axis=1), expected.rows).max() < 1e-4
+
+
+def test_points_and_interventions_on_a_mesh_are_those_of_one_device():
+    ids, lengths = pad_right([item.prompt_token_ids for item in items()[:16:2]], width=128)
+
+    def steered(mesh_shape: tuple[int, int]) -> Generation:
+        model, params = loaded(mesh_shape)
+        points = {point: True if point == LN_FINAL else 1 for point in point_names() if point != RESID_POST}
+        model = create_model_with_hooks(model.config, SPLIT.extract, points=points)
+        direction = np.random.default_rng(1).standard_normal(model.config.hidden_size)
+        out = generate_single_task_jitted(
+            model,
+            params,
+            ids,
+            12,
+            prompt_lengths=lengths,
+            extract_prompt=True,
+            interventions=[Add(RESID_POST, 1, direction, np.arange(8.0)), AblateHeads(1, [2, 5])],
+        )
+        return jax.tree.map(np.asarray, out)
+
+    one, many = steered((1, 1)), steered((2, 4))
+    np.testing.assert_array_equal(many.token_ids, one.token_ids)
+    assert len(one.points) == len(one.prompt_points) == 12
+    for got, expected in ((many.points, one.points), (many.prompt_points, one.prompt_points)):
+        for point, rows in expected.items():
+            np.testing.assert_allclose(got[point], rows, atol=1e-4 * np.abs(rows).max(), err_msg=point)
 
 
 def test_prompts_that_the_groups_cannot_share_are_refused():

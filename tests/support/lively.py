@@ -1,4 +1,4 @@
-"""Seeded lively Qwen2 models for tests, made without torch, the same bytes on every machine.
+"""Seeded lively Qwen2 and Qwen3 models for tests, made without torch, the same bytes on every machine.
 
 Lively: greedy decoding gives a varied sequence. A model at the usual initialisation repeats one token for
 ever, and so it does with a broken cache; a test on it shows nothing. ``assert_lively`` says so.
@@ -6,6 +6,7 @@ ever, and so it does with a broken cache; a test on it shows nothing. ``assert_l
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -50,11 +51,16 @@ class Lively:
     inner: int = 96
     vocab: int = 160
     seed: int = 0
+    head_dim: int | None = None  # a number makes it a Qwen3
+    biased: bool = False  # of a Qwen3: attention_bias
 
     @property
     def hf_config(self) -> dict[str, Any]:
         """The contents of ``config.json``."""
-        return writer.qwen2_config(
+        make = writer.qwen2_config
+        if self.head_dim is not None:
+            make = functools.partial(writer.qwen3_config, head_dim=self.head_dim, attention_bias=self.biased)
+        return make(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
@@ -100,6 +106,8 @@ class Lively:
 # The depth of Qwen2.5-0.5B, so that the layers which the project is about exist.
 DEEP = Lively(layers=24, extract=FIXED_EXTRACT_LAYERS)
 SHALLOW = Lively()
+# Qwen3 as its sizes are: heads wider than the stream has room for, two for each of keys and values.
+THREE = Lively(layers=4, heads=4, kv_heads=2, head_dim=32, extract=(0, 3), seed=11)
 
 
 def pad_right(

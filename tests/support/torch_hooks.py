@@ -1,4 +1,4 @@
-"""Reads and writes every hook point of Transformers' Qwen2 with torch's own hooks."""
+"""Reads and writes every hook point of Transformers' Qwen2 and Qwen3 with torch's own hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Edit = Callable[[str, torch.Tensor], torch.Tensor]  # full name, value [B, n, wi
 
 
 class TorchHooks:
-    """Hooks on all modules of a ``Qwen2ForCausalLM``, at the points of ``qwen2_core.hook_points``."""
+    """Hooks on all modules of a Qwen2 or Qwen3 for causal language modelling, at our own hook points."""
 
     def __init__(self, model: Any) -> None:
         self._model, self._seen = model, {}

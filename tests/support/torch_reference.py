@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from lively import Lively
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)  # the models are tiny; several threads would mostly wait for each other
 
 
 class TorchReference:
-    """Transformers' own Qwen2 with a lively model's weights, its decoder layers hooked."""
+    """Transformers' own Qwen2 or Qwen3 with a lively model's weights, its decoder layers hooked."""
 
     def __init__(self, lively: Lively):
-        config = Qwen2Config(**lively.hf_config)
-        self.model = Qwen2ForCausalLM(config).eval()
+        fields = dict(lively.hf_config)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        self.model = AutoModelForCausalLM.from_config(config).eval()
         state = {name: torch.from_numpy(array) for name, array in lively.state_dict().items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected
@@ -65,6 +70,18 @@ class TorchReference:
         logits = self.model(torch.from_numpy(token_ids.astype(np.int64)), use_cache=False).logits
         return logits.numpy(), torch.stack(self._rows).numpy()
 
+    def forward_float64(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What ``forward`` returns, computed in float64 throughout, from the same weights and frequencies."""
+        narrow, self.model = self.model, copy.deepcopy(self.model).double()
+        for layer in self.model.model.layers:
+            layer._forward_hooks.clear()  # those of the copied reference
+            layer.register_forward_hook(self._keep)
+        try:
+            with _all_float64():
+                return self.forward(token_ids)
+        finally:
+            self.model = narrow
+
     @torch.no_grad()
     def last_layer(self, token_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The last block's output by its hook, and Transformers' ``hidden_states[-1]``: [n, hidden] both."""
@@ -72,3 +89,13 @@ class TorchReference:
         ids = torch.from_numpy(token_ids[None].astype(np.int64))
         hidden_states = self.model(ids, use_cache=False, output_hidden_states=True).hidden_states
         return self._rows[-1][0].numpy(), hidden_states[-1][0].numpy()
+
+
+@contextlib.contextmanager
+def _all_float64() -> Iterator[None]:
+    """Makes Transformers compute in float64 what it computes in float32 in a model of any dtype."""
+    with (
+        mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield

@@ -1,4 +1,4 @@
-"""Runs a Qwen2 in TransformerLens and writes the value of each hook point; a process of its own, as it warns.
+"""Runs a Qwen2 or Qwen3 in TransformerLens and writes each hook point's value; its own process, as it warns.
 
 python transformer_lens_values.py CHECKPOINT TOKENS.npy OUT.npz NAME...
 """
@@ -20,15 +20,18 @@ def lens_model(checkpoint: str, context: int) -> Any:
         HookedTransformer,
         HookedTransformerConfig,
     )
-    from transformer_lens.pretrained.weight_conversions.qwen2 import (  # pyright: ignore[reportMissingImports]
-        convert_qwen2_weights,  # pyright: ignore[reportPrivateImportUsage]
+    from transformer_lens.pretrained.weight_conversions import (  # pyright: ignore[reportMissingImports]
+        convert_qwen2_weights,
+        convert_qwen3_weights,
     )
 
     hf: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    config, heads = hf.config, hf.config.num_attention_heads
+    config, is_qwen3 = hf.config, hf.config.model_type == "qwen3"
+    heads, convert = config.num_attention_heads, convert_qwen3_weights if is_qwen3 else convert_qwen2_weights
+    head_dim = config.head_dim if is_qwen3 else config.hidden_size // heads
     of_lens = HookedTransformerConfig(
         d_model=config.hidden_size,
-        d_head=config.hidden_size // heads,
+        d_head=head_dim,
         n_heads=heads,
         n_key_value_heads=config.num_key_value_heads,
         d_mlp=config.intermediate_size,
@@ -40,7 +43,8 @@ def lens_model(checkpoint: str, context: int) -> Any:
         normalization_type="RMS",
         positional_embedding_type="rotary",
         rotary_base=int(config.rope_parameters["rope_theta"]),
-        rotary_dim=config.hidden_size // heads,
+        rotary_dim=head_dim,
+        use_qk_norm=is_qwen3,
         rotary_adjacent_pairs=False,
         final_rms=True,
         gated_mlp=True,
@@ -48,7 +52,7 @@ def lens_model(checkpoint: str, context: int) -> Any:
         device="cpu",
     )
     model = HookedTransformer(of_lens)
-    model.load_state_dict(convert_qwen2_weights(hf, of_lens), strict=False)
+    model.load_state_dict(convert(hf, of_lens), strict=False)
     return model
 
 
