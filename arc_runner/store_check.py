@@ -73,7 +73,9 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
 
 
 def _values(settings: StoreSettings) -> dict[str, Any]:
-    return {"residual_dtype": settings.dtype} | settings.to_json()
+    """Returns the settings as the manifest has them, and one that it leaves out but that has a value."""
+    values = settings.to_json()
+    return values | {"residual_dtype": values.get("residual_dtype", settings.dtype)}
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
