@@ -64,7 +64,7 @@ class Tokens(NamedTuple):
 
 def our_rows(path: Path, tokens: Tokens, dtype: str, residual_dtype: str) -> list[np.ndarray]:
     """Returns the rows [layers, n, hidden] of each sequence, as generation computes them."""
-    config, params = load_qwen2(path, dtype=dtype)
+    config, params = load_qwen2(path, dtype=dtype, scan_layers=True)  # soon compiled
     config = config.replace(residual_dtype=residual_dtype)
     model = create_model_with_hooks(config, range(config.num_hidden_layers))
     shape = GenerateShape(*tokens.prompts.shape, tokens.following.shape[1])
