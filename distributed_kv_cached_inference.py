@@ -10,7 +10,7 @@ resumable, 1 some tasks failed (they are listed; the others are done), 2 bad usa
 
 from __future__ import annotations
 
-from arc_runner.console import say, started_as_script, warnings_on_stderr
+from arc_runner.console import started_as_script, warnings_on_stderr
 from arc_runner.signals import StopRequest, end_on_signals, let_end
 
 if __name__ == "__main__" or started_as_script():  # here, as the other imports take seconds
@@ -19,26 +19,20 @@ if __name__ == "__main__" or started_as_script():  # here, as the other imports 
 
     begin()
 
-import contextlib
 import sys
 
 from activation_store import RetryPolicy
-from arc_runner.cluster.claims import Claims
-from arc_runner.cluster.membership import ProcessInfo, find_process
-from arc_runner.cluster.merge import forget_figures
-from arc_runner.cluster.shared_files import SharedFiles
-from arc_runner.cluster.work import Alone, Shared
+from arc_runner.cluster.barrier import telling_failure
+from arc_runner.cluster.membership import find_process
 from arc_runner.command_line import parse_options
 from arc_runner.dry_run import say_plan
 from arc_runner.errors import EXIT_DONE
 from arc_runner.failures import EXPECTED, tell_failure
 from arc_runner.finish import answer, answer_from_store, answer_together
 from arc_runner.generation import generate_missing
-from arc_runner.job import prepare, say_start
-from arc_runner.numerics import say_numerics
+from arc_runner.job import open_store, prepare
 from arc_runner.options import RunOptions
 from arc_runner.start import end as end_of_imports
-from arc_runner.store_check import say_changed_prompts
 from arc_runner.waiting import Waiting
 
 
@@ -57,48 +51,38 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: RunOptions, stop: StopRequest | None = None) -> int:
     """Does the main job once, prints and writes its report, and returns the exit code.
 
-    A signal while it generates stops it once the running work is stored. At other times the process ends at
-    once; what is committed is safe.
+    A signal while it generates stops it once the running work is stored, and one while it waits for other
+    processes ends the waiting. At other times the process ends at once; what is committed is safe.
 
     Raises:
         UsageError, ArcFormatError, CheckpointError, StoreError: as soon as it is known, each a sentence.
         ClusterError: the other processes did not come.
     """
     stop = stop or StopRequest()
-    alone = options.merge or options.dry_run
-    process = ProcessInfo() if alone else find_process(options)
-    job, report = prepare(options)
     if options.dry_run:
-        say_plan(job, report)
+        say_plan(*prepare(options))
         return EXIT_DONE
     if options.merge:
-        with Waiting("reading the answers back"):
-            return answer_from_store(job, report)
-    part, patiently, claims = job.part_of(process), None, None
-    if process.count > 1:  # alone, a directory that fails is told at once; a shared one may come back
-        patiently = RetryPolicy(options.activations_dir, str(process), lambda: stop.requested)
-    with contextlib.ExitStack() as stack:
-        with Waiting(f"opening the store {options.activations_dir}"):
-            writer = stack.enter_context(job.open_writer(process, patiently))
-            say_start(job, report, writer.committed)
-            say_changed_prompts(job.requests, writer.committed, report.asked)
-        if part.left(writer.committed):
-            say_numerics(job.numerics, writer.earlier_numerics)
-        if patiently is not None:
-            files = SharedFiles(options.activations_dir, patiently)
-            claims = stack.enter_context(Claims(files, process.index))
-            forget_figures(files, process.index)
-            say(f"{process}")
-        work = Shared(writer, claims, process, stop) if claims and process.claims else Alone(writer)
-        generate_missing(part, work, writer, report, stop, process)
-        with Waiting("writing the last shards"):
-            writer.close()
+        return answer_from_store(*prepare(options))
+    if options.ray is not None:
+        from arc_runner.cluster.ray_driver import run_on_ray  # only with Ray is its code needed
+
+        return run_on_ray(options, stop)
+    process = find_process(options)
+    with telling_failure(process):
+        job, report = prepare(options)
+        part = job.part_of(process)
+        patiently = None  # alone, a directory that fails is told at once; a shared one may come back
+        if process.count > 1:
+            patiently = RetryPolicy(options.activations_dir, str(process), lambda: stop.requested)
+        with open_store(job, part, report, process, patiently) as writer:
+            generate_missing(part, writer, report, stop, process)
+            with Waiting("writing the last shards"):
+                writer.close()
         report.bytes_stored, report.tokens_generated = writer.bytes_written, writer.tokens_written
-        with Waiting("reading the answers back"):
-            if claims is None:
-                return answer(job, report, writer.committed)
-            claims.files.patiently(writer.refresh)
-            return answer_together(job, part, report, writer, claims, process)
+        if patiently is None:
+            return answer(job, report, writer.committed)
+        return answer_together(job, part, report, writer, process, stop, patiently)
 
 
 if __name__ == "__main__":

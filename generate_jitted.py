@@ -42,6 +42,7 @@ from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import (
     PromptBatch,
     bucket_length,
+    check_max_tokens,
     check_prompts,
     check_sequence_ids,
     pad_prompts,
@@ -53,6 +54,8 @@ from qwen2_core.sampling import (
     sample_tokens,
     sampling_params,
     sequence_keys,
+    tokens_in,
+    with_tokens,
 )
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, axes_of, layout_of
 from qwen2_core.steering import STEERING, Steering, abstract_steering, check_prompt_strengths, steer
@@ -99,6 +102,8 @@ class DecodeState:
     points: dict[str, Float[Array, "layers columns batch width"]] = dataclasses.field(
         metadata=ACTIVATION_AXES, default_factory=dict
     )
+    # Tokens that the prompt or the answer has; only where there is a repetition penalty.
+    seen: Bool[Array, "batch vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"), default=None)
 
 
 def start_decode_state(
@@ -108,6 +113,7 @@ def start_decode_state(
     logprob: Float32[Array, " batch"],
     ended: Bool[Array, " batch"],
     columns: int,
+    seen: Bool[Array, "batch vocab"] | None = None,
 ) -> DecodeState:
     """Makes a state with zeroed outputs of ``columns`` steps; activations only for a model that captures."""
     batch = cache.ar.batch_size
@@ -123,6 +129,7 @@ def start_decode_state(
         lengths=jnp.zeros(batch, jnp.int32),
         activations=None if buffer is None else create_activation_buffer(buffer),
         points={point: create_activation_buffer(of_point) for point, of_point in points.items()},
+        seen=seen,
     )
 
 
@@ -185,9 +192,13 @@ def run_prefill(
     )
     cache = output.cache
     logits = jnp.repeat(output.logits, shape.samples_per_prompt, axis=0)
-    token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = jnp.repeat(tokens_in(*prompts, model.config.vocab_size), shape.samples_per_prompt, axis=0)
+    token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0, seen)
     ended = jnp.zeros(token.shape, bool)
-    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens), rows_of(output)
+    state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
+    return state, rows_of(output)
 
 
 # --- One decode step --------------------------------------------------------------------------------------
@@ -232,7 +243,8 @@ def decode_one(
     )
     token_column = jnp.where(live, state.next_token, 0)[:, None]
     logprob_column = jnp.where(live, state.next_logprob, 0.0)[:, None]
-    next_token, next_logprob = sample_tokens(output.logits, sampling, keys, step + 1)
+    seen = with_tokens(state.seen, state.next_token)
+    next_token, next_logprob = sample_tokens(output.logits, sampling, keys, step + 1, seen)
     return DecodeState(
         cache=output.cache,
         next_token=next_token,
@@ -243,6 +255,7 @@ def decode_one(
         lengths=state.lengths + live,
         activations=activations,
         points=points,
+        seen=seen,
     )
 
 
@@ -331,7 +344,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         params: the parameter tree, from ``load_qwen2``.
         input_ids: [P, P_len] integers of numpy, jax or torch, lists, or what a tokenizer returns, its mask
             included. Each width compiles once: pad to a few (``pad_prompts``).
-        max_tokens: tokens to generate at most.
+        max_tokens: tokens to generate at most; 0 with ``extract_prompt``, for the prompts' rows alone.
         prompt_lengths: [P] valid tokens of each right-padded prompt; the full width by default.
         attention_mask: instead, [P, P_len], 1 at tokens and 0 at padding, on the left or on the right.
         samples_per_prompt: sequences that continue each prompt.
@@ -357,7 +370,8 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         raise ValueError(f"This model returns no activations: {way}.")
     if not capture:
         model = QwenModel(model.config)
-    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    prompt_rows = yes_or_no("extract_prompt", extract_prompt) and capture
+    max_tokens = check_max_tokens(max_tokens, prompt_rows, "extract_prompt=True")
     samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
     prompts = check_prompts(model.config, input_ids, prompt_lengths, max_tokens, attention_mask)
     ids = check_sequence_ids(len(prompts.lengths), samples_per_prompt, sequence_ids)
@@ -369,13 +383,14 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         samples_per_prompt=samples_per_prompt,
         cache_dtype=cache_dtype_of(cache_dtype),
         stop=bool((traced.eos_token_ids >= 0).any()),
-        capture_prompt=yes_or_no("extract_prompt", extract_prompt) and capture,
-        eos_capacity=len(traced.eos_token_ids),
+        capture_prompt=prompt_rows,
+        sampling=traced.shape,
     )
     steering = steer(interventions, model.config, shape.batch_size)
     check_prompt_strengths(steering, prompts.lengths)
     generation = compile_generate(model, params, shape, steering)(params, prompts, traced, ids, steering)
-    raise_on_nan(generation.logprobs)
+    rows = generation.prompt_activations, generation.prompt_points
+    raise_on_nan(generation.logprobs if max_tokens else rows)
     return generation
 
 
@@ -388,8 +403,8 @@ def compile_generate(
     """Compiles prefill and decode for one shape, from the weights' shapes alone; cached.
 
     ``generate_single_task_jitted`` calls this itself. Call it before to be warm, from several threads for
-    several shapes at once. ``params`` may hold ``jax.ShapeDtypeStruct`` in place of arrays. Of the
-    interventions only kinds, points, layers and shapes count.
+    several shapes at once. Of 0 tokens there is no decode. ``params`` may hold ``jax.ShapeDtypeStruct`` in
+    place of arrays. Of the interventions only kinds, points, layers and shapes count.
     """
     check_params(model.config, params)
     steering = AbstractParams.of(steer(interventions, model.config, shape.batch_size))
@@ -403,16 +418,19 @@ def _compile(
     model: QwenModel, shape: GenerateShape, params: AbstractParams, steering: AbstractParams
 ) -> CompiledGenerate:
     started = time.perf_counter()
-    prefill, decode = compile_all(lower_generate(model, params.tree, shape, steering.tree))
+    programs = tuple(compile_all(lower_generate(model, params.tree, shape, steering.tree)))
     seconds = time.perf_counter() - started
-    return CompiledGenerate(shape, prefill, decode, seconds, model.capture_layers, model.capture_points)
+    return CompiledGenerate(shape, programs, seconds, model.capture_layers, model.capture_points)
 
 
 @traced_apart
 def lower_generate(
     model: QwenModel, params: Any, shape: GenerateShape, steering: Steering | None = None
-) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Traces prefill and decode as ``CompiledGenerate`` calls them, without compiling them."""
+) -> tuple[jax.stages.Lowered, ...]:
+    """Traces prefill and decode as ``CompiledGenerate`` calls them, without compiling them.
+
+    Of 0 tokens the prefill alone.
+    """
     layout = layout_of(model.config, params)
     if shape.num_prompts % layout.data_parallel:
         raise ValueError(
@@ -426,7 +444,7 @@ def lower_generate(
         layout.struct((shape.num_prompts, shape.prompt_width), jnp.int32, ROWS),  # pyright: ignore[reportArgumentType]
         layout.struct((shape.num_prompts,), jnp.int32, ROWS),  # pyright: ignore[reportArgumentType]
     )
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     sequence_ids = layout.struct((shape.batch_size,), jnp.uint32, ROWS)
     empty = jax.eval_shape(functools.partial(_empty_state, model, shape))
     state_axes = axes_of(empty)
@@ -446,14 +464,18 @@ def lower_generate(
         out_axes=state_axes,
         donate_argnums=(1,),
     )
-    return (
-        prefill.lower(params, prompts, sampling, sequence_ids, *of_prompts),
-        decode.lower(params, layout.structs(empty), sampling, sequence_ids, *of_rows),
-    )
+    reading = prefill.lower(params, prompts, sampling, sequence_ids, *of_prompts)
+    if not shape.max_tokens:
+        return (reading,)
+    return reading, decode.lower(params, layout.structs(empty), sampling, sequence_ids, *of_rows)
 
 
 def _empty_state(model: QwenModel, shape: GenerateShape) -> DecodeState:
     cache = create_kv_cache_buffers(shape.cache_config(model.config))
     rows = cache.ar.batch_size
     token, logprob = jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32)
-    return start_decode_state(model, cache, token, logprob, jnp.zeros(rows, bool), columns=shape.max_tokens)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = jnp.zeros((rows, model.config.vocab_size), bool)
+    ended = jnp.zeros(rows, bool)
+    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)

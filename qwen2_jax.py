@@ -23,10 +23,9 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32
 
 from kvcache_utils import (
     ActivationBufferConfig,
@@ -44,10 +43,11 @@ from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
 from qwen2_core.kernels.attention import attend_causal, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
-from qwen2_core.kernels.platforms import by_platform
-from qwen2_core.model_inputs import read_mask, read_token_ids
+from qwen2_core.model_inputs import read_mask, read_token_ids, text_lengths
+from qwen2_core.rope import apply_rope, rope_angles
 from qwen2_core.steering import edits, steer
 from qwen2_core.weights import convert_hf_to_jax_weights, load_qwen2, stack_layers
+from qwen2_core.windows import window_of
 
 __all__ = [
     "CheckpointError",
@@ -99,37 +99,6 @@ class TokenContext(NamedTuple):
     sin: Float32[Array, "batch tokens half_head_dim"]
     key_valid: Bool[Array, "batch positions"] | None  # None where every position is valid
     hooks: Hooks
-
-
-def rope_angles(
-    positions: Int[Array, "batch tokens"], head_dim: int, theta: float
-) -> tuple[Float32[Array, "batch tokens half"], Float32[Array, "batch tokens half"]]:
-    """Computes cosine and sine of the rotary angles (Su et al. 2021), ``half`` = head_dim / 2."""
-    # In numpy float32 to be bit-equal to Hugging Face's: at position 8000 one ulp is 3e-4 rad.
-    inverse = 1.0 / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    angles = positions[..., None].astype(jnp.float32) * inverse
-    return _once(jnp.cos(angles)), _once(jnp.sin(angles))
-
-
-def _once(x: Array) -> Array:
-    """Returns x; on CPU as a product, which XLA computes once, and not anew in each layer and head."""
-
-    def product(x: Array) -> Array:
-        return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision=lax.Precision.HIGHEST)
-
-    return by_platform(x, cpu=product, default=lambda x: x)
-
-
-def apply_rope(
-    x: Float[Array, "batch tokens heads head_dim"],
-    cos: Float32[Array, "batch tokens half"],
-    sin: Float32[Array, "batch tokens half"],
-    dtype: Any,
-) -> Float[Array, "batch tokens heads head_dim"]:
-    """Rotates queries or keys in float32. The first half of each head is paired with the second half."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)
 
 
 def _parameter(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -211,6 +180,7 @@ class QwenAttention(nn.Module):
     ) -> tuple[Array, FixedCache | None, LayerKV | None]:
         config = self.config
         batch, tokens, _ = x.shape
+        window = window_of(config.windows, layer)
 
         def project(name: str, heads: int) -> Array:
             """Returns queries, keys or values: ``name`` is q, k or v."""
@@ -226,7 +196,7 @@ class QwenAttention(nn.Module):
             x = project(name, heads)
             if config.qk_norm:
                 x = RMSNorm(config, name=f"{name}_norm")(x)
-            return apply_rope(x, context.cos, context.sin, config.dtype)
+            return apply_rope(x, context.cos, context.sin).astype(config.dtype)
 
         q = rotate("q", config.num_attention_heads)
         k = rotate("k", config.num_key_value_heads).swapaxes(1, 2)
@@ -234,15 +204,15 @@ class QwenAttention(nn.Module):
 
         if isinstance(cache, KVCache):
             cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
-            out = attend_two_part(q[:, 0], cache, layer)
+            out = attend_two_part(q[:, 0], cache, layer, window)
         elif isinstance(cache, PrefillCache):
             cache = write_prefill_cache(cache, layer, k, v)
-            out = attend_causal(q, k, v, context.key_valid)
+            out = attend_causal(q, k, v, context.key_valid, window)
         else:
             if layer_kv is not None:
                 k, v = jnp.concatenate([layer_kv[0], k], axis=2), jnp.concatenate([layer_kv[1], v], axis=2)
             layer_kv = (k, v)
-            out = attend_causal(q, k, v, context.key_valid)
+            out = attend_causal(q, k, v, context.key_valid, window)
         out = hooks("attn.hook_z", out.reshape(batch, tokens, -1))
         out = Linear(config.hidden_size, config.output_bias, config, name="o_proj")(out)
         return out, cache, layer_kv
@@ -354,12 +324,14 @@ class QwenModel(nn.Module):
             input_ids: [B, T] token ids; an id outside the vocabulary gives NaN.
             attention_mask: nonzero where a position holds a token. Growing cache: [B, past + T]; prefill:
                 [P, T], right-padded. Causality applies on top. None: no padding. Padding on the left shifts
-                all positions of a row, which changes nothing but rounding: RoPE is relative.
+                all positions of a row, which changes nothing but rounding: RoPE is relative. Where it follows
+                the length of the text, give a ``position_offset`` that puts the first token at 0.
             kv_caches: None, a list of (k, v) a layer, a ``PrefillCache`` or a ``KVCache``.
             position_offset: position of ``input_ids[:, 0]``, a scalar or [B]; fixed caches know their own.
             interventions: what to change on the way, of ``qwen2_core.interventions``.
-            prompt_lengths: [B], where positions of generated tokens begin, for interventions; by default all
-                tokens are the prompt's without a past, and generated ones after it.
+            prompt_lengths: [B], where positions of generated tokens begin, for interventions and for RoPE
+                that follows the length of the text; by default all tokens are the prompt's without a past,
+                and generated ones after it.
 
         Returns:
             (float32 logits, the updated caches).
@@ -413,7 +385,11 @@ class QwenModel(nn.Module):
             todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
         dtypes = (config.dtype, config.residual_dtype)
         hooks = Hooks(points, self.capture_before, config.num_hidden_layers, *dtypes, todo)
-        context = TokenContext(*rope_angles(positions, config.head_dim, config.rope_theta), key_valid, hooks)
+        rope, lengths = config.rope_scaling, None
+        if rope is not None and rope.follows_length:
+            lengths = text_lengths(positions, key_valid, kv_caches, prompt_lengths)
+        angles = rope_angles(positions, config.head_dim, config.rope_theta, rope, lengths)
+        context = TokenContext(*angles, key_valid, hooks)
         buffers = _point_buffers(config, points, tokens, len(input_ids))
         kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
 

@@ -21,7 +21,7 @@ from qwen2_core.hook_points import RESID_POST, check_point, point_names
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import layer_numbers, yes_or_no
 from qwen2_core.intervention_values import point_layers
-from qwen2_core.layers import FIXED_EXTRACT_LAYERS
+from qwen2_core.layers import FIXED_EXTRACT_LAYERS, missing_defaults
 from qwen2_jax import QwenModel
 
 DEFAULT_SAE_LAYERS = FIXED_EXTRACT_LAYERS
@@ -107,6 +107,9 @@ def create_model_with_hooks(
             f"config must be a QwenConfig, as load_qwen2 returns it, not a {type(config).__name__}."
         )
     chosen = _point_layers(points, config.num_hidden_layers)
+    is_tuple = isinstance(extract_layers, tuple)
+    if is_tuple and (sentence := missing_defaults(extract_layers, config.num_hidden_layers)):
+        raise ValueError(f"extract_layers: {sentence}")
     nothing = isinstance(extract_layers, Sized) and len(extract_layers) == 0
     layers = () if chosen and nothing else layer_numbers(extract_layers, config.num_hidden_layers)
     before = yes_or_no("capture_before", capture_before)

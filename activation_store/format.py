@@ -34,7 +34,6 @@ from activation_store.schema import (
     Nanoseconds,
     OptionalNumerics,
     OptionalSha256,
-    Positive,
     Sentence,
     Width,
 )
@@ -128,8 +127,8 @@ class StoreSettings:
     hidden_size: Width  # of a row, but for the points in `widths`
     dtype: Name  # "float32" | "bfloat16" | "float16"
     capture_prompt: bool
-    max_output_tokens: Positive
-    sampling: dict[Name, Finite]  # temperature, top_k, top_p
+    max_output_tokens: Length  # 0: the sequences are prompts, of which nothing was generated
+    sampling: dict[Name, Finite]  # temperature, top_k, top_p; min_p, repetition_penalty where in use
     seed: Count
     eos_token_ids: tuple[Length, ...]
     tokenizer_sha256: Name
@@ -144,6 +143,8 @@ class StoreSettings:
             schema.checked({name: _plain(value) for name, value in vars(self).items()}, _SETTINGS_FORM)
         except ValueError as error:
             raise StoreError(f"a store cannot have these settings ({error})") from error
+        if not self.max_output_tokens and not (self.capture_prompt and self.hook_names):
+            raise StoreError("a store of sequences without generated tokens captures the rows of prompts")
         if self.dtype not in DTYPES:
             raise StoreError(
                 f"activations cannot be stored as {self.dtype!r}: choose one of {', '.join(DTYPES)}"
@@ -180,6 +181,11 @@ class StoreSettings:
             f"in {self.dtype}, {'with' if self.capture_prompt else 'without'} prompts, "
             f"up to {self.max_output_tokens} tokens, sampling {self.sampling}, seed {self.seed}{steered})"
         )
+
+    @property
+    def least_tokens(self) -> int:
+        """How many tokens a sequence has at least that were generated."""
+        return min(1, self.max_output_tokens)
 
     @functools.cached_property
     def hook_widths(self) -> dict[str, int]:
@@ -273,7 +279,7 @@ class FinishedSequence:
     id: SequenceId
     token_ids: np.ndarray  # int32 [n]
     logprobs: np.ndarray  # float32 [n]
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length"; "length" too where the settings allow no token
     # Of hook_resid_post: [layers, n or prompt_length + n, hidden], any strides; None where it is not stored.
     rows: np.ndarray | None
     key: str | None = None  # the sequence's key in a store of these settings, where it is known already
@@ -459,10 +465,10 @@ def _check_consistency(record: SequenceRecord) -> None:
         return
     if not record.shard or not record.shard_sha256 or record.failure is not None:
         raise ValueError("a sequence that has not failed has a shard and its checksum, and no failure")
-    if not 1 <= record.generated_length <= record.n_rows <= record.generated_length + record.prompt_length:
+    generated = record.generated_length
+    if not max(1, generated) <= record.n_rows <= generated + record.prompt_length:
         raise ValueError(
-            f"{record.n_rows} rows for {record.prompt_length} prompt and {record.generated_length} generated "
-            "tokens"
+            f"{record.n_rows} rows for {record.prompt_length} prompt and {generated} generated tokens"
         )
     needed = ROW_BYTES * (record.row_start + record.n_rows) + 4 * (record.prompt_start + record.prompt_length)
     if needed > record.shard_bytes:

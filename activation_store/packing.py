@@ -123,8 +123,9 @@ def _check(settings: StoreSettings, sequence: FinishedSequence) -> None:
     generated = len(sequence.token_ids)
     if sequence.finish_reason not in ("stop", "length", "imported"):
         raise StoreError(f"{name}: finish_reason {sequence.finish_reason!r} is neither 'stop' nor 'length'")
-    if not 1 <= generated <= settings.max_output_tokens:
-        raise StoreError(f"{name}: {generated} generated tokens, expected 1 to {settings.max_output_tokens}")
+    if not settings.least_tokens <= generated <= settings.max_output_tokens:
+        expected = f"{settings.least_tokens} to {settings.max_output_tokens}"
+        raise StoreError(f"{name}: {generated} generated tokens, expected {expected}")
     if sequence.logprobs.shape != (generated,):
         raise StoreError(f"{name}: {sequence.logprobs.shape} log-probabilities for {generated} tokens")
     if sequence.id.strengths and not settings.interventions:
@@ -160,7 +161,7 @@ def _problem(settings: StoreSettings, sequence: FinishedSequence, point: str, la
         return f"rows are {rows.shape[2]} wide, {promised} {width}"
     if rows.shape[0] != layers:
         return f"rows of {rows.shape[0]} layers, expected {layers}"
-    if rows.shape[1] not in allowed:
+    if rows.shape[1] not in allowed or not rows.shape[1]:
         return f"{rows.shape[1]} rows for {prompt} prompt and {generated} generated tokens"
     if rows.dtype != DTYPES[settings.dtype]:
         return f"rows are {rows.dtype}, the store holds {settings.dtype}"

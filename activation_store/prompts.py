@@ -98,8 +98,10 @@ def _tests(asked: Asked) -> int:
 
 
 def _prompt(settings: StoreSettings, task: Asked, record: SequenceRecord, tokenizer: Any) -> np.ndarray:
+    choice = settings.prompt.get("enable_thinking")  # not there where the template was left to itself
+    enable_thinking = None if choice is None else choice == "true"
     if isinstance(task, OwnPrompt):
-        [token_ids] = encode_own(tokenizer, [task.content])
+        [token_ids] = encode_own(tokenizer, [task.content], enable_thinking)
         if isinstance(token_ids, str):
             raise StoreError(f"the prompt of {record.label} cannot be made again: {task.place} {token_ids}")
         return token_ids
@@ -107,6 +109,7 @@ def _prompt(settings: StoreSettings, task: Asked, record: SequenceRecord, tokeni
         encoder = create_grid_encoder(settings.prompt["grid_encoder"])
         augmented = task.augmented(Augmentation.parse(record.augmentation))
         version = settings.prompt["prompt_version"]
-        return encode_prompt(tokenizer, build_messages(augmented, record.test_index, encoder, version))
+        messages = build_messages(augmented, record.test_index, encoder, version)
+        return encode_prompt(tokenizer, messages, enable_thinking)
     except (ValueError, KeyError) as error:
         raise StoreError(f"the prompt of {record.label} cannot be made again: {error}") from error

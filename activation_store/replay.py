@@ -5,6 +5,7 @@ module of the store that needs jax and the model; import it where it is used.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from activation_store.format import INTERVENTIONS, SequenceRecord, StoreError
 from activation_store.hook_labels import hook_label
 from activation_store.reader import ActivationStore
 from activation_store.verify import Progress, silently
-from qwen2_core.checkpoint_files import checkpoint_fingerprint
+from qwen2_core.checkpoint_files import checkpoint_fingerprint, is_hub_id
 from qwen2_core.compilation import defined_settings
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, full_name, parse_name, width_of
 from qwen2_core.intervention_files import decode_interventions
@@ -70,6 +71,8 @@ def replay_store(
 ) -> Iterator[str]:
     """Replays `count` random sequences, compares every row and log-probability, and yields findings.
 
+    Of a hub model that the store names it takes the commit that the store names.
+
     The memory needed is that of one forward pass over the longest sequence, its float32 logits included.
 
     Args:
@@ -80,13 +83,14 @@ def replay_store(
         progress: called once with the sequences.
     """
     settings = store.settings
-    if checkpoint_fingerprint(model_path) != settings.model_fingerprint:
+    revision = _commit(store, model_path)
+    if checkpoint_fingerprint(model_path, revision=revision) != settings.model_fingerprint:
         yield f"{model_path} is not the model that made the store (its fingerprint differs)"
         return
     # Scanned layers compile in a fraction of the time, which counts for a handful of sequences.
-    config = read_config(model_path, dtype=settings.dtype, scan_layers=True)
+    config = read_config(model_path, dtype=settings.dtype, revision=revision, scan_layers=True)
     config = config.replace(residual_dtype=settings.residual_dtype or settings.dtype)
-    params = load_params(model_path, config, Layout())
+    params = load_params(model_path, config, Layout(), revision=revision)
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"
         return
@@ -102,6 +106,13 @@ def replay_store(
     chosen = progress(_choose(store, count, seed), "replay", "seq")
     forward = plain_forward(config, params, settings.hook_names, steering, settings.capture_before)
     yield from replay_sequences(store, chosen, forward)
+
+
+def _commit(store: ActivationStore, model_path: str) -> str | None:
+    commit = store.provenance.get("model_commit")
+    named = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) is not None
+    same = store.provenance.get("model_id") == model_path and is_hub_id(model_path)
+    return commit if named and same else None
 
 
 def replay_sequences(

@@ -125,7 +125,8 @@ def _sequence_problems(settings: StoreSettings, record: SequenceRecord, shard: S
         yield "its rows or prompt tokens end outside the shard"
         return
     allowed = {0, record.prompt_length} if settings.capture_prompt and settings.hook_names else {0}
-    if prompt_rows not in allowed or not 1 <= record.generated_length <= settings.max_output_tokens:
+    expected = range(settings.least_tokens, settings.max_output_tokens + 1)
+    if prompt_rows not in allowed or record.generated_length not in expected:
         lengths = f"{record.prompt_length} prompt and {record.generated_length} generated tokens"
         yield f"{record.n_rows} rows for {lengths}"
         return
@@ -149,7 +150,7 @@ def _sequence_problems(settings: StoreSettings, record: SequenceRecord, shard: S
     ends = np.isin(tokens[prompt_rows:], settings.eos_token_ids)
     if ends[:-1].any():
         yield f"rows after the end: token {int(np.argmax(ends))} of {record.generated_length} is EOS"
-    elif not imported and (record.finish_reason == "stop") != bool(ends[-1]):
+    elif not imported and (record.finish_reason == "stop") != bool(ends[-1:].any()):
         yield f"finish_reason is {record.finish_reason}, the last token is {tokens[-1]}"
     elif record.finish_reason == "length" and record.generated_length != settings.max_output_tokens:
         most = settings.max_output_tokens

@@ -18,6 +18,7 @@ from activation_store.format import StoreError, StoreWriteError
 
 INDEX = "index.jsonl"
 INDEX_FOLDER = "index"
+FIGURES = "figures.json"  # of the last run of a host, for the report that it and others make
 COMMIT_SECONDS = 2.0  # how long a commit waits for another host's to end
 _PART = re.compile(r"([0-9]{6}|[1-9][0-9]{6,11})\.jsonl")
 # What stays as it is until a person changes something; anything else may be over when it is tried again.

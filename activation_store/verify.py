@@ -22,9 +22,10 @@ from activation_store.manifest import MANIFEST_BYTES, manifest_problem
 from activation_store.outcomes import OUTCOMES
 from activation_store.reader import ActivationStore
 from activation_store.shard_checks import Finding, IndexLine, check_shard
-from activation_store.store_files import INDEX, INDEX_FOLDER
+from activation_store.store_files import FIGURES, INDEX, INDEX_FOLDER
 
-_OURS = {MANIFEST, INTERVENTIONS, OUTCOMES, "run", INDEX, INDEX_FOLDER, LOCK}
+# "run" held what the processes of a run shared, up to version 0.1.
+_OURS = {MANIFEST, INTERVENTIONS, OUTCOMES, "run", FIGURES, INDEX, INDEX_FOLDER, LOCK}
 
 Item = TypeVar("Item")
 

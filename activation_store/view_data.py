@@ -33,8 +33,8 @@ class Reader(Protocol):
         """Returns train pairs, test input and right answer of a prompt, where it is a puzzle's."""
         ...
 
-    def answer(self, record: SequenceRecord, tokens: Sequence[int]) -> dict[str, Any]:
-        """Returns the text of an answer, and the grid in it."""
+    def answer(self, record: SequenceRecord, prompt: Sequence[int], tokens: Sequence[int]) -> dict[str, Any]:
+        """Returns the text of an answer to a prompt, and the grid in it."""
         ...
 
 
@@ -133,7 +133,7 @@ class _Prompts:
         if split:
             prompt["values"] = [_packed(column[:split]) for column in values]
         tokens = self._store.generated_tokens(record).tolist()
-        answer = self._reader.answer(record, tokens)
+        answer = self._reader.answer(record, prompt["tokens"], tokens)
         prompt["samples"].append(
             {
                 "sample": record.sample_index,

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from activation_store.format import SequenceRecord, StoreError
 from activation_store.prompts import load_tokenizer
 from activation_store.reader import ActivationStore
@@ -19,6 +21,7 @@ from arc_puzzles import (
     parse_answer,
     read_puzzle,
 )
+from arc_puzzles.thinking import opens_thinking
 
 _MOST_BYTES = 1 << 28  # of a data set that a store names
 _MOST_LETTERS = 200  # of a token
@@ -124,12 +127,15 @@ class TextReader:
             "truth": _rows(truth),
         }
 
-    def answer(self, record: SequenceRecord, tokens: Sequence[int]) -> dict[str, Any]:
+    def answer(self, record: SequenceRecord, prompt: Sequence[int], tokens: Sequence[int]) -> dict[str, Any]:
         """Returns the text of an answer, None without a tokenizer, and the grid in it as rows of digits."""
         if self._tokenizer is None or record.finish_reason == "imported":
             return {"text": None, "grid": None}
         text = self._text(tokens)
-        return {"text": text, "grid": _rows(parse_answer(text, self._encoder)) if self._encoder else None}
+        if self._encoder is None:
+            return {"text": text, "grid": None}
+        opened = opens_thinking(self._tokenizer, np.asarray(prompt, np.int32))
+        return {"text": text, "grid": _rows(parse_answer(text, self._encoder, opened))}
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)

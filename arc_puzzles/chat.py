@@ -13,6 +13,7 @@ import numpy as np
 from arc_puzzles.grids import Grid, GridEncoder
 from arc_puzzles.scoring import parse_answer
 from arc_puzzles.tasks import ArcTask, Pair
+from arc_puzzles.thinking import takes_enable_thinking
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,21 @@ def read_puzzle(text: str, encoder: GridEncoder) -> tuple[tuple[Pair, ...], Grid
     return tuple(Pair(given, made) for given, made in zip(inputs, outputs, strict=True) if given), asked
 
 
-def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> np.ndarray:
+def encode_prompt(
+    tokenizer: Any, messages: list[dict[str, str]], enable_thinking: bool | None = None
+) -> np.ndarray:
     """Returns the token ids, int32 `[n]`, of the chat and of the opening of the assistant's turn.
 
     `tokenizer` is one of Hugging Face's; its chat template lays out the messages and opens the turn.
-    Raises ValueError if the tokenizer has no chat template.
+    `enable_thinking` is for templates that take it, as Qwen3's; None leaves it to the template.
+    Raises ValueError if the tokenizer has no chat template, or one that does not take `enable_thinking`.
     """
-    return encode_prompts(tokenizer, [messages])[0]
+    return encode_prompts(tokenizer, [messages], enable_thinking)[0]
 
 
-def encode_prompts(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -> list[np.ndarray]:
+def encode_prompts(
+    tokenizer: Any, chats: Sequence[list[dict[str, str]]], enable_thinking: bool | None = None
+) -> list[np.ndarray]:
     """Returns what `encode_prompt` returns for each chat, on all cores where the tokenizer has threads.
 
     Takes memory for all of them at once, about 100 bytes a token. Raises ValueError as `encode_prompt` does.
@@ -109,12 +115,25 @@ def encode_prompts(tokenizer: Any, chats: Sequence[list[dict[str, str]]]) -> lis
     if not chats:
         return []
     _check_template(tokenizer)
-    texts = tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, tokenize=False)
+    choice = {}
+    if enable_thinking is not None:
+        check_thinking(tokenizer)
+        choice = {"enable_thinking": enable_thinking}
+    texts = tokenizer.apply_chat_template(list(chats), add_generation_prompt=True, tokenize=False, **choice)
     # As `apply_chat_template` calls the tokenizer itself: the template has written the special tokens.
     ids = tokenizer(
         texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False
     )
     return [np.asarray(one, np.int32) for one in ids["input_ids"]]
+
+
+def check_thinking(tokenizer: Any) -> None:
+    """Raises ValueError unless the tokenizer's chat template takes `enable_thinking`."""
+    if not takes_enable_thinking(tokenizer):
+        raise ValueError(
+            f"the chat template of the tokenizer {tokenizer.name_or_path!r} does not take enable_thinking, "
+            "which is for models such as Qwen3; leave it out"
+        )
 
 
 def _check_template(tokenizer: Any) -> None:

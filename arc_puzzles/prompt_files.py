@@ -102,15 +102,18 @@ def load_prompts(path: str | Path, limit: int | None = None) -> LoadedPrompts:
     return LoadedPrompts(tuple(prompts), tuple(failures))
 
 
-def encode_own(tokenizer: Any, contents: Sequence[Messages | str]) -> list[np.ndarray | str]:
+def encode_own(
+    tokenizer: Any, contents: Sequence[Messages | str], enable_thinking: bool | None = None
+) -> list[np.ndarray | str]:
     """Returns the token ids, int32 `[n]`, of each chat or text; for one that has none, a sentence why.
 
-    A chat ends with the opening of the assistant's turn. A text is tokenized as `tokenizer(text)` does.
+    A chat ends with the opening of the assistant's turn, and `enable_thinking` is as for `encode_prompts`. A
+    text is tokenized as `tokenizer(text)` does.
     """
     try:
-        return _encode(tokenizer, contents)  # all at once: a tokenizer may have threads
+        return _encode(tokenizer, contents, enable_thinking)  # all at once: a tokenizer may have threads
     except Exception:  # of one of them
-        return [_encode_one(tokenizer, content) for content in contents]
+        return [_encode_one(tokenizer, content, enable_thinking) for content in contents]
 
 
 def check_messages(value: object) -> Messages:
@@ -193,8 +196,12 @@ def _content_of(content: object) -> Messages | str:
     return text if given == ["text"] else [{"role": "user", "content": text}]
 
 
-def _encode(tokenizer: Any, contents: Sequence[Messages | str]) -> list[np.ndarray | str]:
-    chats = iter(encode_prompts(tokenizer, [one for one in contents if not isinstance(one, str)]))
+def _encode(
+    tokenizer: Any, contents: Sequence[Messages | str], enable_thinking: bool | None
+) -> list[np.ndarray | str]:
+    chats = iter(
+        encode_prompts(tokenizer, [one for one in contents if not isinstance(one, str)], enable_thinking)
+    )
     texts = [one for one in contents if isinstance(one, str)]
     of_texts = iter(
         tokenizer(texts, truncation=False, return_attention_mask=False)["input_ids"] if texts else ()
@@ -205,9 +212,9 @@ def _encode(tokenizer: Any, contents: Sequence[Messages | str]) -> list[np.ndarr
     return [token_ids if len(token_ids) else "has no tokens" for token_ids in encoded]
 
 
-def _encode_one(tokenizer: Any, content: Messages | str) -> np.ndarray | str:
+def _encode_one(tokenizer: Any, content: Messages | str, enable_thinking: bool | None) -> np.ndarray | str:
     try:
-        return _encode(tokenizer, [content])[0]
+        return _encode(tokenizer, [content], enable_thinking)[0]
     except Exception as error:  # many kinds, of tokenizers and of what a chat template raises
         return f"cannot be tokenized: {' '.join(str(error).split())}"
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from arc_puzzles.grids import ArcFormatError, Grid, GridEncoder
+from arc_puzzles.thinking import after_thinking
 
 # {task_id: [{"attempt_1": grid, "attempt_2": grid} for each test]}
 Submission = dict[str, list[dict[str, list[list[int]]]]]
@@ -11,14 +12,16 @@ ATTEMPTS = 2
 PLACEHOLDER: Grid = ((0, 0), (0, 0))  # a missing attempt, as in Kaggle's sample submission
 
 
-def parse_answer(text: str, encoder: GridEncoder) -> Grid | None:
+def parse_answer(text: str, encoder: GridEncoder, opened: bool = False) -> Grid | None:
     """Returns the grid in a model's answer, or None; never raises.
 
     Text before and after the grid is ignored: the last closed code block counts, or for formats without code
     blocks the last run of lines that look like rows. That part must be exactly what `encoder` writes; if it
-    is ragged, too large, misnumbered or headed by another shape, the result is None.
+    is ragged, too large, misnumbered or headed by another shape, the result is None. Thinking is no answer:
+    what counts follows it, and a text that ends before has none (`after_thinking`, which takes `opened`).
     """
-    found = encoder.find(text)
+    answer = after_thinking(text, opened)
+    found = None if answer is None else encoder.find(answer)
     if found is None:
         return None
     try:

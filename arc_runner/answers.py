@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from activation_store import (
     write_outcomes,
 )
 from arc_puzzles import GridEncoder, create_grid_encoder
+from arc_puzzles.thinking import after_thinking
 from arc_runner.answer_files import answer_files, read_earlier, say_aside, set_aside, source_of, write_all
 from arc_runner.completions import write_completions
 from arc_runner.console import say
@@ -69,7 +69,7 @@ def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
     store = ActivationStore(job.options.activations_dir)
     predictions: dict[tuple[str, int], list[Predicted]] = {}
     for record in records:
-        one = _predicted(record, store, job.tokenizer, encoder)
+        one = _predicted(record, store, job, encoder)
         predictions.setdefault((record.task_id, record.test_index), []).append(one)
     usable = {task.task_id: task for task in job.tasks}
     reasons = {failure.task_id: failure.reason for failure in job.failures}
@@ -86,15 +86,16 @@ def _read_answers(job: Job, records: Sequence[SequenceRecord]) -> Book:
     )
 
 
-def _predicted(
-    record: SequenceRecord, store: ActivationStore, tokenizer: Any, encoder: GridEncoder
-) -> Predicted:
+def _predicted(record: SequenceRecord, store: ActivationStore, job: Job, encoder: GridEncoder) -> Predicted:
     if record.failed:
         failure = record.failure or ""
         return Predicted(record.key, record.augmentation, record.sample_index, failure=failure)
-    grid = read_grid(store.answer(record, tokenizer), record.augmentation, encoder)
+    text = store.answer(record, job.tokenizer)
+    grid = read_grid(text, record.augmentation, encoder, job.opens_thinking)
     logprob = float(store.generated_logprobs(record).sum(dtype=np.float64))
-    return Predicted(record.key, record.augmentation, record.sample_index, grid, logprob)
+    thinking = record.generated_length > 0 and after_thinking(text, job.opens_thinking) is None
+    name = (record.key, record.augmentation, record.sample_index)
+    return Predicted(*name, grid, logprob, thinking=thinking)
 
 
 def _say_kept(book: Book, made: Book) -> None:

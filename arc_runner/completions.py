@@ -117,7 +117,7 @@ def _completion(store: ActivationStore, record: SequenceRecord, tokenizer: Any) 
         store.answer(record, tokenizer),
         record.finish_reason,
         record.generated_length,
-        float(store.generated_logprobs(record).mean(dtype=np.float64)),
+        float(store.generated_logprobs(record).mean(dtype=np.float64)) if record.generated_length else None,
         record.key,
     )
 

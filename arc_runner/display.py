@@ -87,6 +87,8 @@ class Display:
         if progress is not None and not activities and now - self._progress_said >= _QUIET_SECONDS:
             self._progress_said = now
             say(", ".join([f"{progress.done} of {progress.total} sequences", *progress.facts()]))
+            for one in progress.workers:
+                say(f"  {one}")
 
 
 DISPLAY = Display()

@@ -61,7 +61,7 @@ def _work_lines(job: Job, report: Report, left: int) -> Iterator[str]:
         lengths = [len(request.prompt_token_ids) for request in job.requests]
         yield (
             f"  prompt tokens     {min(lengths)} to {max(lengths)}, median {statistics.median(lengths):.0f}; "
-            f"answers of up to {options.max_output_tokens}"
+            f"{f'answers of up to {most}' if (most := options.max_output_tokens) else 'no answers'}"
         )
 
 
@@ -81,6 +81,13 @@ def _memory_lines(
     each = f" on each of {groups} groups of devices" if groups > 1 else ""
     for stage in engine.plan(left):
         shape = stage.shape
+        if shape.reads_only:
+            size = _size(engine.estimate(stage))
+            yield (
+                f"  prompts           of up to {shape.prompt_width} tokens, read one after the other{each}: "
+                f"about {size}"
+            )
+            continue
         yield (
             f"  slots             {shape.slots}{each} for prompts of up to {shape.prompt_width} tokens, "
             f"windows of {shape.window} steps: about {_size(engine.estimate(stage))}"

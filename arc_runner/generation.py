@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from activation_store import ActivationWriter
 from arc_runner.cluster.membership import ProcessInfo
-from arc_runner.cluster.work import Work
 from arc_runner.compilation_cache import use_own_cache
 from arc_runner.continuous_loop import make_continuously
 from arc_runner.job import Job
@@ -18,12 +17,11 @@ from arc_runner.workload import plan_calls
 
 
 def generate_missing(
-    job: Job, work: Work, writer: ActivationWriter, report: Report, stop: StopRequest, process: ProcessInfo
+    job: Job, writer: ActivationWriter, report: Report, stop: StopRequest, process: ProcessInfo
 ) -> None:
     """Loads the weights, and makes and stores the sequences of ``job`` that are not committed yet.
 
-    ``work`` decides which of them this process makes. Returns early once ``stop`` is requested. If nothing
-    is missing the weights are not loaded.
+    Returns early once ``stop`` is requested. If nothing is missing the weights are not loaded.
     """
     if not job.left(writer.committed):
         return
@@ -35,7 +33,7 @@ def generate_missing(
             model = LoadedModel.load(job)
         report.load_seconds = loading.seconds
         if job.options.generation == "continuous":
-            make_continuously(model, work, writer, report, stop, watch)
+            make_continuously(model, writer, report, stop, watch)
         else:
             calls = plan_calls(job.requests, job.options, writer.committed)
-            make_calls(calls, model, work, writer, report, stop, watch)
+            make_calls(calls, model, writer, report, stop, watch)

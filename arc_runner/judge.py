@@ -86,7 +86,7 @@ class Judge:
 
     def _take(self, answer: _Answer) -> None:
         """Counts an answer among its test's, and judges its task anew."""
-        grid = read_grid(answer.text, answer.augmentation, self._encoder)
+        grid = read_grid(answer.text, answer.augmentation, self._encoder, self._job.opens_thinking)
         of_test = self._predictions.setdefault((answer.task_id, answer.test_index), {})
         logprob = float(answer.logprobs.sum(dtype=np.float64))
         of_test[self._order[answer.key]] = Prediction(grid, logprob)

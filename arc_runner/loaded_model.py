@@ -26,7 +26,7 @@ from qwen2_core.interventions import Intervention
 from qwen2_core.kernels.cpu.library import unavailable_reason
 from qwen2_core.parameter_checks import abstract_params
 from qwen2_core.requests import pad_to
-from qwen2_core.sampling import eos_capacity
+from qwen2_core.sampling import sampling_params
 from qwen2_core.weights import load_params
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenModel
@@ -45,7 +45,8 @@ class LoadedModel:
     def load(cls, job: Job) -> LoadedModel:
         """Reads the weights onto the device, and returns when they are there."""
         config = job.config
-        params = load_params(job.options.model_path, config, job.layout)
+        options = job.options
+        params = load_params(options.model_path, config, job.layout, revision=options.revision)
         if config.dtype == np.dtype("bfloat16") and (reason := unavailable_reason()):
             say(f"bfloat16 is multiplied by XLA, up to 2.6 times slower than need be: {reason}")
         return cls(job, _model(job), jax.block_until_ready(params))
@@ -112,6 +113,9 @@ class LoadedModel:
     def shape(self, call: Call) -> GenerateShape:
         """Returns what decides the programs of a call."""
         options = self.job.options
+        traced = sampling_params(
+            options.sampling, options.random_seed, self.job.eos, self.job.config.vocab_size
+        )
         return GenerateShape(
             num_prompts=len(call.prompts),
             prompt_width=call.width,
@@ -120,7 +124,7 @@ class LoadedModel:
             cache_dtype=None if options.kv_cache_dtype is None else np.dtype(options.kv_cache_dtype),
             stop=len(self.job.eos) > 0,
             capture_prompt=options.extract_prompt,
-            eos_capacity=eos_capacity(len(self.job.eos)),
+            sampling=traced.shape,
         )
 
 

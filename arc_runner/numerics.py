@@ -49,11 +49,17 @@ def run_numerics(options: RunOptions, config: QwenConfig, layout: Layout) -> dic
 
 def say_numerics(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
     """Says what differs between this run and those that have made sequences of its store before."""
+    if sentence := compare_numerics(now, earlier):
+        say(sentence)
+
+
+def compare_numerics(now: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a sentence on what differs between this run and earlier ones; "" where nothing does."""
     others = [one for one in earlier if one != now]
     if not others:
-        return
+        return ""
     differences = "; ".join(dict.fromkeys(phrase for one in others for phrase in _differences(one, now)))
-    say(
+    return (
         f"the store was begun otherwise than it is continued ({differences}): sequences made from now on may "
         "differ from those in their last bits, and so in their tokens; each index line names its numerics"
     )

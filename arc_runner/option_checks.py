@@ -31,6 +31,8 @@ def check_options(options: RunOptions) -> None:
 
 
 def _check_paths(options: RunOptions) -> None:
+    if options.revision == "":
+        raise UsageError("--revision is empty; leave the flag out or give it a value")
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if field.metadata["flag"].is_path and value is not None:
@@ -92,6 +94,11 @@ def _check_amounts(options: RunOptions) -> None:
             f"--predictions_per_task {options.predictions_per_task} is not a multiple of --augmentations "
             f"{options.augmentations}"
         )
+    if options.max_output_tokens == 0 and options.samples_per_prompt > 1:
+        raise UsageError(
+            f"--max_output_tokens 0 generates nothing, so the {options.samples_per_prompt} samples of one "
+            "prompt would be the same; leave out --temperature, or give a lower --predictions_per_task"
+        )
     if options.temperature == 0 and options.samples_per_prompt > 1:
         remedy = (
             "or as many --augmentations as --predictions_per_task"
@@ -129,6 +136,11 @@ def _check_generation(options: RunOptions) -> None:
         raise UsageError(f"--mesh_shape {data} {model}: the old loop of --generation python uses one device")
     if options.extract_prompt and not options.extract_activations:
         raise UsageError("--extract_prompt and --no_extract_activations contradict each other")
+    if options.max_output_tokens == 0 and not options.extract_prompt:
+        raise UsageError(
+            "--max_output_tokens 0 generates nothing, and without --extract_prompt nothing would be stored: "
+            "give --extract_prompt too"
+        )
     if options.hook_points and not options.extract_activations:
         raise UsageError("--hook_points and --no_extract_activations contradict each other")
     if options.capture_before and options.steer is None:
@@ -164,6 +176,7 @@ def _check_processes(options: RunOptions) -> None:
         raise UsageError("--merge and --dry_run contradict each other: --merge writes the answers")
     if options.merge and (options.coordinator_address or options.num_shards) is not None:
         raise UsageError("--merge works alone; leave out what says which of several processes this is")
+    _check_ray(options)
     address = options.coordinator_address
     if address is not None and not _is_address(address):
         raise UsageError(
@@ -174,6 +187,25 @@ def _check_processes(options: RunOptions) -> None:
         number, total = getattr(options, index), getattr(options, count)
         if total is not None and not 0 <= number < total:
             raise UsageError(f"--{index} {number} is none of --{count} {total}, which are counted from 0")
+
+
+def _check_ray(options: RunOptions) -> None:
+    if options.ray is None:
+        if options.ray_workers is not None:
+            raise UsageError("--ray_workers is about --ray; leave it out or give both")
+        return
+    for name in ("num_shards", "coordinator_address", "merge", "dry_run"):
+        if getattr(options, name):
+            raise UsageError(f"--ray and --{name} contradict each other; leave one of them out")
+    if options.generation != "continuous":
+        raise UsageError(f"--ray is for --generation continuous alone, not {options.generation}")
+    if "://" in options.ray:
+        raise UsageError(
+            f"--ray {options.ray} is for Ray's client; run the command on a machine of the cluster and give "
+            "the head's HOST:PORT"
+        )
+    if options.ray and not _is_address(options.ray):
+        raise UsageError(f"--ray {options.ray} is not of the form HOST:PORT, with a port from 1 to 65535")
 
 
 def _is_address(text: str) -> bool:

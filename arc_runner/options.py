@@ -91,6 +91,13 @@ class RunOptions:
         "directory in Hugging Face layout or hub id; a tiny trained example if left out",
         default_text="",
     )
+    revision: str | None = _flag(
+        PATHS,
+        None,
+        "branch, tag or commit of a hub model; what the cache has of the main branch if left out",
+        default_text="",
+        metavar="REVISION",
+    )
     dataset_path: str = _path(
         PATHS,
         str(EXAMPLE_TASKS),
@@ -141,6 +148,14 @@ class RunOptions:
         "output-from-examples-v0",
         f"the words around the puzzle: {' or '.join(PROMPT_VERSIONS)}",
     )
+    enable_thinking: str | None = _flag(
+        PROMPTS,
+        None,
+        "whether a model that can think first (Qwen3) does; for chat templates that take enable_thinking, "
+        "which decide it themselves if left out",
+        choices=("true", "false"),
+        metavar=None,
+    )
     predictions_per_task: int = _flag(
         PROMPTS,
         8,
@@ -169,7 +184,12 @@ class RunOptions:
         type=int,
     )
     max_output_tokens: int = _flag(
-        GENERATION, 1100, "tokens per answer at most", None, Limits(1, 2**20), type=int
+        GENERATION,
+        1100,
+        "tokens per answer at most; 0 with --extract_prompt: store the prompts' rows, generate nothing",
+        None,
+        Limits(0, 2**20),
+        type=int,
     )
     temperature: float = _flag(GENERATION, 0.0, "0 is greedy", None, Limits(0, 10_000), type=float)
     top_k: int = _flag(
@@ -180,6 +200,21 @@ class RunOptions:
         1.0,
         "sample among the likeliest tokens of this total probability",
         limits=Limits(1e-6, 1),
+        type=float,
+    )
+    min_p: float = _flag(
+        GENERATION,
+        0.0,
+        "sample among the tokens of at least this share of the likeliest one's probability",
+        limits=Limits(0, 1),
+        type=float,
+    )
+    repetition_penalty: float = _flag(
+        GENERATION,
+        1.0,
+        "above 1: make the tokens less likely that the prompt or the answer has already; 1: no penalty",
+        default_text="",
+        limits=Limits(0.01, 100),
         type=float,
     )
     random_seed: int = _flag(
@@ -197,7 +232,7 @@ class RunOptions:
         "float32",
         "of the residual stream and of what lies between products; that of the weights rounds as "
         "Transformers does",
-        choices=_DTYPES,
+        choices=(*_DTYPES, "float16"),
         metavar=None,
     )
     kv_cache_dtype: str | None = _flag(
@@ -264,6 +299,25 @@ class RunOptions:
     shard_index: int | None = _flag(
         PROCESSES, None, "the share to make, from 0", None, _PROCESS_INDEX, type=int, metavar="I"
     )
+    ray: str | None = _flag(
+        PROCESSES,
+        None,
+        "generate on the workers of the Ray cluster whose head is at HOST:PORT; without it on that of "
+        "RAY_ADDRESS, or of `ray start` on this machine, or on one that is started here for this run",
+        nargs="?",
+        const="",
+        metavar="HOST:PORT",
+    )
+    ray_workers: int | None = _flag(
+        PROCESSES,
+        None,
+        "workers with --ray at most; on CPUs also more than one on a machine (default: one for each TPU host "
+        "or GPU, or each machine where there are none)",
+        default_text="",
+        limits=_PROCESS_COUNT,
+        type=int,
+        metavar="N",
+    )
     merge: bool = _flag(
         PROCESSES,
         False,
@@ -321,6 +375,11 @@ class RunOptions:
         return self.dataset_path if self.prompts is None else self.prompts
 
     @property
+    def thinking(self) -> bool | None:
+        """Returns what the chat template is told as ``enable_thinking``; None for nothing."""
+        return None if self.enable_thinking is None else self.enable_thinking == "true"
+
+    @property
     def samples_per_prompt(self) -> int:
         """Returns how often each prompt is sampled: predictions are augmentations times samples."""
         return self.predictions_per_task // self.augmentations
@@ -330,4 +389,4 @@ class RunOptions:
         """Returns how tokens are drawn."""
         from qwen2_core.sampling import Sampling  # imports JAX
 
-        return Sampling(self.temperature, self.top_k, self.top_p)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)

@@ -34,7 +34,7 @@ class Predicted:
 
     ``grid`` is turned back into the puzzle's own orientation and colours; None where the answer holds none.
     ``logprob`` is the summed log-probability of the answer's tokens, in nats. ``failure`` says why nothing is
-    stored.
+    stored. ``thinking`` is true where the text ended before the model's thinking did.
     """
 
     key: str
@@ -43,6 +43,7 @@ class Predicted:
     grid: Grid | None = None
     logprob: float = 0.0
     failure: str | None = None
+    thinking: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +156,12 @@ class Book:
             raise ValueError(f"these are no predictions: {error}") from error
 
 
-def read_grid(text: str, augmentation: str, encoder: GridEncoder) -> Grid | None:
-    """Returns the grid in an answer to an augmented puzzle, turned back into the puzzle's form, or None."""
-    grid = parse_answer(text, encoder)
+def read_grid(text: str, augmentation: str, encoder: GridEncoder, opened: bool = False) -> Grid | None:
+    """Returns the grid in an answer to an augmented puzzle, turned back into the puzzle's form, or None.
+
+    ``opened`` says that the prompt opens the model's thinking.
+    """
+    grid = parse_answer(text, encoder, opened)
     return None if grid is None else Augmentation.parse(augmentation).inverse().apply(grid)
 
 
@@ -182,6 +186,7 @@ def _predicted(value: Any) -> Predicted:
         _grid(value["grid"]),
         float(logprob),
         None if value["failure"] is None else _text(value["failure"]),
+        value.get("thinking") is True,  # files of before know nothing of it
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import stat
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from arc_runner.options import RunOptions
 from qwen2_core.checkpoint_files import has_weights, is_hub_id
 from qwen2_core.compilation import check_settings
 from qwen2_core.hub import cached_snapshot
+from qwen2_core.layers import missing_defaults
 from qwen2_core.messages import did_you_mean
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.weights import read_config
@@ -34,7 +36,7 @@ def say_defaults(options: RunOptions) -> None:
     """Says where the embedded example is used, and where the hub will be asked.
 
     Raises:
-        UsageError: the hub would be asked by a dry run.
+        UsageError: the hub would be asked by a dry run; --revision of a folder.
     """
     examples = [("model_path", EXAMPLE_MODEL, "a tiny model that has learned eight rules")]
     if options.prompts is None:
@@ -42,12 +44,20 @@ def say_defaults(options: RunOptions) -> None:
     for name, path, what in examples:
         if getattr(options, name) == str(path):
             say(f"no --{name} given: using the embedded example, {what}")
+    revision = options.revision
+    if revision is not None and Path(options.model_path).exists():
+        raise UsageError(
+            f"--revision {revision} is of a hub model, and {options.model_path} is on this machine: leave "
+            "--revision out"
+        )
     if is_hub_id(options.model_path):
-        cached = cached_snapshot(options.model_path)
+        cached = cached_snapshot(options.model_path, revision)
         if options.dry_run and (cached is None or not has_weights(cached)):
+            of_revision = "" if revision is None else f" --revision {shlex.quote(revision)}"
             raise UsageError(
                 f"--dry_run downloads nothing, and there is neither a directory {options.model_path} nor all "
                 f"of such a model in the hub's cache; fetch it first: hf download {options.model_path}"
+                f"{of_revision}"
             )
         where = (
             f"the hub's cache has it, at commit {cached.name[:12]}"
@@ -229,19 +239,23 @@ def load_config(options: RunOptions) -> QwenConfig:
     """
     # The old loop is not compiled as a whole: it would compile a scan anew for each token.
     scan_layers = False if options.generation == "python" else None
-    config = read_config(options.model_path, dtype=options.dtype, scan_layers=scan_layers)
+    config = read_config(
+        options.model_path, dtype=options.dtype, revision=options.revision, scan_layers=scan_layers
+    )
     if options.residual_dtype not in ("float32", config.dtype.name):
         raise UsageError(
             f"--residual_dtype must be float32 or the dtype of the weights, {config.dtype.name}, not "
             f"{options.residual_dtype}"
         )
     config = config.replace(residual_dtype=options.residual_dtype)
-    if options.max_output_tokens >= config.max_position_embeddings:
+    if options.max_output_tokens >= config.context_length:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "
-            f"context is {config.max_position_embeddings}"
+            f"context is {config.context_length}"
         )
     if options.extract_activations:
+        if sentence := missing_defaults(options.layers_to_extract, config.num_hidden_layers):
+            raise UsageError(f"--layers_to_extract: {sentence}")
         try:
             create_model_with_hooks(config, options.layers_to_extract)
         except ValueError as error:

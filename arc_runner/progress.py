@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass
@@ -37,6 +38,25 @@ class Activity:
     lines_said: int = 0
 
 
+class WorkerLine(NamedTuple):
+    """What is shown of one of several workers."""
+
+    index: int
+    place: str
+    phase: str
+    tokens_per_second: float
+    slots_in_use: int
+    slots: int
+    heard: float  # when it was last heard of, as time.monotonic()
+
+    def __str__(self) -> str:
+        silent = shown_seconds(time.monotonic() - self.heard)
+        return (
+            f"worker {self.index} ({self.place}): {self.phase}, {self.tokens_per_second:.1f} tokens/s, "
+            f"{self.slots_in_use} of {self.slots} slots, heard {silent} ago"
+        )
+
+
 @dataclasses.dataclass(eq=False)
 class Progress:
     """Counts what a run makes. Only adds numbers: the loop that generates calls it, others read it.
@@ -44,18 +64,18 @@ class Progress:
     ``done`` counts sequences: those made here, and those that earlier runs and other processes have made.
     ``tokens`` counts those made here, also of sequences that have not ended. ``generating`` is the time of
     generation alone, without compiling. ``solved`` returns how many tasks are solved and of how many that is
-    known; None where it is of none. ``processes`` is how many share the work.
+    known; None where it is of none. ``workers`` are those of a run on Ray.
     """
 
     total: int
     generating: Clock
     solved: Callable[[], tuple[int, int] | None]
-    processes: int = 1
     done_elsewhere: int = 0
     made: int = 0
     tokens: int = 0
     slots: int = 0
     slots_in_use: int = 0
+    workers: Sequence[WorkerLine] = ()
     _tokens_of_made: int = 0
 
     def count_steps(self, tokens: int, slots: int, slots_in_use: int) -> None:
@@ -86,7 +106,7 @@ class Progress:
             return None
         to_come = (self.total - self.done) * self._tokens_of_made / self.made
         begun = self.tokens - self._tokens_of_made
-        return max(0.0, to_come / self.processes - begun) / self.tokens_per_second
+        return max(0.0, to_come - begun) / self.tokens_per_second
 
     def facts(self) -> list[str]:
         """Returns for a person what is known while it generates: speed, slots, tasks solved, time left."""

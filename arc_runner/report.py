@@ -30,7 +30,8 @@ class Report:
     """Holds what a submission has, and the figures of the last run that generated; seconds are wall-clock.
 
     Tasks, sequences and scores are over all that the submission has, whenever it was made; ``*_solved``
-    counts the two attempts, ``*_solved_by_any`` every prediction. The other figures are of one run, not of
+    counts the two attempts, ``*_solved_by_any`` every prediction; ``still_thinking`` counts those whose text
+    ended before the model's thinking did, so that it has no answer. The other figures are of one run, not of
     those that it continues: that of ``made_at``, in UTC. ``tokens_generated`` counts the tokens of its new
     sequences that were stored. ``generate_seconds`` is the time from the first call until the last row is on
     disk, without loading and compiling. ``slot_steps`` are the decode steps of all slots of
@@ -58,6 +59,7 @@ class Report:
     peak_memory_bytes: int = 0
     peak_memory_of: str = ""
     grids_parsed: int = 0
+    still_thinking: int = 0
     tests_solved: int = 0
     tests_known: int = 0
     tasks_solved: int = 0
@@ -95,6 +97,7 @@ class Report:
             if one.failure is not None
         ]
         self.grids_parsed = sum(one.grid is not None for _, _, one in predictions)
+        self.still_thinking = sum(one.thinking for _, _, one in predictions)
         attempts, any_prediction = book.scores()
         self.tests_solved, self.tests_known = attempts.tests_solved, attempts.tests_known
         self.tasks_solved, self.tasks_known = attempts.tasks_solved, attempts.tasks_known
@@ -103,7 +106,7 @@ class Report:
 
     def stamp(self) -> None:
         """Notes the time, if this run has generated something."""
-        if self.tokens_generated:
+        if self.tokens_generated or self.generate_seconds:  # prompts may be read alone
             # To the microsecond: of two runs within a second, the later one is the younger.
             now = datetime.datetime.now(datetime.UTC)
             self.made_at = now.isoformat(" ", "microseconds").removesuffix("+00:00")
@@ -165,7 +168,8 @@ class Report:
             rows += [("before that", loaded), ("stored", f"{self.bytes_stored / 1e6:.1f} MB")]
         rows.append(("peak memory", f"{self.peak_memory_bytes / 1e6:.0f} MB ({self.peak_memory_of})"))
         if self.asked == "tasks":
-            rows.append(("grids parsed", f"{self.grids_parsed} of {self.sequences}"))
+            thinking = f" ({self.still_thinking} were still thinking)" if self.still_thinking else ""
+            rows.append(("grids parsed", f"{self.grids_parsed} of {self.sequences}{thinking}"))
         if self.tests_known:
             tests = f"{self.tests_solved} of {self.tests_known} tests"
             rows.append(("solved", f"{self.tasks_solved} of {self.tasks_known} tasks, {tests}"))

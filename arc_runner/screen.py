@@ -18,10 +18,11 @@ from rich.text import Text
 
 from arc_runner.console import shown_on
 from arc_runner.live_lines import Row, size_of
-from arc_runner.progress import Activity, Progress, shown_seconds
+from arc_runner.progress import Activity, Progress, WorkerLine, shown_seconds
 from arc_runner.rich_text import make_console, rendered
 
 _STYLES = re.compile(r"\x1b\[[0-9;]*m")
+_SILENT_SECONDS = 10.0  # after which a worker that is not heard of is shown in red
 _NARROW = 60  # columns; below it the bar stands in a line of its own
 
 
@@ -56,4 +57,26 @@ def _progress(progress: Progress, console: Console) -> list[RenderableType]:
         line.add_column(no_wrap=True)
         line.add_row(Text("generating", "bold"), bar, done)
     between = ", " if console.options.ascii_only else " \N{MIDDLE DOT} "
-    return [line, Text(between.join(progress.facts()))]
+    table = [_workers(progress.workers)] if progress.workers else []
+    return [line, Text(between.join(progress.facts())), *table]
+
+
+def _workers(workers: Sequence[WorkerLine]) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold", show_edge=False)
+    for name in ("worker", "place", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "slots", "heard"):
+        table.add_column(name, justify="right", no_wrap=True)
+    now = time.monotonic()
+    for one in workers:
+        heard = now - one.heard
+        style = "red" if heard >= _SILENT_SECONDS else None
+        table.add_row(
+            str(one.index),
+            shown_on(sys.stderr, one.place),
+            one.phase,
+            f"{one.tokens_per_second:.1f}",
+            f"{one.slots_in_use} of {one.slots}",
+            Text(f"{shown_seconds(heard)} ago", style or ""),
+        )
+    return table

@@ -65,6 +65,8 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
             flags.append(_flag(name, old, files.location))
         elif name in _OF_THE_MODEL:
             flags.append(f"with --model_path {shlex.quote(str(provenance.get('model_id', 'of that model')))}")
+            if (commit := provenance.get("model_commit")) is not None:
+                flags.append(f"--revision {shlex.quote(str(commit))}")
     again = f", or continue it {' '.join(dict.fromkeys(flags))}" if flags else ""
     raise UsageError(
         f"{files.location} was made with other settings ({'; '.join(said)}); choose another "
@@ -120,7 +122,8 @@ def _flag(name: str, value: Any, location: str) -> str:
     """Returns the words of the command line that give a setting its value, after "with" or "without"."""
     if name == "layers_to_extract" and not value:
         return "with --no_extract_activations"
-    if not value and name in ("hook_points", "steer", "capture_before"):
+    unset = ("hook_points", "steer", "capture_before", "min_p", "repetition_penalty", "enable_thinking")
+    if not value and name in unset:
         return f"without --{name}"
     if name in _LISTS:
         return f"with --{name} {_value(name, value)}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from activation_store import ActivationWriter, FinishedSequence
-from arc_runner.cluster.work import Unit, Work, keys_of
 from arc_runner.console import say
 from arc_runner.loaded_model import LoadedModel, finished_sequences
 from arc_runner.progress import Clock
@@ -20,43 +19,36 @@ from qwen2_core.compilation import to_host
 def make_calls(
     calls: Sequence[Call],
     model: LoadedModel,
-    work: Work,
     writer: ActivationWriter,
     report: Report,
     stop: StopRequest,
     watch: Watch,
 ) -> None:
-    """Makes the calls that ``work`` hands out, and stores their sequences, until all are done or ``stop``."""
+    """Makes calls and stores their sequences, until all are done or ``stop``. Closes the writer."""
     compiling = Clock()
     say(f"{len(calls)} calls to make")
-    units = [Unit(keys_of(call.requests), call) for call in calls]
     if model.job.options.generation == "task":
         with compiling, watch.phase("compiling"):
             report.programs = model.compile(calls)
     # Python handles signals on the main thread alone, between two of its instructions. So another thread
     # waits for the device.
     with stop.deferred(), ThreadPoolExecutor(1) as device:
-        while not stop.requested:
-            with watch.generation():
-                for unit in work.take(units, 1):
-                    _make(unit, model, device, writer, watch)
-                    work.progress()
-                    if stop.requested:
-                        break
-            if not work.wait(units):
-                break
+        with watch.generation():
+            for call in calls:
+                if stop.requested:
+                    break
+                _make(call, model, device, writer, watch)
         with watch.generating, watch.phase("storing", "writing the last shards"):
             writer.close()
     report.compile_seconds, report.generate_seconds = compiling.seconds, watch.generating.seconds
 
 
 def _make(
-    unit: Unit, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, watch: Watch
+    call: Call, model: LoadedModel, device: ThreadPoolExecutor, writer: ActivationWriter, watch: Watch
 ) -> None:
     """Makes a call and hands it to the writer."""
-    call = unit.work
     generation = device.submit(model.generate, call).result()
-    new = [key not in writer.committed for key in unit.keys]
+    new = [request.key not in writer.committed for request in call.requests]
     tokens = int(to_host(generation.lengths)[new].sum())
     watch.progress.count_steps(tokens, len(call.requests), len(call.requests))
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from arc_puzzles import encode_prompt
+from arc_puzzles.thinking import takes_enable_thinking
+from arc_runner.errors import UsageError
+from arc_runner.options import RunOptions
 from qwen2_core.chat_template import BoundedTokenizer
 from qwen2_core.checkpoint_files import optional_file, resolve_file
 from qwen2_jax import CheckpointError
@@ -27,7 +30,9 @@ _PROBE = "Input 0123456789"
 _MOST_BYTES = 1 << 30  # of a file; the largest vocabularies have a hundredth
 
 
-def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> BoundedTokenizer:
+def load_tokenizer(
+    model_path: str, vocab_size: int, *, chats: bool = True, revision: str | None = None
+) -> BoundedTokenizer:
     """Loads the tokenizer of the checkpoint (transformers' ``AutoTokenizer``) and tries it out.
 
     Trying is needed: where the vocabulary is missing transformers makes an empty one. Warns of a chat
@@ -42,7 +47,7 @@ def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> B
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer  # takes seconds; bad usage is told at once
 
-    directory = resolve_file(model_path, "tokenizer_config.json").parent
+    directory = resolve_file(model_path, "tokenizer_config.json", revision=revision).parent
     _check_kinds(directory)
     messages = [{"role": role, "content": _PROBE} for role in ("system", "user")]
     tokenizer, expected = None, 2 if chats else 1
@@ -72,11 +77,29 @@ def load_tokenizer(model_path: str, vocab_size: int, *, chats: bool = True) -> B
     return tokenizer
 
 
-def tokenizer_sha256(model_path: str) -> str:
+def check_thinking(options: RunOptions, tokenizer: BoundedTokenizer, *, chats: bool) -> None:
+    """Checks that ``--enable_thinking``, if it is given, has a chat template to be given to.
+
+    Raises:
+        UsageError: the template does not take it, or no prompt goes through one.
+    """
+    if options.enable_thinking is None:
+        return
+    if not chats:
+        raise UsageError(
+            f"--enable_thinking is for chat templates, and {options.prompts} has texts alone; leave it out"
+        )
+    if not takes_enable_thinking(tokenizer):
+        raise UsageError(
+            f"--enable_thinking: the chat template of {options.model_path} does not take it; leave it out"
+        )
+
+
+def tokenizer_sha256(model_path: str, *, revision: str | None = None) -> str:
     """Returns the SHA-256 of the tokenizer's files, those that there are, as hexadecimal digits."""
     digest = hashlib.sha256()
     for name in _FILES:
-        path = optional_file(model_path, name)
+        path = optional_file(model_path, name, revision=revision)
         if path is not None:
             digest.update(path.read_bytes())
     return digest.hexdigest()

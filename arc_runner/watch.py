@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from activation_store import ActivationWriter, FinishedSequence
 from arc_runner.answer_files import answer_files, source_of
@@ -20,6 +21,27 @@ from arc_runner.report import peak_memory
 from arc_runner.waiting import Waiting
 
 
+class LoopWatch(Protocol):
+    """What a loop that generates tells of itself."""
+
+    generating: Clock
+    progress: Progress
+
+    def phase(
+        self, name: str, what: str | Callable[[], str] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Notes that a phase begins, in which ``what`` is waited for."""
+        ...
+
+    def generation(self) -> contextlib.AbstractContextManager[None]:
+        """Counts the seconds inside as those of generation."""
+        ...
+
+    def add(self, ended: FinishedSequence) -> None:
+        """Counts a sequence that has ended."""
+        ...
+
+
 class Watch:
     """Follows what one process makes of a job; a context manager around all of it."""
 
@@ -29,9 +51,7 @@ class Watch:
         self._made: set[str | None] = set()
         self._judge = Judge(job, writer.committed)
         self.generating = Clock()
-        self.progress = Progress(
-            len(self._keys), self.generating, self._judge.solved, process.count if process.claims else 1
-        )
+        self.progress = Progress(len(self._keys), self.generating, self._judge.solved)
         files, source = answer_files(job.options), source_of(job.options, job.settings)
         make_room(files, process.index, source)
         self._metrics = Metrics(files.metrics(process.index), source, self._figures)
@@ -72,6 +92,19 @@ class Watch:
             key in self._writer.committed and key not in self._made for key in self._keys
         )
         memory, _ = peak_memory()
+        now = time.monotonic()
+        workers = [
+            {
+                "host": one.index,
+                "place": one.place,
+                "phase": one.phase,
+                "tokens_per_second": round(one.tokens_per_second, 3),
+                "slots": one.slots,
+                "slots_in_use": one.slots_in_use,
+                "seconds_since_heard": round(now - one.heard, 3),
+            }
+            for one in progress.workers
+        ]
         return {
             "sequences_done": progress.done,
             "sequences_total": progress.total,
@@ -83,4 +116,5 @@ class Watch:
             "tasks_solved": None if solved is None else solved[0],
             "tasks_known": None if solved is None else solved[1],
             "peak_memory_bytes": memory,
+            **({"workers": workers} if workers else {}),
         }

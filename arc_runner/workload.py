@@ -93,6 +93,7 @@ def _ask_puzzles(loaded: LoadedTasks, tokenizer: Any, options: RunOptions) -> li
                     build_messages(task.augmented(variant), test_index, encoder, options.prompt_version)
                     for task, variant, test_index in asked[part.start : part.stop]
                 ],
+                options.thinking,
             )
     ids_of: dict[str, list[SequenceId]] = {task.task_id: [] for task in loaded.tasks}
     for (task, variant, test_index), prompt in zip(asked, prompts, strict=True):
@@ -118,7 +119,7 @@ def _ask_prompts(
     with Waiting(lambda: f"tokenizing: {done} of {len(loaded.prompts)} prompts"):
         for part in _ranges(len(loaded.prompts), _PROMPTS_AT_ONCE):
             prompts = loaded.prompts[part.start : part.stop]
-            encoded = encode_own(tokenizer, [one.content for one in prompts])
+            encoded = encode_own(tokenizer, [one.content for one in prompts], options.thinking)
             done = part.stop
             for one, token_ids in zip(prompts, encoded, strict=True):
                 if isinstance(token_ids, str):

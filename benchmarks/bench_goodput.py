@@ -31,7 +31,7 @@ from benchmarks.machine import PeakMemory, describe, usable_cores
 from generate_jitted import GenerateShape, compile_generate, pad_prompts
 from qwen2_core.requests import PromptBatch
 from qwen2_core.sampling import Sampling, sampling_params
-from qwen2_engine import ContinuousEngine, Occupancy, SequenceRequest
+from qwen2_engine import ContinuousEngine, Occupancy, RunningSlots, SequenceRequest
 from qwen2_jax import load_qwen2
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -131,6 +131,7 @@ def measure_slots(model: Any, params: Any, items: list[SequenceRequest], slots: 
     seconds, prefill, compile_seconds, tokens, expected, peak = 0.0, 0.0, 0.0, 0, 0, 0
     for stage in engine.plan(ordered):
         running = engine.start(stage)
+        assert isinstance(running, RunningSlots)
         prefills = {width: Timed(program) for width, program in running.programs.prefills.items()}
         running.programs = dataclasses.replace(running.programs, prefills=prefills)
         compile_seconds += running.programs.compile_seconds

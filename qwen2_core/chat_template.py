@@ -48,9 +48,11 @@ class BoundedTokenizer:
         return self._tokenizer(*arguments, **named)
 
     def apply_chat_template(
-        self, chats: Sequence[Messages], *, add_generation_prompt: bool, tokenize: bool
+        self, chats: Sequence[Messages], *, add_generation_prompt: bool, tokenize: bool, **choices: Any
     ) -> list[str]:
         """Returns the texts of chats, as Transformers' method with these arguments does.
+
+        ``choices`` are handed to the template, such as Qwen3's ``enable_thinking``.
 
         Raises:
             CheckpointError: the template fails, or takes or writes too much.
@@ -58,10 +60,18 @@ class BoundedTokenizer:
         """
         if tokenize:
             raise ValueError("the chat template gives texts; tokenize them by calling the tokenizer")
-        return [self.render(messages, add_generation_prompt) for messages in chats]
+        return [self.render(messages, add_generation_prompt, **choices) for messages in chats]
 
-    def render(self, messages: Messages, add_generation_prompt: bool = True, clock: str | None = None) -> str:
+    def render(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        clock: str | None = None,
+        **choices: Any,
+    ) -> str:
         """Returns the text of a chat; ``clock`` is the time that the template is told, else now.
+
+        ``choices`` are as for ``apply_chat_template``.
 
         Raises:
             CheckpointError: as ``apply_chat_template``.
@@ -72,6 +82,7 @@ class BoundedTokenizer:
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **choices,
         }
         try:
             if self._process is None:

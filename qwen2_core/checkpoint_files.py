@@ -129,13 +129,13 @@ def resolve_file(source: str | Path, name: str, *, revision: str | None = None) 
     return folder / name
 
 
-def optional_file(source: str | Path, name: str) -> Path | None:
+def optional_file(source: str | Path, name: str, *, revision: str | None = None) -> Path | None:
     """Returns the path of a file that a checkpoint need not have, or None. Does not ask the hub for it alone.
 
     Raises:
         CheckpointError: no such folder or model, or the file is no regular one.
     """
-    path = checkpoint_folder(source) / name
+    path = checkpoint_folder(source, revision=revision) / name
     return path if _is_there(path) else None
 
 

@@ -76,13 +76,17 @@ def program_settings() -> Iterator[None]:
         yield
 
 
-def raise_on_nan(logprobs: Any) -> None:
-    """Does for the log-probabilities of generated tokens what the user's ``jax_debug_nans`` asks for.
+def raise_on_nan(values: Any) -> None:
+    """Does for a pytree of arrays what the user's ``jax_debug_nans`` asks for.
+
+    They are the log-probabilities of generated tokens, all NaN where a logit is, or what was made of prompts.
 
     Raises:
-        FloatingPointError: it is set, and one of them is NaN, as all are where a logit is.
+        FloatingPointError: it is set, and one of them is NaN.
     """
-    if jax.config.values["jax_debug_nans"] and np.isnan(to_host(logprobs)).any():
+    if jax.config.values["jax_debug_nans"] and any(
+        np.isnan(to_host(array)).any() for array in jax.tree.leaves(values)
+    ):
         raise FloatingPointError(
             "Generation computed NaN, which jax_debug_nans looks for; are the weights finite?"
         )

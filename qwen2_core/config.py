@@ -1,7 +1,6 @@
 """Describes a Qwen2 or Qwen3 model: its shape and numerics, read from a Hugging Face ``config.json``.
 
-What this project does not implement (sliding windows, scaled RoPE, other architectures) is refused
-by name here, before any weight is read.
+What this project does not implement is refused by name here, before any weight is read.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ from kvcache_utils import KVCacheConfig
 from qwen2_core.checkpoint_files import read_json_object, resolve_file
 from qwen2_core.errors import CheckpointError
 from qwen2_core.inputs import as_dtype
+from qwen2_core.messages import shown as _shown
+from qwen2_core.rope import RopeScaling
+from qwen2_core.rope_config import read_rope_scaling, rope_settings
+from qwen2_core.windows import Windows, check_layer_types, read_layer_types, windows_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
 # The largest values that are believed: far above every model, far below what would take minutes to refuse.
@@ -66,7 +69,9 @@ class QwenConfig:
     with ``qkv_bias``, the one of attention's output with ``output_bias``. Qwen2 has ``qkv_bias`` alone, Qwen3
     ``qk_norm`` alone.
 
-    The other names and their meaning are those of Hugging Face's ``Qwen2Config``.
+    The other names and their meaning are those of Hugging Face's ``Qwen2Config``. ``rope_scaling`` is one of
+    the classes of ``qwen2_core.rope``. With ``use_sliding_window``, ``layer_types`` says of each layer
+    whether it is "full_attention" or "sliding_attention".
 
     Raises:
         CheckpointError: for sizes that do not fit each other and for features not implemented.
@@ -84,6 +89,8 @@ class QwenConfig:
     tie_word_embeddings: bool = True
     use_sliding_window: bool = False
     sliding_window: int | None = 32768
+    layer_types: tuple[str, ...] | None = None
+    rope_scaling: RopeScaling | None = None
     use_fixed_cache: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
@@ -123,7 +130,7 @@ class QwenConfig:
             raise CheckpointError(
                 f"sliding_window must be an integer or null, not {_shown(self.sliding_window)}."
             )
-        flags = ("tie_word_embeddings", "scan_layers", "use_fixed_cache")
+        flags = ("tie_word_embeddings", "scan_layers", "use_fixed_cache", "use_sliding_window")
         for name in (*flags, "qk_norm", "qkv_bias", "output_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise CheckpointError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
@@ -146,16 +153,35 @@ class QwenConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
             )
-        if self.use_sliding_window:
+        if not isinstance(self.rope_scaling, RopeScaling | None):
             raise CheckpointError(
-                "use_sliding_window (sliding_attention layers) is not implemented: attention here is always "
-                "over the whole context. Use a checkpoint without a sliding window."
+                "rope_scaling must be one of the classes of qwen2_core.rope, such as Yarn, not "
+                f"{_shown(self.rope_scaling)}."
             )
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self.rope_theta, self.head_dim)
+        layer_types = None
+        if self.use_sliding_window:
+            check_layer_types(self.layer_types, self.num_hidden_layers)
+            layer_types = tuple(self.layer_types or ())
+        object.__setattr__(self, "layer_types", layer_types)
+        windows_of(layer_types, self.sliding_window, self.num_hidden_layers)
 
     @property
     def q_heads_per_kv_head(self) -> int:
         """Returns how many query heads share one head of keys and values (grouped-query attention)."""
         return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def windows(self) -> Windows:
+        """Returns how many positions each layer sees, the token's own included; None for all."""
+        return windows_of(self.layer_types, self.sliding_window, self.num_hidden_layers)
+
+    @property
+    def context_length(self) -> int:
+        """Returns how many tokens a text may have: ``max_position_embeddings``, or what RoPE is scaled to."""
+        scaled = 0 if self.rope_scaling is None else self.rope_scaling.context_length
+        return max(self.max_position_embeddings, scaled)
 
     def kv_cache(
         self,
@@ -215,8 +241,8 @@ class QwenConfig:
         missing = [name for name in _REQUIRED if name not in hf]
         if missing:
             raise CheckpointError(f"The model config lacks {', '.join(missing)}; is it a Qwen2 config.json?")
-        said = _UNSAID | _UNSAID_OF[hf["model_type"]] | dict(hf)
-        said["rope_theta"] = _rope(hf).get("rope_theta", said["rope_theta"])
+        said, rope = _UNSAID | _UNSAID_OF[hf["model_type"]] | dict(hf), rope_settings(hf)
+        said["rope_theta"] = rope.get("rope_theta", said["rope_theta"])
         if said["num_key_value_heads"] is None:
             said["num_key_value_heads"] = said["num_attention_heads"]
         names = [*_SIZES, *_NUMBERS, "tie_word_embeddings", "sliding_window", "head_dim"]
@@ -228,7 +254,12 @@ class QwenConfig:
             raise CheckpointError(f"The checkpoint's dtype {dtype} is not one of {', '.join(_DTYPES)}.")
         try:
             config = cls(dtype=jnp.dtype(dtype), **kwargs)
-            return config.replace(use_sliding_window=_slides(said))
+            layer_types = read_layer_types(said)
+            return config.replace(
+                use_sliding_window=layer_types is not None,
+                layer_types=layer_types,
+                rope_scaling=read_rope_scaling(rope, config.max_position_embeddings),
+            )
         except CheckpointError as error:
             unsaid = [name for name in _UNSAID if name not in hf and f"{name} {_UNSAID[name]}" in str(error)]
             if not unsaid:
@@ -256,44 +287,6 @@ def _of_qwen3(said: Mapping[str, Any]) -> dict[str, bool]:
     return {"qk_norm": True, "qkv_bias": bias, "output_bias": bias}
 
 
-def _rope(hf: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the RoPE parameters: those of ``rope_scaling``, the older spelling, come first."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = hf.get(name)
-        if rope is not None and not isinstance(rope, Mapping):
-            raise CheckpointError(f"{name} must be an object, not {_shown(rope)}.")
-        if rope:
-            return rope
-    return {}
-
-
-def _slides(hf: Mapping[str, Any]) -> bool:
-    """Returns whether any layer attends to a sliding window only, as Transformers decides it."""
-    use, window, first = (hf.get(k) for k in ("use_sliding_window", "sliding_window", "max_window_layers"))
-    if not isinstance(use, bool | None):
-        raise CheckpointError(f"use_sliding_window must be true or false, not {_shown(use)}.")
-    layers = hf.get("layer_types")
-    if layers is None:
-        if type(first) is not int:
-            raise CheckpointError(f"max_window_layers must be an integer, not {_shown(first)}.")
-        return bool(use) and window is not None and first < hf["num_hidden_layers"]
-    if not isinstance(layers, list | tuple) or len(layers) != hf["num_hidden_layers"]:
-        raise CheckpointError(f"layer_types must be a list of {_shown(hf['num_hidden_layers'])} names.")
-    other = [name for name in layers if name not in ("full_attention", "sliding_attention")]
-    if other:
-        raise CheckpointError(f"layer_types {_shown(other[0])} is not implemented; use 'full_attention'.")
-    return "sliding_attention" in layers
-
-
-def _shown(value: Any) -> str:
-    """Returns a value for an error message, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
     model_type = hf.get("model_type")
     if model_type not in list(_UNSAID_OF):
@@ -301,17 +294,6 @@ def _refuse_unsupported(hf: Mapping[str, Any]) -> None:
             f"This is a {_shown(model_type)} model; only model_type 'qwen2' (Qwen2, Qwen2.5) and 'qwen3' "
             "(dense Qwen3) are implemented."
         )
-    for name in ("rope_scaling", "rope_parameters"):
-        if hf.get(name) and isinstance(hf[name], Mapping):
-            rope = hf[name]
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind != "default":
-                raise CheckpointError(
-                    f"{name} of type {_shown(kind)} is not implemented. Use a checkpoint without RoPE "
-                    f"scaling (or remove {name} from config.json if the context stays within the unscaled)."
-                )
-            if "full_attention" in rope or "sliding_attention" in rope:
-                raise CheckpointError(f"{name} of its own for each kind of layer is not implemented.")
     if hf.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"hidden_act {_shown(hf['hidden_act'])} is not implemented; Qwen2 uses 'silu'.")
     if hf.get("quantization_config") is not None:

@@ -17,7 +17,7 @@ from qwen2_core.hook_points import LN_FINAL, RESID_POST
 from qwen2_core.hooks import PointLayers
 from qwen2_core.inputs import as_int
 from qwen2_core.requests import PromptBatch
-from qwen2_core.sampling import SamplingParams
+from qwen2_core.sampling import SamplingParams, SamplingShape
 from qwen2_core.steering import Steering, steer_prompts
 
 
@@ -108,12 +108,12 @@ class GenerateShape:
 
     num_prompts: int
     prompt_width: int
-    max_tokens: int
+    max_tokens: int  # 0: the prompts are read, and nothing is generated
     samples_per_prompt: int = 1
     cache_dtype: Any = None  # the model's by default
     stop: bool = True  # end when every row has met an EOS id
     capture_prompt: bool = False
-    eos_capacity: int = 8
+    sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
 
     @property
     def batch_size(self) -> int:
@@ -124,30 +124,40 @@ class GenerateShape:
         """Returns the sizes of the KV cache."""
         return config.kv_cache(
             self.prompt_width,
-            self.max_tokens,
+            max(self.max_tokens, 1),
             num_prompts=self.num_prompts,
             samples_per_prompt=self.samples_per_prompt,
             dtype=self.cache_dtype,
         )
 
     def nbytes(self, model: Any) -> int:
-        """Returns the bytes of the KV cache and of the activation buffers that one call allocates."""
+        """Returns the bytes of the KV cache and of the other buffers that one call allocates."""
         rows = model.captured_bytes(self.max_tokens, self.batch_size)
         if self.capture_prompt:
             rows += model.captured_bytes(self.prompt_width, self.num_prompts)
-        return self.cache_config(model.config).nbytes + rows
+        seen = self.batch_size * model.config.vocab_size if self.sampling.repetition_penalty else 0
+        return self.cache_config(model.config).nbytes + rows + seen
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledGenerate:
-    """The two executables of one shape."""
+    """The executables of one shape."""
 
     shape: GenerateShape
-    prefill: jax.stages.Compiled  # as run_prefill, from params on
-    decode: jax.stages.Compiled  # as run_decode, from params on
+    programs: tuple[jax.stages.Compiled, ...]  # prefill, and decode unless nothing is generated
     compile_seconds: float
     layers: tuple[int, ...] = ()  # the model's capture_layers
     point_layers: PointLayers = ()  # the model's capture_points
+
+    @property
+    def prefill(self) -> jax.stages.Compiled:
+        """The program of ``run_prefill``, from params on."""
+        return self.programs[0]
+
+    @property
+    def decode(self) -> jax.stages.Compiled:
+        """The program of ``run_decode``, from params on."""
+        return self.programs[1]
 
     @program_settings()
     def __call__(
@@ -158,14 +168,15 @@ class CompiledGenerate:
         sequence_ids: np.ndarray,
         steering: Steering | None = None,
     ) -> Generation:
-        """Runs both, one after the other. Returns at once; the device may still compute."""
+        """Runs them, one after the other. Returns at once; the device may still compute."""
         of_prompts, of_rows = (), ()
         if steering is not None:
             of_prompts, of_rows = (steer_prompts(steering, len(prompts.lengths)),), (steering,)
         state, (prompt_activations, prompt_points) = self.prefill(
             params, prompts, sampling, sequence_ids, *of_prompts
         )
-        state = self.decode(params, state, sampling, sequence_ids, *of_rows)
+        if self.shape.max_tokens:
+            state = self.decode(params, state, sampling, sequence_ids, *of_rows)
         return Generation(
             token_ids=state.token_ids,
             lengths=state.lengths,

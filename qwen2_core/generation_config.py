@@ -1,7 +1,7 @@
 """What a checkpoint's ``generation_config.json`` decides here, and what it asks for that nothing applies.
 
-Sampling is what a call or a command line says. Of the file only the EOS ids count; its lengths are left to
-whoever generates.
+Sampling is what a call or a command line says. Of the file only the EOS ids count by themselves; its lengths
+are left to whoever generates. ``checkpoint_sampling`` is the sampling that it asks for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from qwen2_core.checkpoint_files import optional_file, read_json_object
 from qwen2_core.errors import CheckpointError
+from qwen2_core.sampling import Sampling
 
 _NAME = "generation_config.json"
 # Each of Transformers' settings that changes which tokens come, and the value that changes nothing.
@@ -52,18 +53,21 @@ _WHEN_SAMPLING: dict[str, Any] = {
 }
 
 
-def eos_token_ids(source: str | Path | None, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def eos_token_ids(
+    source: str | Path | None, tokenizer: Any, vocab_size: int, *, revision: str | None = None
+) -> tuple[int, ...]:
     """Returns the token ids that end an answer, sorted.
 
     They are those of generation_config.json and config.json, the tokenizer's own, and ``<|im_end|>``, the end
-    of a chat turn. ``source`` is the checkpoint's directory or hub id; without one its files are not read.
+    of a chat turn. ``source`` is the checkpoint's directory or hub id, of ``revision``; without one its files
+    are not read.
 
     Raises:
         CheckpointError: one of them is no token of the vocabulary, or a file is no JSON object.
     """
     found = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>")]
     for name in (_NAME, "config.json"):
-        path = None if source is None else optional_file(source, name)
+        path = None if source is None else optional_file(source, name, revision=revision)
         if path is None:  # a checkpoint need not have the first
             continue
         value = read_json_object(path).get("eos_token_id")
@@ -77,19 +81,45 @@ def eos_token_ids(source: str | Path | None, tokenizer: Any, vocab_size: int) ->
     return tuple(sorted(set(given)))
 
 
-def unapplied_settings(source: str | Path, applied: Mapping[str, Any] | None = None) -> str | None:
+def checkpoint_sampling(source: str | Path, *, revision: str | None = None) -> Sampling:
+    """Returns the sampling that a checkpoint's ``generation_config.json`` asks for; greedy without one.
+
+    Transformers samples with its temperature, top_k, top_p and min_p only where it has ``do_sample``. What it
+    does not name is off; there Transformers would take its own top_k of 50.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, the file is no JSON object, or a value cannot be.
+    """
+    path = optional_file(source, _NAME, revision=revision)
+    asked = {} if path is None else read_json_object(path)
+    names = ["repetition_penalty"]
+    values: dict[str, Any] = {}
+    if asked.get("do_sample") is True:
+        names += ["temperature", "top_k", "top_p", "min_p"]
+        values["temperature"] = 1.0
+    values |= {name: asked[name] for name in names if asked.get(name) is not None}
+    try:
+        return Sampling(**values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} asks for a sampling that cannot be: {error}") from error
+
+
+def unapplied_settings(
+    source: str | Path, applied: Mapping[str, Any] | None = None, *, revision: str | None = None
+) -> str | None:
     """Returns a sentence that names the settings of ``generation_config.json`` which are not applied.
 
     None where there are none: the file is missing, or its settings change nothing or are ``applied``.
 
     Args:
         source: the checkpoint's directory or hub id.
-        applied: the ``temperature`` (0 is greedy), ``top_k`` and ``top_p`` that are used, if known.
+        applied: the values of ``Sampling`` that are used, if known.
+        revision: branch, tag or commit of a hub model.
 
     Raises:
         CheckpointError: there is no such checkpoint, or the file is no JSON object.
     """
-    path = optional_file(source, _NAME)
+    path = optional_file(source, _NAME, revision=revision)
     if path is None:
         return None
     asked = read_json_object(path)

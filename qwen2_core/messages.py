@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 _NAMES_COMPARED = 10_000  # entries of a directory
 # The user's part of a URL, as in s3://key:secret@bucket, and parameters such as ?token=...
@@ -50,6 +51,15 @@ def _similar_path(path: Path) -> Path | None:
             part = close[0]
         found /= part
     return found
+
+
+def shown(value: Any) -> str:
+    """Returns a value for an error message, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def masked(text: str) -> str:

@@ -61,3 +61,25 @@ def read_mask(
         if (valid[:, 1:] & ~valid[:, :-1]).any():
             raise ValueError("A prefill's attention_mask must have its padding on the right.")
     return jnp.asarray(mask) != 0
+
+
+def text_lengths(
+    positions: Int32[Array, "batch tokens"],
+    key_valid: Bool[Array, "batch positions"] | None,
+    kv_caches: Any,
+    prompt_lengths: ArrayLike | None,
+) -> Int32[Array, "batch tokens"]:
+    """Returns the length of the text in which each token is read, for RoPE that follows it.
+
+    That is the number of positions up to the row's last token of this forward pass, padding left out. With
+    ``prompt_lengths`` a pass over a whole sequence gives each token the length that it had when it was
+    generated: the prompt's, or for a generated token its position plus one.
+    """
+    own = positions + 1
+    if isinstance(kv_caches, KVCache):
+        return own
+    if prompt_lengths is not None and not isinstance(kv_caches, PrefillCache):
+        return jnp.maximum(own, jnp.asarray(prompt_lengths, jnp.int32).reshape(-1, 1))
+    if key_valid is not None:
+        own = jnp.where(key_valid[:, -positions.shape[1] :], own, 0)
+    return jnp.broadcast_to(own.max(axis=1, keepdims=True), positions.shape)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32, UInt32
 
 from qwen2_core.config import QwenConfig
-from qwen2_core.inputs import integer_row, mask_rows, token_rows
+from qwen2_core.inputs import integer_row, mask_rows, token_rows, whole_number
 
 LEAST_SEQUENCE_ID, MOST_SEQUENCE_ID = -(2**31), 2**32 - 1  # random keys take 32 bits of them
 _MOST_SEQUENCES = 1 << 24  # in one call; far more than memory holds
@@ -37,7 +37,7 @@ class SequenceRequest:
     """
 
     prompt_token_ids: Int32[np.ndarray, " prompt"]
-    max_tokens: int
+    max_tokens: int  # 0: read the prompt for its rows alone, with capture_prompt
     sampling_id: int  # -2**31 to 2**32 - 1; random keys derive from (seed, sampling_id, step)
     id: Any = None
     key: str | None = None
@@ -101,6 +101,21 @@ def pad_to(prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> PromptB
     return PromptBatch(ids, np.array([len(prompt) for prompt in prompts], np.int32))
 
 
+def check_max_tokens(max_tokens: Any, prompt_rows: bool, how: str) -> int:
+    """Returns the number of tokens to generate at most; 0 only where the prompts' rows are captured.
+
+    Raises:
+        ValueError: no whole number, or nothing is asked for; ``how`` is what would ask for prompts' rows.
+    """
+    max_tokens = whole_number("max_tokens", max_tokens, 0)
+    if not max_tokens and not prompt_rows:
+        raise ValueError(
+            "max_tokens 0 generates nothing, and no rows of prompts are asked for: "
+            f"say {how}, of a model that captures, or give at least 1."
+        )
+    return max_tokens
+
+
 def check_prompts(
     config: QwenConfig, input_ids: Any, prompt_lengths: Any, max_tokens: int, attention_mask: Any = None
 ) -> PromptBatch:
@@ -150,10 +165,10 @@ def check_prompts(
                 f"Token id {row[column]} (prompt {number}, position {column}) is outside the vocabulary of "
                 f"{config.vocab_size}; does the tokenizer belong to the model?"
             )
-    if longest + max_tokens > config.max_position_embeddings:
+    if longest + max_tokens > config.context_length:
         raise ValueError(
             f"A prompt of {longest} tokens and {max_tokens} new ones exceed the model's context of "
-            f"{config.max_position_embeddings}; shorten the prompt or lower max_tokens."
+            f"{config.context_length}; shorten the prompt or lower max_tokens."
         )
     return pad_to(rows, width)
 

@@ -177,7 +177,7 @@ def check_prompt_strengths(steering: Steering | None, lengths: Int32[np.ndarray,
 
 
 def _place(one: Intervention, config: QwenConfig) -> Placed:
-    name, most = type(one).__name__, config.max_position_embeddings
+    name, most = type(one).__name__, config.context_length
     point = check_point(one.point)
     layers = point_layers(f"{name}.layers", point, one.layers, config.num_hidden_layers)
     checks = ValueChecks(name, config, len(layers), width_of(point, config))

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_core.checkpoint_files import (
-    checkpoint_folder,
     is_hub_id,
     open_tensors,
     read_json_object,
@@ -33,9 +32,10 @@ from qwen2_core.checkpoint_files import (
 from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig, said_dtype
 from qwen2_core.errors import CheckpointError
-from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.generation_config import checkpoint_sampling, unapplied_settings
 from qwen2_core.inputs import yes_or_no
 from qwen2_core.kernels.cpu.library import is_available
+from qwen2_core.sampling import Sampling
 from qwen2_core.sharding import Layout, make_layout
 from qwen2_core.tensor_names import HEAD, TensorSpec, is_tied, locate, locate_stored, tensor_specs
 
@@ -108,12 +108,15 @@ def load_qwen2(
 
 
 def _warn_of_unapplied_settings(path_or_hub_id: str | Path, revision: str | None) -> None:
+    sampling = "sampling is what a call says"
     try:
-        unapplied = unapplied_settings(checkpoint_folder(path_or_hub_id, revision=revision))
+        unapplied = unapplied_settings(path_or_hub_id, revision=revision)
+        if unapplied and (asked := checkpoint_sampling(path_or_hub_id, revision=revision)) != Sampling():
+            sampling += f", and sampling={asked.describe()} says it so"
     except CheckpointError as error:  # the weights are as good without it
         unapplied = f"no generation_config.json is read: {error}"
     if unapplied:
-        _logger.warning("%s: %s; sampling is what a call says", path_or_hub_id, unapplied)
+        _logger.warning("%s: %s; %s", path_or_hub_id, unapplied, sampling)
 
 
 def read_config(

@@ -29,7 +29,7 @@ import numpy as np
 
 from activation_store.format import FinishedSequence
 from generate_jitted import Rows
-from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan, to_host
+from qwen2_core.compilation import check_surroundings, program_settings, raise_on_nan
 from qwen2_core.hook_points import RESID_POST
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
 from qwen2_core.intervention_values import finite_numbers
@@ -38,28 +38,20 @@ from qwen2_core.requests import (
     LEAST_SEQUENCE_ID,
     MOST_SEQUENCE_ID,
     SequenceRequest,
+    check_max_tokens,
     check_prompts,
-    pad_to,
     unpadded,
 )
 from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
 from qwen2_core.steering import Steering, steer
-from qwen2_engine.decode_window import STEP_ALIGNMENT, PrefilledPrompt, SlotShape, SlotState, Window
+from qwen2_engine.decode_window import STEP_ALIGNMENT, SlotShape, SlotState, Window
 from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory, Stage, device_memory_budget
-from qwen2_engine.programs import SlotPrograms, compile_slots
+from qwen2_engine.programs import SlotPrograms, compile_prompts, compile_slots
+from qwen2_engine.prompt_reading import Occupancy, PromptReader, Prompts, by_point, prompt_key
 from qwen2_jax import QwenModel, check_model
 
 logger = logging.getLogger(__name__)
-
-
-class Occupancy(NamedTuple):
-    """How one window's slots were used."""
-
-    slots: int
-    steps: int  # made by every slot
-    live_steps: int  # in which a slot's sequence was alive, over all slots
-    prompts: int  # different prompts that were read before it
 
 
 class ContinuousEngine:
@@ -87,7 +79,8 @@ class ContinuousEngine:
             model: rows are captured if it is one of ``create_model_with_hooks``.
             params: the parameter tree. Everything runs where the weights are.
             slots: sequences at once, on each group of devices; fewer where memory is short.
-            max_tokens: generated tokens that a slot has room for; by default each plan's longest.
+            max_tokens: generated tokens that a slot has room for; by default each plan's longest. 0 for
+                requests of 0 tokens, which want their prompts' rows alone.
             window: steps between two refills, a multiple of 16. Each ending sequence wastes half a window.
                 Another window may change results' last bits, as it changes the cache's size.
             eos_token_ids: ids that end a sequence.
@@ -109,7 +102,7 @@ class ContinuousEngine:
         self.layout = layout_of(model.config, params)
         self._sampling = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
         self._steering = steer(interventions, model.config, None)
-        self._max_tokens = None if max_tokens is None else whole_number("max_tokens", max_tokens, 1)
+        self._max_tokens = None if max_tokens is None else whole_number("max_tokens", max_tokens, 0)
         self._shape = SlotShape(
             whole_number("slots", slots, 1),
             prompt_width=1,
@@ -117,7 +110,7 @@ class ContinuousEngine:
             window=whole_number("window", window, 1),
             cache_dtype=cache_dtype_of(cache_dtype),
             capture_prompt=yes_or_no("capture_prompt", capture_prompt) and model.captures,
-            eos_capacity=len(self._sampling.eos_token_ids),
+            sampling=self._sampling.shape,
             interventions=0 if self._steering is None else len(self._steering.placed),
         )
         self._budget = (
@@ -154,7 +147,7 @@ class ContinuousEngine:
             for stage in stages:
                 if should_stop():
                     return
-                of_stage = [request for request in ordered if request.width in stage.widths]
+                of_stage = filter(stage.takes, ordered)
                 yield from self.start(stage).generate(of_stage, should_stop=should_stop, on_window=on_window)
 
         return generate()
@@ -184,14 +177,16 @@ class ContinuousEngine:
                 raise ValueError(
                     "A request asks for its prompt's rows: make the engine with capture_prompt=True."
                 )
-            groups.setdefault(_prompt_key(request, self._steering), []).append(request)
+            groups.setdefault(prompt_key(request, self._steering), []).append(request)
         ordered = sorted(groups.values(), key=lambda group: group[0].width)
         return [request for group in ordered for request in group]
 
     def _checked(self, request: Any) -> SequenceRequest:
         if not isinstance(request, SequenceRequest):
             raise ValueError(f"requests must be SequenceRequest, not {type(request).__name__}.")
-        max_tokens = whole_number("max_tokens", request.max_tokens, 1)
+        capture_prompt = yes_or_no("capture_prompt", request.capture_prompt)
+        prompt_rows = capture_prompt and self.model.captures
+        max_tokens = check_max_tokens(request.max_tokens, prompt_rows, "capture_prompt=True")
         rows = unpadded("prompt_token_ids", request.prompt_token_ids)
         if len(rows) != 1:
             raise ValueError(f"A SequenceRequest has one prompt, not {len(rows)}.")
@@ -201,7 +196,7 @@ class ContinuousEngine:
             prompt_token_ids=prompts.input_ids[0],
             max_tokens=max_tokens,
             sampling_id=whole_number("sampling_id", request.sampling_id, LEAST_SEQUENCE_ID, MOST_SEQUENCE_ID),
-            capture_prompt=yes_or_no("capture_prompt", request.capture_prompt),
+            capture_prompt=capture_prompt,
             strengths=self._strengths(request.strengths),
         )
 
@@ -221,10 +216,24 @@ class ContinuousEngine:
         return np.broadcast_to(strengths, own.shape)
 
     def plan(self, requests: Sequence[SequenceRequest]) -> list[Stage]:
-        """Returns the stages that requests are generated in, short prompts first (``memory_plan``)."""
+        """Returns the stages that requests are generated in, short prompts first (``memory_plan``).
+
+        Requests of 0 tokens are in a stage of their own, the first, which has no slots.
+        """
         longest = max((request.max_tokens for request in requests), default=1)
-        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or longest)
-        return self._planner.stages({request.width for request in requests}, shape, self._budget)
+        read = self.stages({request.width for request in requests if request.max_tokens == 0}, 0)
+        generated = {request.width for request in requests if request.max_tokens > 0}
+        return [*read, *self.stages(generated, longest)]
+
+    def stages(self, widths: Iterable[int], max_tokens: int) -> list[Stage]:
+        """Returns the stages of requests whose prompts are of some widths; ``plan``, before they are known.
+
+        ``max_tokens`` are the longest request's; 0 where all are of 0 tokens.
+        """
+        shape = dataclasses.replace(self._shape, max_tokens=self._max_tokens or max_tokens or 1)
+        if max_tokens == 0:
+            return self._planner.reading_stages(widths, shape)
+        return self._planner.stages(widths, shape, self._budget)
 
     def estimate(self, stage: Stage) -> int:
         """Estimates the bytes that a stage takes on each device, before anything is compiled."""
@@ -233,8 +242,8 @@ class ContinuousEngine:
     @program_settings()
     def start(
         self, stage: Stage, compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext
-    ) -> RunningSlots:
-        """Compiles a stage's programs and makes its slots, all free.
+    ) -> RunningSlots | PromptReader:
+        """Compiles a stage's programs and makes its slots, all free; none for requests of 0 tokens.
 
         ``compiling(name)`` is entered around the compilation of each program, on threads.
 
@@ -242,9 +251,11 @@ class ContinuousEngine:
         are tried, and a warning is logged.
         """
         placed = () if self._steering is None else self._steering.placed
-        programs = compile_slots(
-            self.model, self.params, self.layout, stage.shape, stage.widths, placed, compiling
-        )
+        asked = (self.model, self.params, self.layout, stage.shape, stage.widths, placed, compiling)
+        if stage.shape.reads_only:
+            reading = compile_prompts(*asked)
+            return PromptReader(reading, self.params, self._planner.memory(reading), self._steering)
+        programs = compile_slots(*asked)
         try:
             slots = programs.create()
             steered = (placed,) if placed else ()
@@ -304,12 +315,6 @@ class _Share(NamedTuple):
     ended: bool
 
 
-class _ReadPrompts(NamedTuple):
-    keys: list[bytes]  # of each group's prompt
-    prompts: PrefilledPrompt
-    rows: Rows  # [layers, width, groups, hidden] each
-
-
 class RunningSlots:
     """The slots of one stage, on the device, and the loop that refills them."""
 
@@ -326,22 +331,23 @@ class RunningSlots:
         self._slots, self._params, self._sampling = slots, params, sampling
         self._steering = steering
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
-        self._requests: Iterator[SequenceRequest] = iter(())
+        self._requests: Iterator[SequenceRequest | None] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
-        self._read: _ReadPrompts | None = None
-        self._prompts_read = 0
+        self._prompts = Prompts(params, steering)
 
     def generate(
         self,
-        requests: Iterable[SequenceRequest],
+        requests: Iterable[SequenceRequest | None],
         *,
         should_stop: Callable[[], bool] = lambda: False,
         on_window: Callable[[Occupancy], None] = lambda _: None,
     ) -> Iterator[FinishedSequence]:
-        """Generates requests in their order and yields each as it ends.
+        """Generates requests in their order and yields each as it ends; may be called again after its end.
 
         Args:
-            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free.
+            requests: from ``ContinuousEngine.order``; taken from the iterable as slots become free. None says
+                that there is none yet: it is asked for again before the next window. It ends once no slot is
+                in use and there is none, or no more.
             should_stop: as of ``ContinuousEngine.run``.
             on_window: as of ``ContinuousEngine.run``.
         """
@@ -366,7 +372,8 @@ class RunningSlots:
         groups = self.programs.layout.data_parallel
         while chosen := self._choose():
             idle = next(iter(chosen.values()))  # read by a group that has no free slot, for nothing
-            read = self._prompts([chosen.get(group, idle)[1] for group in range(groups)])
+            of_groups = [chosen.get(group, idle)[1] for group in range(groups)]
+            read = self._prompts.read(self.programs.prefills, of_groups)
             slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
             sequence_ids = np.zeros(groups, np.uint32)
             for group, (slot, request) in chosen.items():
@@ -374,11 +381,11 @@ class RunningSlots:
                 sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
             strengths = ()
             if self._steering is not None:
-                strengths = (np.stack([chosen.get(group, idle)[1].strengths for group in range(groups)]),)
+                strengths = (np.stack([request.strengths for request in of_groups]),)
             self._slots = self.programs.insert(
                 self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, *strengths
             )
-            rows = _by_point(read.rows) if any(one.capture_prompt for _, one in chosen.values()) else {}
+            rows = by_point(read.rows) if any(one.capture_prompt for _, one in chosen.values()) else {}
             for group, (slot, request) in chosen.items():
                 sequence = _RunningSequence(request)
                 if request.capture_prompt:
@@ -405,22 +412,6 @@ class RunningSlots:
             chosen[group] = (slots.index(None), request)
         return chosen
 
-    def _prompts(self, requests: list[SequenceRequest]) -> _ReadPrompts:
-        """Reads a prompt for each group, unless they were the last ones too."""
-        keys = [_prompt_key(request, self._steering) for request in requests]
-        if self._read is None or self._read.keys != keys:
-            self._read = None  # makes room for the next one
-            width = requests[0].width
-            prompts = pad_to([request.prompt_token_ids for request in requests], width)
-            steered = ()
-            if self._steering is not None:
-                strengths = np.stack([_prompt_strengths(request, self._steering) for request in requests])
-                steered = (dataclasses.replace(self._steering, strengths=strengths),)
-            read = self.programs.prefills[width](self._params, *prompts, *steered)
-            self._read = _ReadPrompts(keys, *read)
-            self._prompts_read += len(set(keys))
-        return self._read
-
     @program_settings()
     def _dispatch(self) -> Window:
         """Starts the next window; returns before it has computed."""
@@ -442,37 +433,20 @@ class RunningSlots:
             shares.append(_Share(sequence, slot, count, bool(ended[slot])))
             if ended[slot]:
                 self._running[slot] = None
-        on_window(Occupancy(len(counts), int(counts.max()), int(counts.sum()), self._prompts_read))
-        self._prompts_read = 0
+        on_window(Occupancy(len(counts), int(counts.max()), int(counts.sum()), self._prompts.count))
+        self._prompts.count = 0
         return shares
 
     def _copy_out(self, rows: Rows, shares: list[_Share]) -> Iterator[FinishedSequence]:
-        by_point = _by_point(rows)
+        on_host = by_point(rows)
         for share in shares:
             share.sequence.add_rows(
-                {point: of[:, : share.tokens, share.slot] for point, of in by_point.items()}
+                {point: of[:, : share.tokens, share.slot] for point, of in on_host.items()}
             )
             if share.ended:
                 finished = share.sequence.finish(np.asarray(self._sampling.eos_token_ids))
                 raise_on_nan(finished.logprobs)
                 yield finished
-
-
-def _by_point(rows: Rows) -> dict[str, np.ndarray]:
-    """Returns rows on the host, those of the chosen layers' outputs among the other points'."""
-    activations, points = rows
-    every = points if activations is None else {RESID_POST: activations, **points}
-    return {point: to_host(of_point) for point, of_point in every.items()}
-
-
-def _prompt_key(request: SequenceRequest, steering: Steering | None) -> bytes:
-    """Returns what decides what is read of a request's prompt."""
-    tokens = request.prompt_token_ids.tobytes()
-    return tokens if steering is None else tokens + _prompt_strengths(request, steering).tobytes()
-
-
-def _prompt_strengths(request: SequenceRequest, steering: Steering) -> np.ndarray:
-    return steering.of_prompt(request.strengths, len(request.prompt_token_ids))
 
 
 def _fresh(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -32,7 +32,7 @@ from kvcache_utils import (
     update_slice,
 )
 from qwen2_core.kernels.attention import DECODE_KEYS
-from qwen2_core.sampling import SamplingParams, sample_tokens, sequence_keys
+from qwen2_core.sampling import SamplingParams, SamplingShape, sample_tokens, sequence_keys, tokens_in
 from qwen2_core.steering import Placed, Steering
 from qwen2_jax import QwenModel
 
@@ -44,7 +44,7 @@ class SlotShape:
     """Sizes of the programs of one group of devices.
 
     ``slots`` sequences at once, prompts of up to ``prompt_width`` tokens, ``window`` steps between two
-    refills.
+    refills. With 0 ``max_tokens`` prompts are read, and there are no slots.
 
     Raises:
         ValueError: no slots, or a window that is no multiple of ``STEP_ALIGNMENT``.
@@ -56,7 +56,7 @@ class SlotShape:
     window: int = STEP_ALIGNMENT
     cache_dtype: Any = None  # the model's by default
     capture_prompt: bool = False  # prefills return the prompt's rows too
-    eos_capacity: int = 8
+    sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
     interventions: int = 0  # each slot has a strength of its own for each
 
     def __post_init__(self) -> None:
@@ -66,9 +66,20 @@ class SlotShape:
             raise ValueError(f"window must be a multiple of {STEP_ALIGNMENT}, not {self.window}.")
 
     @property
+    def reads_only(self) -> bool:
+        """Whether prompts are read for their rows alone."""
+        return self.max_tokens == 0
+
+    @property
     def one_prompt(self) -> SlotShape:
         """The shape that prefills are compiled for: one prompt, whatever the slots and their windows."""
-        return dataclasses.replace(self, slots=1, max_tokens=1, window=STEP_ALIGNMENT, eos_capacity=8)
+        return dataclasses.replace(
+            self,
+            slots=1,
+            max_tokens=1,
+            window=STEP_ALIGNMENT,
+            sampling=SamplingShape(repetition_penalty=self.sampling.repetition_penalty),
+        )
 
     def cache_config(self, model: QwenModel) -> KVCacheConfig:
         """Returns the sizes of the cache, both parts in whole blocks, so that the last block is not cut."""
@@ -101,6 +112,8 @@ class SlotState:
     strengths: Float32[Array, "slots interventions"] | None = dataclasses.field(
         metadata=axes("rows", "interventions")
     )
+    # Tokens that the slot's sequence has; only where there is a repetition penalty.
+    seen: Bool[Array, "slots vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"))
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +136,7 @@ class PrefilledPrompt:
 
     cache: PrefillCache  # of one row, as wide as a slot's
     logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=axes("rows", "vocab"))
+    seen: Bool[Array, "1 vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"))  # its tokens
 
 
 def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
@@ -136,13 +150,21 @@ def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
         sequence_ids=jnp.zeros(slots, jnp.uint32),
         limits=jnp.zeros(slots, jnp.int32),
         strengths=jnp.zeros((slots, shape.interventions)) if shape.interventions else None,
+        seen=_no_tokens(model, shape, slots),
     )
 
 
 def empty_prompt(model: QwenModel, shape: SlotShape) -> PrefilledPrompt:
     """Creates a prompt's buffers with nothing read."""
     cache = create_kv_cache_buffers(shape.prompt_cache_config(model)).prefill
-    return PrefilledPrompt(cache, jnp.zeros((1, model.config.vocab_size), jnp.float32))
+    logits = jnp.zeros((1, model.config.vocab_size), jnp.float32)
+    return PrefilledPrompt(cache, logits, _no_tokens(model, shape, 1))
+
+
+def _no_tokens(model: QwenModel, shape: SlotShape, rows: int) -> Array | None:
+    if not shape.sampling.repetition_penalty:
+        return None
+    return jnp.zeros((rows, model.config.vocab_size), bool)
 
 
 def prefill_prompt(
@@ -162,7 +184,10 @@ def prefill_prompt(
     output = prefill_with_cache(
         model, params, input_ids, length, cache, capture=shape.capture_prompt, steering=steering
     )
-    return PrefilledPrompt(output.cache.prefill, output.logits), rows_of(output)
+    seen = None
+    if shape.sampling.repetition_penalty:
+        seen = tokens_in(input_ids, length, model.config.vocab_size)
+    return PrefilledPrompt(output.cache.prefill, output.logits, seen), rows_of(output)
 
 
 def insert(
@@ -182,7 +207,8 @@ def insert(
     """
 
     def inserted() -> SlotState:
-        token, logprob = sample_tokens(prompt.logits, sampling, sequence_keys(sampling.seed, sequence_id), 0)
+        keys = sequence_keys(sampling.seed, sequence_id)
+        token, logprob = sample_tokens(prompt.logits, sampling, keys, 0, prompt.seen)
         prefill, ar = state.cache.prefill, state.cache.ar
         prefill = PrefillCache(
             _set_row(prefill.k, prompt.cache.k, slot[0]),
@@ -203,6 +229,7 @@ def insert(
             sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
             limits=state.limits.at[slot].set(limit),
             strengths=None if state.strengths is None else state.strengths.at[slot].set(strengths),
+            seen=None if state.seen is None else state.seen.at[slot].set(prompt.seen),
         )
 
     # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that.
@@ -225,7 +252,7 @@ def run_window(
     begin = slots.cache.ar.index
     cache = _idle_free_slots(slots.cache, slots.ended)
     state = start_decode_state(
-        model, cache, slots.next_token, slots.next_logprob, slots.ended, columns=window
+        model, cache, slots.next_token, slots.next_logprob, slots.ended, columns=window, seen=slots.seen
     )
 
     def goes_on(state: DecodeState) -> Array:
@@ -245,6 +272,7 @@ def run_window(
         next_token=state.next_token,
         next_logprob=state.next_logprob,
         ended=state.ended,
+        seen=state.seen,
     )
     rows = state.activations, state.points
     return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, *rows)

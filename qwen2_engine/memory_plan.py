@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 
+from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout, bytes_on_device
 from qwen2_engine.decode_window import SlotShape
-from qwen2_engine.programs import SlotPrograms
+from qwen2_engine.programs import PromptPrograms, SlotPrograms
 from qwen2_jax import QwenModel
 
 _HOST_SHARE = 0.5  # of a machine's memory, where it is the device's too
@@ -34,6 +35,10 @@ class Stage:
 
     shape: SlotShape
     widths: tuple[int, ...]
+
+    def takes(self, request: SequenceRequest) -> bool:
+        """Returns whether a request is generated in this stage."""
+        return request.width in self.widths and (request.max_tokens == 0) == self.shape.reads_only
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +97,18 @@ class MemoryPlanner:
                 stages.append(Stage(shape_of_width, (width,)))
         return stages
 
-    def memory(self, programs: SlotPrograms) -> SlotMemory:
+    def reading_stages(self, widths: Iterable[int], shape: SlotShape) -> list[Stage]:
+        """Returns the stage that reads prompts of these widths for their rows alone; none for no widths."""
+        ordered = tuple(sorted(set(widths)))
+        if not ordered:
+            return []
+        return [Stage(dataclasses.replace(shape, slots=1, prompt_width=ordered[-1], max_tokens=0), ordered)]
+
+    def memory(self, programs: SlotPrograms | PromptPrograms) -> SlotMemory:
         """Returns the memory that compiled programs take while they run."""
+        if programs.shape.reads_only:
+            rows = self.layout.data_parallel * self._row_buffer(programs.shape.prompt_width, 1)
+            return SlotMemory(self._weights(), 0, programs.working_bytes, rows)
         host_rows = self.layout.data_parallel * self._host_rows(programs.shape)
         return SlotMemory(self._weights(), self._kv_cache(programs.shape), programs.working_bytes, host_rows)
 
@@ -101,11 +116,16 @@ class MemoryPlanner:
         """Estimates ``memory(...).on_device`` before anything is compiled; on CPU with the host's rows."""
         config = self.model.config
         width = shape.prompt_width
+        if shape.reads_only:  # no slots; one prompt is read while the one before is copied out
+            prompt = self.estimate(dataclasses.replace(shape, max_tokens=1))
+            return prompt + self._row_buffer(width, 1)
         hidden = _PREFILL_HIDDEN_SCANNED if config.scan_layers else _PREFILL_HIDDEN
         prompt = self._kv_cache(dataclasses.replace(shape, slots=1))
         prompt += self._row_buffer(width, 1) if shape.capture_prompt else 0
         window = self._row_buffer(shape.window, shape.slots)
         logits = 2 * 4 * max(shape.slots, 8) * config.vocab_size
+        if shape.sampling.repetition_penalty:  # those that were penalized too, and a byte for each token
+            logits += (4 * max(shape.slots, 8) + shape.slots + 1) * config.vocab_size
         prefill = 4 * hidden * config.hidden_size * width
         working = max(logits + 2 * window + prompt, window + prompt + prefill)
         working += sum(leaf.nbytes for leaf in jax.tree.leaves(self.steering))

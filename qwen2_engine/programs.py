@@ -35,8 +35,30 @@ from qwen2_engine.decode_window import (
 )
 from qwen2_jax import QwenModel
 
+_Jobs = dict[str, Callable[[], jax.stages.Compiled]]
 _NO_INTERVENTIONS = AbstractParams.of(())
 _WINDOW_AXES: Any = Window(ROWS, ROWS, ROWS, ROWS, ACTIVATIONS, ACTIVATIONS)  # pyright: ignore[reportArgumentType]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptPrograms:
+    """The executables that read prompts, by width; arguments and results are as of ``SlotPrograms``."""
+
+    shape: SlotShape  # of one group; it reads only
+    layout: Layout
+    prefills: Mapping[int, jax.stages.Compiled]
+    compile_seconds: float
+
+    @property
+    def all_slots(self) -> int:
+        """Number of prompts that are read at once: one in each group."""
+        return self.layout.data_parallel
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes needed at most on a device at any time, besides the weights."""
+        prompt = max(map(_result_bytes, self.prefills.values()))
+        return prompt + max(_temporary_bytes(p) + _result_bytes(p) for p in self.prefills.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +96,7 @@ class SlotPrograms:
     @property
     def idle_sampling(self) -> SamplingParams:
         """The sampling arguments of a window in which no slot is in use."""
-        return abstract_sampling_params(self.shape.eos_capacity)
+        return abstract_sampling_params(self.shape.sampling)
 
     @property
     def working_bytes(self) -> int:
@@ -104,17 +126,57 @@ def compile_slots(
     Raises:
         ValueError: a width beyond the shape's.
     """
-    if max(widths) > shape.prompt_width:
-        raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
     weights, steered = AbstractParams.of(params), AbstractParams.of(placed)
-    jobs: dict[str, Callable[[], jax.stages.Compiled]] = {
+    jobs: _Jobs = {
         "empty slots": functools.partial(compile_create, model, shape, layout),
         "insert": functools.partial(compile_insert, model, shape, layout),
         "window": functools.partial(compile_window, model, shape, layout, weights, steered),
     }
-    for width in widths:
-        job = functools.partial(compile_prefill, model, shape.one_prompt, layout, weights, width, steered)
-        jobs[f"prefill of width {width}"] = job
+    jobs |= _prefill_jobs(model, weights, layout, shape, widths, steered)
+    (create, inserting, window, *prefills), seconds = _compile_all(jobs, compiling)
+    return SlotPrograms(
+        shape, layout, create, dict(zip(widths, prefills, strict=True)), inserting, window, seconds
+    )
+
+
+def compile_prompts(
+    model: Any,
+    params: Any,
+    layout: Layout,
+    shape: SlotShape,
+    widths: tuple[int, ...],
+    placed: tuple[Placed, ...] = (),
+    compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> PromptPrograms:
+    """Compiles what reads prompts padded to ``widths``, as ``compile_slots`` does, and nothing else."""
+    weights, steered = AbstractParams.of(params), AbstractParams.of(placed)
+    jobs = _prefill_jobs(model, weights, layout, shape, widths, steered)
+    prefills, seconds = _compile_all(jobs, compiling)
+    return PromptPrograms(shape, layout, dict(zip(widths, prefills, strict=True)), seconds)
+
+
+def _prefill_jobs(
+    model: Any,
+    weights: AbstractParams,
+    layout: Layout,
+    shape: SlotShape,
+    widths: tuple[int, ...],
+    steered: AbstractParams,
+) -> _Jobs:
+    if max(widths) > shape.prompt_width:
+        raise ValueError(f"A prompt width of {max(widths)} exceeds the slots' {shape.prompt_width}.")
+    return {
+        f"prefill of width {width}": functools.partial(
+            compile_prefill, model, shape.one_prompt, layout, weights, width, steered
+        )
+        for width in widths
+    }
+
+
+def _compile_all(
+    jobs: _Jobs, compiling: Callable[[str], AbstractContextManager[Any]]
+) -> tuple[list[jax.stages.Compiled], float]:
+    """Does all jobs side by side; returns their programs in order, and the seconds that it took."""
 
     def compile_one(name: str) -> jax.stages.Compiled:
         with compiling(name):
@@ -122,11 +184,8 @@ def compile_slots(
 
     started = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside the GIL
-        create, inserting, window, *prefills = pool.map(compile_one, jobs)
-    seconds = time.perf_counter() - started
-    return SlotPrograms(
-        shape, layout, create, dict(zip(widths, prefills, strict=True)), inserting, window, seconds
-    )
+        compiled = list(pool.map(compile_one, jobs))
+    return compiled, time.perf_counter() - started
 
 
 @functools.lru_cache(maxsize=64)
@@ -173,7 +232,7 @@ def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.st
         donate_argnums=(0,),
     )
     by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     return _compile(
         program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, *strengths)
     )
@@ -196,7 +255,7 @@ def compile_window(
         out_axes=(axes_of(slots), _WINDOW_AXES),
         donate_argnums=(1,),
     )
-    sampling = abstract_sampling_params(shape.eos_capacity)
+    sampling = abstract_sampling_params(shape.sampling)
     return _compile(program.lower(params.tree, layout.structs(slots), sampling, *interventions))
 
 

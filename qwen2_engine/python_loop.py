@@ -17,8 +17,15 @@ from generate_jitted import Generation, Rows, rows_of
 from qwen2_core.compilation import check_surroundings, defined_settings
 from qwen2_core.inputs import whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
-from qwen2_core.requests import check_prompts, check_sequence_ids
-from qwen2_core.sampling import Sampling, sample_tokens, sampling_params, sequence_keys
+from qwen2_core.requests import check_max_tokens, check_prompts, check_sequence_ids
+from qwen2_core.sampling import (
+    Sampling,
+    sample_tokens,
+    sampling_params,
+    sequence_keys,
+    tokens_in,
+    with_tokens,
+)
 from qwen2_core.steering import check_prompt_strengths, steer
 from qwen2_jax import QwenModel, check_model
 
@@ -53,7 +60,8 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     check_model(model)
     check_surroundings(params, input_ids, prompt_lengths, attention_mask, sequence_ids)
     extract_prompt = yes_or_no("extract_prompt", extract_prompt)
-    max_tokens = whole_number("max_tokens", max_tokens, 1)
+    prompt_rows = extract_prompt and model.captures
+    max_tokens = check_max_tokens(max_tokens, prompt_rows, "extract_prompt=True")
     samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
     config = model.config
     prompts = check_prompts(config, input_ids, prompt_lengths, max_tokens, attention_mask)
@@ -82,7 +90,10 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
     mask = np.arange(width) < lengths[:, None]
     logits, caches, prompt_rows = forward(jnp.asarray(ids), mask)
     last = jnp.take_along_axis(logits, jnp.asarray(lengths - 1)[:, None, None], axis=1)[:, 0]
-    token, logprob = _sample(last, traced, keys, 0)
+    seen = None
+    if traced.repetition_penalty is not None:
+        seen = tokens_in(jnp.asarray(ids), jnp.asarray(lengths), config.vocab_size)
+    token, logprob = _sample(last, traced, keys, 0, seen)
 
     tokens = np.zeros((batch, max_tokens), np.int32)
     logprobs = np.zeros((batch, max_tokens), np.float32)
@@ -100,7 +111,8 @@ def generate_single_task_python(  # noqa: PLR0913 - as generate_single_task_jitt
         ended |= live & np.isin(tokens[:, step], traced.eos_token_ids)
         if ended.all():
             break
-        token, logprob = _sample(logits[:, 0], traced, keys, step + 1)
+        seen = with_tokens(seen, token)
+        token, logprob = _sample(logits[:, 0], traced, keys, step + 1, seen)
     if extract_prompt:
         valid = (np.arange(width) < lengths[:, None])[::samples_per_prompt].T[None, :, :, None]
         prompt, prompt_points = jax.tree.map(

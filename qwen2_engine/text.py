@@ -17,6 +17,7 @@ from jaxtyping import Float32, Int32
 from activation_store.format import FinishedSequence
 from activation_store.hook_labels import layers_text
 from arc_puzzles import ArcFormatError
+from arc_puzzles.chat import check_thinking
 from arc_puzzles.prompt_files import Messages, check_messages, check_text, encode_own
 from qwen2_core.generation_config import eos_token_ids as eos_of_checkpoint
 from qwen2_core.hook_points import RESID_POST
@@ -122,6 +123,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
     slots: int = 8,
     interventions: Any = (),
     strengths: Any = None,
+    enable_thinking: bool | None = None,
 ) -> list[GeneratedText]:
     """Generates from texts and chats, and returns texts, tokens and rows, in the order of the prompts.
 
@@ -132,7 +134,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
         prompts: a text, which is continued as it is (special tokens in it count); a chat, a list of
             ``{"role": ..., "content": ...}``, which the tokenizer's chat template lays out; or several of
             these.
-        max_tokens: generated tokens at most.
+        max_tokens: generated tokens at most; 0 with ``extract_prompt``, for the prompts' rows alone.
         samples_per_prompt: sequences of each prompt; they stand side by side in the result.
         sampling: how tokens are chosen; greedy by default.
         seed: 0 to 2**32 - 1. Sequence i draws as ``generate_single_task_jitted`` does with its i-th.
@@ -142,6 +144,8 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
         slots: sequences at once; fewer where memory is short.
         interventions: what to change on the way, of ``qwen2_core.interventions``.
         strengths: of each prompt: one number, or one for each intervention. None: their own.
+        enable_thinking: whether a model that can think first does, for chat templates that take it (Qwen3's).
+            None: what the template does by itself.
 
     Raises:
         ValueError: one sentence, before anything is compiled: a prompt that cannot be used or is too long,
@@ -151,7 +155,14 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
     samples = whole_number("samples_per_prompt", samples_per_prompt, 1)
     asked = _contents(prompts)
     _check_tokenizer(tokenizer)
-    encoded = _encode(tokenizer, asked)
+    if enable_thinking is not None:
+        enable_thinking = yes_or_no("enable_thinking", enable_thinking)
+        if all(isinstance(one, str) for one in asked):
+            raise ValueError(
+                "enable_thinking is for chat templates, and all prompts are texts: leave it out."
+            )
+        check_thinking(tokenizer)
+    encoded = _encode(tokenizer, asked, enable_thinking)
     if eos_token_ids is None:
         eos_token_ids = _eos_of(tokenizer, model.config.vocab_size)
     engine = ContinuousEngine(
@@ -172,7 +183,7 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             max_tokens,
             sampling_id=number * samples + sample,
             id=number * samples + sample,
-            capture_prompt=extract_prompt and sample == 0,
+            capture_prompt=extract_prompt and (sample == 0 or max_tokens == 0),
             strengths=of_prompts[number],
         )
         for number, token_ids in enumerate(encoded)
@@ -188,7 +199,8 @@ def generate_text(  # noqa: PLR0913 - what one call may say; all but four have d
             prompt_rows, prompt_points = _cut(first, slice(len(token_ids)))
         for sample in range(samples):
             one = finished[number * samples + sample]
-            rows, points = _cut(one, slice(-len(one.token_ids), None))
+            with_prompt = extract_prompt and (sample == 0 or max_tokens == 0)
+            rows, points = _cut(one, slice(len(token_ids) if with_prompt else 0, None))
             results.append(
                 GeneratedText(
                     number,
@@ -246,9 +258,11 @@ def _check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _encode(tokenizer: Any, contents: Sequence[Messages | str]) -> list[np.ndarray]:
+def _encode(
+    tokenizer: Any, contents: Sequence[Messages | str], enable_thinking: bool | None
+) -> list[np.ndarray]:
     encoded = []
-    for number, token_ids in enumerate(encode_own(tokenizer, contents)):
+    for number, token_ids in enumerate(encode_own(tokenizer, contents, enable_thinking)):
         if isinstance(token_ids, str):
             raise ValueError(f"Prompt {number} {token_ids}.")
         encoded.append(token_ids)

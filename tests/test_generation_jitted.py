@@ -504,6 +504,52 @@ def test_fixed_caches_refuse_the_masks_that_they_cannot_keep():
         model.apply({"params": params}, np.ones((1, 1), np.int32), np.ones((1, 1), int), cache)
 
 
+# --- Prompts alone ------------------------------------------------------------------------------------------
+
+
+def test_without_tokens_the_prompts_rows_come_and_no_loop_is_compiled(greedy: Any):
+    ids, lengths = pad_right(PROMPTS, width=48)
+    sampling = Sampling(0.7, repetition_penalty=1.1)
+    for samples, extra in ((1, {}), (2, {"eos_token_ids": (3,), "sampling": sampling, "seed": 5})):
+        out = generate(PROMPTS, 0, samples_per_prompt=samples, **extra)
+        np.testing.assert_array_equal(out.prompt_activations, greedy.prompt_activations)
+        assert out.token_ids.shape == out.logprobs.shape == (3 * samples, 0)
+        np.testing.assert_array_equal(out.lengths, [0] * 3 * samples)
+        assert not out.finished.any()
+        assert out.layer(2, row=1).shape == (0, TINY.hidden)
+        assert out.tokens(1) == []
+    shape = GenerateShape(3, 48, 0, stop=False, capture_prompt=True)
+    assert len(compile_generate(*built(), shape).programs) == 1
+    old = generate_single_task_python(*built(), ids, 0, prompt_lengths=lengths, extract_prompt=True)
+    assert old.token_ids.shape == (3, 0)
+    assert_rows_close(old.prompt_activations, greedy.prompt_activations)
+
+
+def test_without_tokens_the_rows_of_other_points_come_too():
+    model, params = built()
+    ids, lengths = pad_right(PROMPTS, width=48)
+    hooked = create_model_with_hooks(model.config, (), points={"hook_mlp_out": [1]})
+    few, none = (
+        generate_single_task_jitted(hooked, params, ids, tokens, prompt_lengths=lengths, extract_prompt=True)
+        for tokens in (1, 0)
+    )
+    np.testing.assert_array_equal(none.prompt_points["hook_mlp_out"], few.prompt_points["hook_mlp_out"])
+    assert none.points["hook_mlp_out"].shape == (1, 0, 3, TINY.hidden)
+
+
+def test_a_prompt_may_fill_the_whole_context_where_nothing_is_generated():
+    check_prompts(TINY.config(max_position_embeddings=5), IDS, None, 0)
+    with pytest.raises(ValueError, match="exceed the model's context of 5"):
+        check_prompts(TINY.config(max_position_embeddings=5), IDS, None, 1)
+
+
+def test_prompts_that_give_nan_are_told_where_the_user_looks_for_nan():
+    model, params = built()
+    spoiled = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="computed NaN"):
+        generate_single_task_jitted(model, spoiled, np.ones((1, 48), np.int32), 0, extract_prompt=True)
+
+
 # --- What is refused ----------------------------------------------------------------------------------------
 
 IDS = np.ones((2, 5), np.int32)
@@ -522,7 +568,8 @@ IDS = np.ones((2, 5), np.int32)
         ({"prompt_lengths": [5, 6]}, "Prompt 1 is said to have 6 tokens, but input_ids is only 5 wide"),
         ({"prompt_lengths": [5]}, r"prompt_lengths must be 2 integers, one a prompt, not .*of shape \(1,\)"),
         ({"prompt_lengths": [5.0, 5.0]}, "prompt_lengths must be 2 integers"),
-        ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": -1}, "max_tokens must be at least 0, not -1"),
+        ({"max_tokens": 0}, "max_tokens 0 generates nothing, .* say extract_prompt=True"),
         ({"max_tokens": 32764}, "5 tokens and 32764 new ones exceed the model's context of 32768"),
         ({"input_ids": np.full((2, 5), 160)}, r"Token id 160 \(prompt 0, position 0\) is outside .* 160"),
         ({"input_ids": np.array([[1, 2], [3, -1]])}, r"Token id -1 \(prompt 1, position 1\) is outside"),
@@ -576,6 +623,18 @@ def test_a_model_without_hooks_is_refused_when_activations_are_wanted():
 def test_layers_that_the_model_does_not_have_are_refused(layers: tuple[int, ...], message: str):
     with pytest.raises(ValueError, match=message):
         create_model_with_hooks(TINY.config(), layers)
+
+
+def test_a_model_without_the_layers_of_the_default_says_how_many_it_has():
+    for depth in (1, 23):
+        sentence = (
+            f"by default the layers 10 to 23 are captured, and this model has {depth}, 0 to {depth - 1}:"
+        )
+        with pytest.raises(ValueError, match=f"^extract_layers: {sentence} name those that you want.$"):
+            create_model_with_hooks(TINY.config(num_hidden_layers=depth))
+    for depth in (24, 28, 64):
+        model = create_model_with_hooks(TINY.config(num_hidden_layers=depth))
+        assert model.capture_layers == tuple(range(10, 24))
 
 
 def test_the_model_refuses_input_ids_of_one_dimension():

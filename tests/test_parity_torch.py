@@ -287,9 +287,9 @@ class TestPlantedFaults:
         self.assert_seen(step)
 
     def test_finds_a_decode_step_that_reads_one_position_of_padding(self, monkeypatch):
-        def lengthened(q, cache, layer):
+        def lengthened(q, cache, layer, window):
             prefill = dataclasses.replace(cache.prefill, length=cache.prefill.length + 1)
-            return attend_two_part(q, dataclasses.replace(cache, prefill=prefill), layer)
+            return attend_two_part(q, dataclasses.replace(cache, prefill=prefill), layer, window)
 
         monkeypatch.setattr("qwen2_jax.attend_two_part", lengthened)
         self.assert_seen(compile_step(SMALL))

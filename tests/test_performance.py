@@ -24,6 +24,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from lively import Lively, pad_right
+from qwen3_sizes import qwen3
 from real_shape import abstract_model, random_model
 
 import generate_jitted
@@ -48,6 +49,7 @@ from qwen2_core.sharding import layout_of, make_layout
 from qwen2_core.steering import steer
 from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
+from qwen2_engine.memory_plan import MemoryPlanner
 from qwen2_engine.python_loop import generate_single_task_python
 from qwen2_jax import QwenAttention
 from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
@@ -469,9 +471,12 @@ def tpu() -> Iterator[Any]:
         yield devices
 
 
-def real_on(devices: Sequence[Any], mesh_shape: tuple[int, int] = (1, 1)) -> tuple[Any, Any]:
+def real_on(
+    devices: Sequence[Any],
+    mesh_shape: tuple[int, int] = (1, 1),
+    config: QwenConfig = QwenConfig(dtype="bfloat16", scan_layers=True),  # noqa: B008 - frozen
+) -> tuple[Any, Any]:
     """The real shape in bfloat16, its layers scanned, its weights on the first device or on a mesh."""
-    config = QwenConfig(dtype="bfloat16", scan_layers=True)
     model, params = abstract_model(config)
     layout, chip = make_layout(config, mesh_shape, devices), SingleDeviceSharding(devices[0])
 
@@ -524,6 +529,21 @@ def test_no_program_on_a_tpu_copies_the_state_into_another_layout(
     compile_window(model, params, SlotShape(batch, 200, 1100))
     for program in ("decode", "window"):
         assert heap_in_hbm(tmp_path / program) < 1.1 * batch * MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["0.6B", "4B"])
+def test_a_qwen3_on_a_tpu_is_updated_in_place_and_takes_the_memory_that_was_planned(tpu: Any, name: str):
+    """Eight slots, layers 10 to 23 captured: plan and compiled programs within a tenth."""
+    model, params = real_on(tpu("v4:2x2x1"), config=qwen3(name))
+    shape, layout = SlotShape(8, 256, 1100), layout_of(model.config, params)
+    compiled = programs.compile_slots(model, params, layout, shape, (256,))
+    planner = MemoryPlanner(model, params, layout)
+    exact = planner.memory(compiled)
+    assert abs((planner.estimate(shape) - exact.host_rows) / exact.on_device - 1) < 0.1
+    memory: Any = compiled.window.memory_analysis()
+    assert memory.alias_size_in_bytes >= exact.kv_cache
+    assert memory.temp_size_in_bytes < 2 * shape.slots * MB
 
 
 def compile_window(model: Any, params: Any, shape: SlotShape) -> jax.stages.Compiled:

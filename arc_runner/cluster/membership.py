@@ -1,8 +1,8 @@
 """Finds out which of a run's processes this one is, before JAX touches a device.
 
 JAX's distributed runtime introduces the processes of a cluster to each other, so that each finds its devices.
-The processes leave it at once: each generates alone, and the runtime would only do harm from then on. It ends
-all processes when one dies, and lets none go before the slowest.
+The processes leave it at once, as it aborts all of them when process 0 dies. Its service, in process 0, stays
+until that process ends: there the others tell that they have ended (``barrier``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # to set back what initialize leaves behind; shutdown does not
@@ -25,6 +26,7 @@ from arc_runner.errors import ClusterError, UsageError
 from arc_runner.options import RunOptions
 from arc_runner.waiting import Waiting
 
+Result = TypeVar("Result")
 JOIN_SECONDS = 300.0  # machines of one cluster start minutes apart
 _OUTSIDE = ("192.0.2.1", 9)  # an address of no machine (RFC 5737); nothing is sent there
 _FIRST_OWN_STEP = (
@@ -39,10 +41,10 @@ class ProcessInfo:
 
     index: int = 0
     count: int = 1
-    claims: bool = False  # True: work is claimed as it is needed; False: each process has a fixed share
+    coordinator: str = ""  # HOST:PORT of the service of JAX in process 0; "" without a cluster
 
     def __str__(self) -> str:
-        return f"{'process' if self.claims else 'shard'} {self.index} of {self.count}"
+        return f"{'process' if self.coordinator else 'shard'} {self.index} of {self.count}"
 
 
 def find_process(options: RunOptions) -> ProcessInfo:
@@ -201,61 +203,73 @@ def _process(name: str, kind: type[ClusterEnv]) -> _Announced | None:
     return _Announced(name, index, count, kind)
 
 
-def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> ProcessInfo:
-    """Joins the cluster, finds the devices, and leaves the cluster again.
+def call_within(seconds: float, action: Callable[[], Result]) -> Result:
+    """Returns what ``action`` returns, or raises what it raises.
 
-    Done on another thread: Python handles signals on the main thread, which must not wait in the runtime.
-    Our time limit is shorter than the runtime's, which ends the process by abort().
+    It runs on another thread: Python handles signals on the main thread, which must not wait in the runtime.
+    The limit is to be shorter than the runtime's own, which ends the process by abort().
+
+    Raises:
+        TimeoutError: it takes longer, and goes on until the process ends.
+    """
+    outcome: Future[Result] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, name="jax-cluster", daemon=True).start()
+    return outcome.result(seconds)
+
+
+def _join(who: str, count: int, arguments: Callable[[], dict[str, Any]]) -> ProcessInfo:
+    """Joins the cluster, finds the devices, and leaves the cluster again; process 0 keeps its service.
 
     Raises:
         ClusterError: the others did not come in time, or the runtime cannot reach them.
     """
-    errors: list[Exception] = []
-    found: list[ProcessInfo] = []
     place = ""
 
-    def join() -> None:
+    def join() -> ProcessInfo:
         nonlocal place
-        try:
-            given = arguments()
-            place = f" at {given['coordinator_address']}"
-            if given["process_id"] == 0:
-                _check_listening(given["coordinator_bind_address"])
-            # The service would handle SIGTERM from now on.
-            jax.config.update("jax_enable_preemption_service", False)
-            seconds = int(2 * JOIN_SECONDS) + 1
-            jax.distributed.initialize(
-                **given,
-                initialization_timeout=seconds,
-                heartbeat_timeout_seconds=seconds,
-                shutdown_timeout_seconds=seconds,
-            )
-            jax.local_devices()
-            found.append(
-                ProcessInfo(jax.process_index(), jax.process_count(), claims=jax.process_count() > 1)
-            )
-            jax.distributed.shutdown()
-            # JAX writes its compilation cache in process 0 only; each process has its own cache.
-            distributed.global_state.process_id, distributed.global_state.num_processes = 0, 1
-            if jax.default_backend() == "cpu":
-                # A CPU device keeps its number in the cluster, which counts for the compilation cache: no
-                # program could be shared with a process that ran alone.
-                clear_backends()
-        except Exception as error:
-            errors.append(error)
+        given = arguments()
+        place = f" at {given['coordinator_address']}"
+        if given["process_id"] == 0:
+            _check_listening(given["coordinator_bind_address"])
+        # The service would handle SIGTERM from now on.
+        jax.config.update("jax_enable_preemption_service", False)
+        seconds = int(2 * JOIN_SECONDS) + 1
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=seconds,
+            shutdown_timeout_seconds=seconds,
+        )
+        jax.local_devices()
+        found = ProcessInfo(jax.process_index(), jax.process_count(), given["coordinator_address"])
+        state = distributed.global_state
+        if state.client is not None:
+            state.client.shutdown()
+        # JAX writes its compilation cache in process 0 only; each process has its own cache.
+        state.client, state.process_id, state.num_processes = None, 0, 1
+        if jax.default_backend() == "cpu":
+            # A CPU device keeps its number in the cluster, which counts for the compilation cache: no
+            # program could be shared with a process that ran alone.
+            clear_backends()
+        return found
 
-    thread = threading.Thread(target=join, name="join-cluster", daemon=True)
-    thread.start()
-    with Waiting(lambda: f"{who}: waiting for the other {count - 1}{place}"):
-        thread.join(JOIN_SECONDS)
-    if thread.is_alive():
+    try:
+        with Waiting(lambda: f"{who}: waiting for the other {count - 1}{place}"):
+            return call_within(JOIN_SECONDS, join)
+    except TimeoutError as error:
         raise ClusterError(
             f"{who}{place}: the others did not all come within {JOIN_SECONDS:.0f} s; "
             f"start all {count} at once"
-        )
-    if errors:
-        reason = " ".join(str(errors[0]).split())
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
         raise ClusterError(
             f"{who}{place}: cannot join the others ({reason}); start all {count} again"
-        ) from errors[0]
-    return found[0]
+        ) from error

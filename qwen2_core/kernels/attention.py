@@ -14,6 +14,10 @@ not grow with the square of the length, and keys in the future cost nothing.
 The two are never concatenated. It costs what is valid, not what is allocated. (If the cache is read whole,
 XLA on CPU copies each layer's cache at every step at batch 1.)
 
+Both may be limited to a sliding window, as Transformers' Qwen2 has it: a token sees its own position and the
+``window - 1`` before it. It counts tokens, never padding. Blocks of keys outside of it are not read. It is a
+number or, where layers are scanned, a traced one. Without a window programs have no trace of it.
+
 Two platforms have forms of their own. In bfloat16 on CPU, where the machine can run them, the kernels of
 :mod:`qwen2_core.kernels.cpu.attention` do both, and read each sequence's keys where they lie. On GPUs
 :mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
@@ -72,6 +76,7 @@ def attend_causal(
     k: Float[Array, "batch kv_heads positions head_dim"],
     v: Float[Array, "batch kv_heads positions head_dim"],
     key_valid: Bool[Array, "batch positions"] | None,
+    window: int | Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch tokens heads head_dim"]:
     """Attends causally from the last ``tokens`` positions to all ``positions``, those of a cache included.
 
@@ -80,32 +85,36 @@ def attend_causal(
 
     Args:
         key_valid: whether each position holds a token; None where all do.
+        window: how many positions each query sees at most, its own included; None for all.
 
     Returns:
         The attention output in q's dtype; zero for a query that sees no key.
     """
     if not uses_cpu_kernel(q, k):
-        return _causal_by_blocks(q, k, v, key_valid)
+        return _causal_by_blocks(q, k, v, key_valid, window)
     if key_valid is None:
         key_valid = jnp.ones((k.shape[0], k.shape[2]), bool)
-    return by_platform(q, k, v, key_valid, cpu=_causal_on_cpu, default=_causal_by_blocks)
+    operands = (q, k, v, key_valid, *_operands(window))
+    return by_platform(*operands, cpu=_causal_on_cpu, default=_causal_by_blocks)
 
 
 @jax.custom_jvp
-def _causal_on_cpu(q: Array, k: Array, v: Array, key_valid: Array) -> Array:
-    return cpu_attention_causal(q, k, v, key_valid)
+def _causal_on_cpu(q: Array, k: Array, v: Array, key_valid: Array, window: Array | None = None) -> Array:
+    return cpu_attention_causal(q, k, v, key_valid, window)
 
 
 @_causal_on_cpu.defjvp
 def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    *activations, key_valid = primals
+    *activations, key_valid, window = primals
     _, tangent = jax.jvp(
-        lambda q, k, v: _causal_by_blocks(q, k, v, key_valid), tuple(activations), tangents[:3]
+        lambda q, k, v: _causal_by_blocks(q, k, v, key_valid, window), tuple(activations), tangents[:3]
     )
     return _causal_on_cpu(*primals), tangent
 
 
-def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> Array:
+def _causal_by_blocks(
+    q: Array, k: Array, v: Array, key_valid: Array | None, window: int | Array | None = None
+) -> Array:
     batch, tokens, heads, head_dim = q.shape
     kv_heads, positions = k.shape[1:3]
     keys = min(_PREFILL_KEYS, positions)
@@ -114,16 +123,25 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
     padded = jnp.pad(q, ((0, 0), (0, len(starts) * block - tokens), (0, 0), (0, 0)))
     padded = padded.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim)
 
+    places = jnp.arange(positions, dtype=jnp.int32)[None]  # of each position among its row's tokens
+    if window is not None and key_valid is not None:
+        places = jnp.cumsum(key_valid, axis=1, dtype=jnp.int32)
+
     def read(start: Array) -> tuple[Array, Array]:
         return lax.dynamic_slice_in_dim(k, start, keys, 2), lax.dynamic_slice_in_dim(v, start, keys, 2)
 
     def attend_block(start: int | Array) -> Array:
-        own_positions = positions - tokens + start + jnp.arange(block, dtype=jnp.int32)
+        own_positions, begin = positions - tokens + start + jnp.arange(block, dtype=jnp.int32), 0
+        if window is not None:
+            unseen = jnp.take(places, own_positions, axis=1, mode="clip")[..., None] - window
+            begin = jnp.min(jnp.sum(places <= unseen[:, 0], axis=1)) // keys
 
         def visible(key_positions: Array) -> Array:
-            causal = key_positions <= own_positions[:, None]
+            causal = (key_positions <= own_positions[:, None])[None]
+            if window is not None:
+                causal &= jnp.take(places, key_positions, axis=1)[:, None] > unseen
             if key_valid is None:
-                return causal[None]
+                return causal
             return causal & jnp.take(key_valid, key_positions, axis=1)[:, None]
 
         queries = lax.dynamic_slice_in_dim(padded, start, block, axis=1)
@@ -131,7 +149,7 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
         all_are_seen = len(starts) == 1 or keys == positions
         seen = positions if all_are_seen else jnp.minimum(positions - tokens + start + block, positions)
         blocks = _KeyBlocks(read, visible, keys, positions)
-        partial = _accumulate(_nothing(queries), queries, blocks, seen)
+        partial = _accumulate(_nothing(queries), queries, blocks, seen, begin)
         return partial.attended.astype(q.dtype)
 
     out = attend_block(0)[None] if len(starts) == 1 else lax.map(attend_block, starts)
@@ -140,7 +158,10 @@ def _causal_by_blocks(q: Array, k: Array, v: Array, key_valid: Array | None) -> 
 
 
 def attend_two_part(
-    q: Float[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+    q: Float[Array, "batch heads head_dim"],
+    cache: KVCache,
+    layer: int | Int32[Array, ""],
+    window: int | Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch heads head_dim"]:
     """Attends from one token per sequence to its prompt and to its own decode steps.
 
@@ -151,6 +172,7 @@ def attend_two_part(
         q: sequence b continues prompt ``b // (batch // prompts)``.
         cache: the token's own key and value are already written at ``ar.index``.
         layer: may be traced if the cache is stacked.
+        window: how many positions each token sees at most, its own included; None for all.
 
     Returns:
         The attention output in q's dtype.
@@ -161,40 +183,57 @@ def attend_two_part(
     static = isinstance(layer, int)
 
     def of_layer(form: Callable[..., Array]) -> Callable[..., Array]:
-        return lambda q, cache, traced: form(q, cache, layer if static else traced)
+        return lambda q, cache, traced, *window: form(q, cache, layer if static else traced, *window)
 
     forms = {platform: of_layer(form) for platform, form in forms.items()}
-    return by_platform(q, cache, jnp.int32(layer), **forms)
+    return by_platform(q, cache, jnp.int32(layer), *_operands(window), **forms)
 
 
-def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array) -> Array:
+def _operands(window: int | Array | None) -> tuple[Array, ...]:
+    """Returns a window as arguments: none where there is no window, so that programs have no trace of it."""
+    return () if window is None else (jnp.asarray(window, jnp.int32),)
+
+
+def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array, window: Array | None = None) -> Array:
     batch, _, head_dim = q.shape
     prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
     kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
     by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
     by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
-    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer)
+    first = None if window is None else (cache.positions - window + 1).reshape(prompts, samples)
+    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer, first)
     partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
-    partial = _accumulate_steps(partial, by_row, cache.ar, layer)
+    partial = _accumulate_steps(partial, by_row, cache.ar, layer, window)
     return partial.attended.reshape(q.shape).astype(q.dtype)
 
 
 def _accumulate_prompt(
-    partial: PartialSoftmax, q: Array, part: PrefillCache, layer: int | Array
+    partial: PartialSoftmax, q: Array, part: PrefillCache, layer: int | Array, first: Array | None
 ) -> PartialSoftmax:
-    """Merges the prompts' part of the cache, up to the longest prompt's end."""
-    keys = min(DECODE_KEYS, part.capacity)
+    """Merges the prompts' part of the cache, up to the longest prompt's end.
+
+    Args:
+        first: [prompts, samples] the first position that each sequence sees; None: all of them see all.
+    """
+    keys, begin = min(DECODE_KEYS, part.capacity), 0
+    if first is not None:
+        seen = jnp.where(first < part.length[:, None], first, part.capacity)
+        begin = jnp.maximum(jnp.min(seen), 0) // keys
 
     def read(start: Array) -> tuple[Array, Array]:
         return get_attention_kv(part, layer, start, keys)
 
     def visible(positions: Array) -> Array:
-        return (positions < part.length[:, None])[:, None]
+        valid = (positions < part.length[:, None])[:, None]
+        return valid if first is None else valid & (positions >= first[..., None])
 
-    return _accumulate(partial, q, _KeyBlocks(read, visible, keys, part.capacity), jnp.max(part.length))
+    blocks = _KeyBlocks(read, visible, keys, part.capacity)
+    return _accumulate(partial, q, blocks, jnp.max(part.length), begin)
 
 
-def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array) -> PartialSoftmax:
+def _accumulate_steps(
+    partial: PartialSoftmax, q: Array, part: ARCache, layer: int | Array, window: Array | None
+) -> PartialSoftmax:
     """Merges the decode steps' part, around its ring: from the oldest sequence's first step to this one.
 
     Where rows begin at different steps, those are multiples of ``step_alignment``. Each block is summed in
@@ -218,17 +257,24 @@ def _accumulate_steps(partial: PartialSoftmax, q: Array, part: ARCache, layer: i
         positions = start + jnp.arange(keys, dtype=jnp.int32)
         steps = part.index - (part.index - positions) % capacity  # at which each position was last written
         visible = (block_of(steps) == block) & (steps >= part.start[:, None])
+        if window is not None:
+            visible &= steps > part.index - window
         return _merge(partial, q, k, v, visible[:, None], pieces)
 
     oldest = jnp.maximum(jnp.min(part.start), part.index - capacity + 1)
+    if window is not None:
+        oldest = jnp.maximum(oldest, part.index - window + 1)
     return lax.fori_loop(block_of(oldest), block_of(part.index) + 1, merge, partial)
 
 
-def _accumulate(partial: PartialSoftmax, q: Array, blocks: _KeyBlocks, seen: int | Array) -> PartialSoftmax:
+def _accumulate(
+    partial: PartialSoftmax, q: Array, blocks: _KeyBlocks, seen: int | Array, begin: int | Array = 0
+) -> PartialSoftmax:
     """Merges positions 0 to ``seen``, which may be fewer than the blocks' capacity.
 
     Args:
         q: [rows, queries, kv_heads, group, head_dim].
+        begin: the first block that any query sees.
     """
 
     def merge(i: Array, partial: PartialSoftmax) -> PartialSoftmax:
@@ -239,7 +285,7 @@ def _accumulate(partial: PartialSoftmax, q: Array, blocks: _KeyBlocks, seen: int
         positions = start + jnp.arange(blocks.size, dtype=jnp.int32)
         return _merge(partial, q, k, v, blocks.visible(positions) & (positions >= first))
 
-    return lax.fori_loop(0, (seen + blocks.size - 1) // blocks.size, merge, partial)
+    return lax.fori_loop(begin, (seen + blocks.size - 1) // blocks.size, merge, partial)
 
 
 def _merge(

@@ -19,7 +19,10 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)  # least divisor: a query without key
 
 
 def gpu_attention(
-    q: Float[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+    q: Float[Array, "batch heads head_dim"],
+    cache: KVCache,
+    layer: int | Int32[Array, ""],
+    window: Int32[Array, ""] | None = None,
 ) -> Float[Array, "batch heads head_dim"]:
     """Does what ``attention.attend_two_part`` does, without a loop.
 
@@ -42,15 +45,24 @@ def gpu_attention(
     # Without the barrier XLA makes one product of the two with q, and for it copies all keys into one array.
     prompt_scores = einsum_f32("rkgd,rkld->rkgl", by_prompt(lax.optimization_barrier(q_rows)), prompt_k)
     prompt_scores = by_row(_masked(prompt_scores, head_dim, cache.prefill.valid))
+    if window is not None:
+        own = jnp.arange(cache.prefill.capacity, dtype=jnp.int32) > (cache.positions - window)[:, None]
+        prompt_scores = jnp.where(own[:, None, None], prompt_scores, -jnp.inf)
     scores = einsum_f32("rkgd,rkld->rkgl", q_rows, k)
     steps = jnp.arange(cache.ar.capacity, dtype=jnp.int32)
     if cache.ar.step_alignment is None:
         written = cache.ar.index - (cache.ar.index - steps) % cache.ar.capacity  # the step at each position
-        scores = _masked(scores, head_dim, written >= cache.ar.start[:, None])
+        visible = written >= cache.ar.start[:, None]
+        if window is not None:
+            visible &= written > cache.ar.index - window
+        scores = _masked(scores, head_dim, visible)
     else:
         own = (cache.ar.start[:, None] + steps) % cache.ar.capacity  # the position of each row's own steps
         scores = jnp.take_along_axis(scores, own[:, None, None], axis=-1)
-        scores = _masked(scores, head_dim, steps <= cache.ar.tokens_read[:, None])
+        visible = steps <= cache.ar.tokens_read[:, None]
+        if window is not None:
+            visible &= steps > cache.ar.tokens_read[:, None] - window
+        scores = _masked(scores, head_dim, visible)
         v = jnp.take_along_axis(v, own[:, None, :, None], axis=2)
     peak = jnp.maximum(jnp.maximum(prompt_scores.max(-1), scores.max(-1)), _LOWEST)[..., None]
     prompt_weights, weights = jnp.exp(prompt_scores - peak), jnp.exp(scores - peak)

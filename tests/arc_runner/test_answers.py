@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from arc_runner.answers import write_answers
 from arc_runner.job import Job
 from arc_runner.options import RunOptions
 from arc_runner.report import Report
+from qwen2_core.requests import SequenceRequest
 from qwen2_core.sharding import Layout
 from qwen2_jax import QwenConfig
 
@@ -108,6 +110,24 @@ def test_answers_are_turned_back_voted_on_scored_and_written(tokenizer: Any, tmp
     store = ActivationStore(tmp_path / "activations")
     assert [r.augmentation for r in store.sequences(solved=True)] == ["rot90"]
     assert len(list(store.sequences(solved=False))) == 2
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["the model thinks", "the prompt opens the thinking"])
+def test_thinking_is_no_answer_and_what_ends_in_it_is_counted(opened: bool, tokenizer: Any, tmp_path: Path):
+    start = "" if opened else "<think>\n"
+    made = [
+        answer(tokenizer, "right", "identity", f"{start}12? No:\n</think>\n\n87<|im_end|>"),
+        answer(tokenizer, "wrong", "identity", f"{start}321"),  # right, but only thought
+    ]
+    job = job_of(tmp_path, tokenizer, right=puzzle(7, 8), wrong=puzzle(1, 2, 3))
+    prompt = tokenizer.encode("<|im_start|>assistant\n" + "<think>\n" * opened)
+    request = SequenceRequest(np.array(prompt, np.int32), 64, 0)
+    report = write(dataclasses.replace(job, requests=[request]), made)
+    assert (report.grids_parsed, report.still_thinking, report.tasks_solved) == (1, 1, 1)
+    assert "grids parsed      1 of 2 (1 were still thinking)" in report.text()
+    assert read(tmp_path)["wrong"] == [{"attempt_1": NOTHING, "attempt_2": NOTHING}]
+    tests = read(tmp_path, "submission.predictions.json")
+    assert '"thinking": true' in json.dumps(tests)
 
 
 def test_every_prediction_is_kept_in_a_file_of_its_own(tokenizer: Any, tmp_path: Path):

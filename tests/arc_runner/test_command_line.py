@@ -154,7 +154,8 @@ def test_help_lists_every_flag_and_its_default(capsys: pytest.CaptureFixture[str
     text = " ".join(capsys.readouterr().out.split())
     for name in RunOptions.__dataclass_fields__:
         assert f"--{name}" in text
-    assert "--max_output_tokens TOKENS tokens per answer at most (default: 1100)" in text
+    assert "--max_output_tokens TOKENS tokens per answer at most; 0 with" in text
+    assert "generate nothing (default: 1100)" in text
     assert "(default: 10 to 23)" in text
     assert "None" not in text
     assert "examples: " in text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from lively import rewrite_json
 from runner_cases import (
     LAYERS,
     Outcome,
@@ -38,6 +39,8 @@ from activation_store.view_text import open_reader
 from arc_runner import job
 from arc_runner.loaded_model import LoadedModel
 from qwen2_core.checkpoint_files import CheckpointError, checkpoint_fingerprint
+from qwen2_core.sharding import Layout
+from qwen2_jax import QwenConfig
 
 DONE, TASKS_FAILED, RESUMABLE = 0, 1, 75
 
@@ -64,11 +67,11 @@ CHECKPOINTS: list[tuple[str, Spoil, str]] = [
     ("RoPE below zero", config(rope_theta=-1), "rope_theta must be a positive number, not -1"),
     ("epsilon that is none", config(rms_norm_eps=float("nan")), "rms_norm_eps must be a positive number"),
     ("tied to a word", config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
-    ("RoPE scaling", config(rope_scaling={"type": "yarn"}), "rope_scaling of type 'yarn' is not implemented"),
+    ("RoPE scaling", config(rope_scaling={"type": "mrope"}), "RoPE of type 'mrope' is not one of"),
     (
         "sliding window",
-        config(use_sliding_window=True, max_window_layers=1),
-        "use_sliding_window (sliding_attention layers) is not",
+        config(use_sliding_window=True, max_window_layers=1, sliding_window=0),
+        "sliding_window must be a positive integer, not 0",
     ),
     ("quantized", config(quantization_config={"bits": 4}), "use the unquantized checkpoint"),
     ("odd type", config(torch_dtype="int8"), "dtype int8 is not one of float32, bfloat16, float16"),
@@ -142,6 +145,50 @@ def test_a_hub_model_in_the_cache_is_used_and_its_commit_noted(
     assert manifest["provenance"]["model_id"] == "org/small"
     assert manifest["provenance"]["model_commit"] == commit
     assert manifest["settings"]["model_fingerprint"] == checkpoint_fingerprint(model)
+    assert "model_revision" not in manifest["provenance"]
+
+
+def test_a_revision_of_a_hub_model_is_used_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    revisions: list[str | None] = []
+
+    def load(path: str, config: QwenConfig, layout: Layout, *, revision: str | None = None) -> None:
+        revisions.append(revision)
+        raise CheckpointError("that is all")
+
+    monkeypatch.setattr("arc_runner.loaded_model.load_params", load)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo, main, other = tmp_path / "hub" / "models--org--small", "c" * 40, "d" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(main)
+    (repo / "refs" / "v2").write_text(other)
+    copy_small(repo / "snapshots" / main)
+    model = copy_small(repo / "snapshots" / other)
+    rewrite_json(model / "config.json", rms_norm_eps=2e-6)  # another model
+    rewrite_json(model / "generation_config.json", eos_token_id=[2, 3])
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    outcome = run_main(tmp_path, model_path="org/small", revision="v2")
+    assert outcome.out.startswith(
+        f"there is no directory org/small: the hub's cache has it, at commit {'d' * 12}"
+    )
+    assert outcome.err.endswith("error: that is all\n")
+    assert revisions == ["v2"]
+    manifest = json.loads((tmp_path / "activations" / "manifest.json").read_text())
+    assert manifest["provenance"]["model_commit"] == other
+    assert manifest["provenance"]["model_revision"] == "v2"
+    assert manifest["settings"]["model_fingerprint"] == checkpoint_fingerprint(model)
+    assert {2, 3} <= set(manifest["settings"]["eos_token_ids"])
+    refused = run_main(tmp_path, model_path="org/small")
+    assert refused.err.endswith(f"with --model_path org/small --revision {other}\n")
+    again = run_main(tmp_path, model_path="org/small", revision=other)  # is continued
+    assert again.err.endswith("error: that is all\n")
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    model = copy_small(tmp_path / "model")
+    sentence = f"--revision main is of a hub model, and {model} is on this machine: leave --revision out"
+    assert_refused(run_main(tmp_path, model_path=model, revision="main"), sentence)
+    assert_refused(run_main(tmp_path, revision="main", model_path=None), "--revision main is of a hub model")
 
 
 # --- Data sets ----------------------------------------------------------------------------------------------

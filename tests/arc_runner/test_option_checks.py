@@ -16,7 +16,18 @@ from qwen2_core.sampling import Sampling
 
 REFUSED = [
     ("--batch_size 0", "--batch_size must be at least 1, not 0"),
-    ("--max_output_tokens -3", "--max_output_tokens must be at least 1, not -3"),
+    ("--max_output_tokens -3", "--max_output_tokens must be at least 0, not -3"),
+    ("--max_output_tokens 0", "without --extract_prompt nothing would be stored: give --extract_prompt too"),
+    ("--max_output_tokens 0 --no_extract_activations", "without --extract_prompt nothing would be stored"),
+    (
+        "--max_output_tokens 0 --extract_prompt --temperature 1",
+        "--max_output_tokens 0 generates nothing, so the 8 samples of one prompt would be the same",
+    ),
+    ("--min_p 1.5", "--min_p must be from 0 to 1, not 1.5"),
+    ("--min_p nan", "--min_p must be from 0 to 1, not nan"),
+    ("--repetition_penalty 0", "--repetition_penalty must be at least 0.01, not 0.0"),
+    ("--repetition_penalty nan", "--repetition_penalty must be from 0.01 to 100, not nan"),
+    ("--revision=", "--revision is empty; leave the flag out or give it a value"),
     ("--predictions_per_task 0", "--predictions_per_task must be at least 1, not 0"),
     ("--augmentations 0", "--augmentations must be at least 1, not 0"),
     ("--n_tasks 0", "--n_tasks must be at least 1, not 0"),
@@ -57,7 +68,7 @@ REFUSED = [
     ("--batch_size 1e9", "argument --batch_size: invalid int value: '1e9'"),
     ("--random_seed 1e3", "argument --random_seed: invalid int value: '1e3'"),
     ("--batch_size 1000000000", "--batch_size must be from 1 to 65536, not 1000000000"),
-    ("--max_output_tokens 1000000000000", "must be from 1 to 1048576, not 1000000000000"),
+    ("--max_output_tokens 1000000000000", "must be from 0 to 1048576, not 1000000000000"),
     ("--n_tasks 99999999999999999999999", "must be from 1 to 1000000000, not 99999999999999999999999"),
     (f"--n_tasks {'9' * 5000}", "argument --n_tasks: invalid int value: '9999"),
     ("--mesh_shape 1 -2", "--mesh_shape must be at least 1, not -2"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lively import row_errors
 from prompt_cases import CHAT, QUESTION, TEXT, answered, completions, run_prompts, write_prompts
 from runner_cases import (
     LAYERS,
@@ -15,11 +16,13 @@ from runner_cases import (
     assert_refused,
     copy_small,
     digests,
+    puzzle,
     run_main,
     small_checkpoint,
     store_of,
     stored_row_errors,
     tokens,
+    write_tasks,
 )
 from spoil import template
 from transformers import AutoTokenizer
@@ -101,6 +104,76 @@ def test_every_way_to_generate_writes_the_same_tokens(generation: str, tmp_path:
     assert run_prompts(tmp_path, generation=generation).code == DONE
     expected = tokens(answered()[0])
     assert tokens(tmp_path) == {name: expected[name] for name in expected if name[0] in ("sum", "7")}
+
+
+# --- Prompts alone ------------------------------------------------------------------------------------------
+
+
+def run_alone(folder: Path, **flags: Any) -> Any:
+    return run_prompts(folder, **({"max_output_tokens": 0, "extract_prompt": True} | flags))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose prompts were read, and nothing generated. Not to be changed."""
+    folder = tmp_path_factory.mktemp("alone")
+    write_prompts(folder, QUESTION, CHAT, TEXT)
+    outcome = run_alone(folder)
+    assert (outcome.code, outcome.err) == (DONE, "")
+    assert "prompts of up to 64 tokens, read one after the other" in outcome.out
+    return folder
+
+
+def test_without_tokens_the_rows_of_the_prompts_are_stored(alone: Path):
+    store, answers = store_of(alone), store_of(answered()[0])
+    assert [one.task_id for one in store] == [one.task_id for one in answers]
+    for record, other in zip(store, answers, strict=True):
+        assert (record.generated_length, record.finish_reason) == (0, "length")
+        assert store.prompt_token_ids(record).tolist() == answers.prompt_token_ids(other).tolist()
+        for layer in range(LAYERS):
+            rows = answers.rows(other, layer)[: record.prompt_length]
+            assert (store.rows(record, layer) == rows).all()
+    lines = [(one["text"], one["tokens"], one["mean_logprob"]) for one in completions(alone)]
+    assert lines == [("", 0, None)] * 3
+    figures = report(alone)
+    assert figures["made_at"]
+    assert (figures["sequences"], figures["tokens_generated"]) == (3, 0)
+
+
+def test_without_tokens_the_store_is_replayed_and_continued(alone: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(alone, tmp_path / "copy"))
+    model = str(small_checkpoint())
+    assert look_after(["verify", str(folder / "activations"), "--replay", "3", "--model_path", model]) == 0
+    before = digests(folder)
+    write_prompts(folder, QUESTION, CHAT, TEXT, {"id": "new", "text": "One more"})
+    outcome = run_alone(folder)
+    assert "4 prompts, 4 sequences (1 sample of each), 3 of them done already" in outcome.out
+    assert {name: digests(folder)[name] for name in before} == before
+    assert [one["id"] for one in completions(folder)] == ["sum", "2", "7", "new"]
+    assert "no answers" in run_alone(folder, dry_run=True).out
+    assert run_prompts(folder, extract_prompt=True).err.startswith(
+        f"distributed_kv_cached_inference.py: error: {folder / 'activations'} was made with other settings "
+        "(--max_output_tokens is 0 there"
+    )
+
+
+@pytest.mark.parametrize("generation", ["task", pytest.param("python", marks=pytest.mark.slow)])
+def test_without_tokens_every_way_to_generate_stores_the_same(generation: str, alone: Path, tmp_path: Path):
+    write_prompts(tmp_path, QUESTION, TEXT)
+    assert run_alone(tmp_path, generation=generation).code == DONE
+    store, expected = store_of(tmp_path), store_of(alone)
+    for record in store:
+        for layer in range(LAYERS):
+            rows = expected.rows(expected[record.key], layer)
+            assert row_errors(store.rows(record, layer), rows).max() < 1e-5
+
+
+def test_without_tokens_a_puzzle_has_no_answer(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    outcome = run_main(tmp_path, max_output_tokens=0, extract_prompt=True)
+    assert (outcome.code, outcome.err) == (DONE, "")
+    assert "grids parsed      0 of 2" in outcome.out
+    assert "solved            0 of 1 tasks, 0 of 1 tests" in outcome.out
 
 
 # --- Again --------------------------------------------------------------------------------------------------

@@ -242,12 +242,19 @@ def test_a_place_without_the_needed_permission_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
+        (
+            None,
+            "--layers_to_extract: by default the layers 10 to 23 are captured, and this model has 2, 0 to 1: "
+            "name those that you want.",
+        ),
         ([1, LAYERS], "--layers_to_extract: extract_layers [2] are out of range: the model has 2 layers"),
         ([-1], "--layers_to_extract must be at least 0, not -1"),
         ([1, 1], "must name at least one layer and none twice, not [1, 1]"),
     ],
 )
-def test_layers_that_the_model_does_not_have_are_refused(layers: list[int], sentence: str, tmp_path: Path):
+def test_layers_that_the_model_does_not_have_are_refused(
+    layers: list[int] | None, sentence: str, tmp_path: Path
+):
     write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
     assert_refused(run_main(tmp_path, layers_to_extract=layers), sentence)
 

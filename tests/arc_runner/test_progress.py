@@ -51,15 +51,6 @@ def test_the_time_left_is_as_if_the_others_got_as_long_as_those_that_have_ended(
         assert (progress.done, progress.seconds_left) == (2, 8.0)
 
 
-def test_processes_that_share_the_work_share_what_is_left(clock: list[float]):
-    progress = Progress(total=10, generating=Clock(), solved=lambda: None, processes=3)
-    with progress.generating:
-        clock[0] += 5
-        progress.count_steps(tokens=10, slots=1, slots_in_use=1)
-        progress.count_sequence(tokens=10)
-        assert progress.seconds_left == 15.0
-
-
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (3599, "59:59"), (7207, "2:00:07")]
 )

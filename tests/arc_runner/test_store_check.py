@@ -84,6 +84,13 @@ def test_interventions_that_a_store_was_not_made_with_are_named(tmp_path: Path):
         check_store(str(tmp_path), settings(interventions="ab" * 32))
 
 
+def test_sampling_that_a_store_was_made_without_is_named(tmp_path: Path):
+    make_store(tmp_path)
+    sampling = {**SAMPLED, "temperature": 0.0, "min_p": 0.1}
+    with pytest.raises(UsageError, match=r"--min_p is nothing there and 0.1 here.* it without --min_p$"):
+        check_store(str(tmp_path), settings(sampling=sampling))
+
+
 def test_what_a_store_without_activations_or_prompts_needs_is_named(tmp_path: Path):
     make_store(tmp_path, hook_names=(), capture_prompt=False)
     with pytest.raises(UsageError, match=r"it with --no_extract_activations without --extract_prompt$"):

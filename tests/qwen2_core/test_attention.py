@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -314,3 +315,115 @@ def test_what_padding_holds_changes_not_a_bit_of_a_prompt():
     clean, dirty = causal(q, k, v, valid), causal(q, dirty_k, dirty_v, valid)
     np.testing.assert_array_equal(clean[0, :5], dirty[0, :5])
     np.testing.assert_array_equal(clean[1], dirty[1])
+
+
+# --- Sliding windows ----------------------------------------------------------------------------------------
+
+WINDOWS = pytest.mark.parametrize("window", [1, 2, 40, 127, 128, 1000])
+
+
+def of_tpus_windowed(q: Any, cache: KVCache, layer: int, window: Any) -> jax.Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_sums_of_pieces", attention._sums_by_masks)
+        return attend_two_part(q, cache, layer, window)
+
+
+WINDOWED = [jax.jit(form, static_argnums=2) for form in (attend_two_part, of_tpus_windowed, gpu_attention)]
+WINDOWED_IN_EACH_FORM = pytest.mark.parametrize("attend", WINDOWED, ids=["blocks", "of TPUs", "of GPUs"])
+
+
+@pytest.mark.parametrize(("tokens", "past"), [(1, 40), (100, 9)])
+@pytest.mark.parametrize("given_as", ["a number", "traced"])
+def test_each_token_sees_as_many_tokens_as_its_window_has(tokens: int, past: int, given_as: str, monkeypatch):
+    """Padding, of which there is some in between, counts for nothing."""
+    monkeypatch.setattr(attention, "_SCORE_BYTES", 0)  # the smallest block, 16 queries
+    monkeypatch.setattr(attention, "_PREFILL_KEYS", 24)
+    rng, positions = np.random.default_rng(0), past + tokens
+    q, (k, v) = normal(rng, 2, tokens, 4, HEAD_DIM), normal(rng, 2, 2, 2, positions, HEAD_DIM)
+    valid = rng.random((2, positions)) < 0.8
+    attend = jax.jit(lambda *a: attend_causal(*a), static_argnums=4 if given_as == "a number" else ())
+    for window in (60,) if given_as == "a number" else (1, 5, 24, 60, 1000):
+        out = attend(q, k, v, valid, window)
+        for b, t in np.ndindex(2, tokens):
+            own = past + t
+            seen = np.flatnonzero(valid[b, : own + 1])[-window:]
+            none = np.zeros((4, HEAD_DIM))
+            expected = reference(q[b, t], k[b][:, seen], v[b][:, seen]) if len(seen) else none
+            np.testing.assert_allclose(out[b, t], expected, atol=1e-5)
+
+
+@WINDOWED_IN_EACH_FORM
+@WINDOWS
+@pytest.mark.parametrize("index", [0, 39, 130, 260])
+def test_a_decode_step_sees_no_further_back_than_the_window_into_steps_and_prompt(
+    index: int, window: int, attend: Any
+):
+    """Rows of prompts of several lengths, of which some are out of sight."""
+    lengths = np.array([300, 1, 130])
+    config = sizes(300, 300, samples=2)
+    cache = filled_cache(np.random.default_rng(0), config, lengths, index, GARBAGE)
+    q = normal(np.random.default_rng(1), config.batch_size, 4, HEAD_DIM)
+    out = attend(q, cache, 1, window)
+    for b, query in enumerate(q):
+        n = lengths[b // 2]
+        first = max(n + index - window + 1, 0)
+        k, v = (
+            np.concatenate([prompt[1][b // 2, :, :n], steps[1][b, :, : index + 1]], axis=1)[:, first:]
+            for prompt, steps in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+        )
+        np.testing.assert_allclose(out[b], reference(query, k, v), atol=1e-5)
+
+
+@WINDOWED_IN_EACH_FORM
+@settings(max_examples=15, deadline=None)
+@given(
+    age=st.integers(0, 319),
+    starts=st.lists(st.integers(0, 60).map(lambda n: n * PIECE), min_size=2, max_size=2),
+    mates=st.lists(st.integers(0, 319), min_size=8, max_size=8),
+    window=st.integers(1, 330),
+)
+def test_with_a_window_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(
+    attend: Any, age: int, starts: list[int], mates: list[int], window: int
+):
+    config = dataclasses.replace(sizes(1, 320, prompts=5), step_alignment=PIECE)
+    q = normal(np.random.default_rng(6), 5, 4, HEAD_DIM)
+    outs = []
+    for start, of_mates in zip(starts, (mates[:4], mates[4:]), strict=True):
+        index = start + age
+        all_starts = [start, *(max(0, index - mate) // PIECE * PIECE for mate in of_mates)]
+        cache = ring_of(config, [max(s, index - 319) for s in all_starts], index, seed=7, filler=GARBAGE)
+        outs.append(np.asarray(attend(q, cache, 0, window))[0])
+    np.testing.assert_array_equal(*outs)
+    # Of its own prompt's one token and its age + 1 steps the row sees `window`.
+    own = [1] * (window > age + 1), np.arange(max(0, age + 1 - window), age + 1)
+    k, v = (
+        np.concatenate([part[0][0][:, : len(own[0])], ring[0][0][:, (start + own[1]) % 320]], axis=1)
+        for part, ring in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
+    )
+    np.testing.assert_allclose(outs[1], reference(q[0], k, v), atol=1e-5)
+
+
+def test_without_a_window_programs_have_no_trace_of_one():
+    """Windows are more operands, comparisons and masks, which those who use none need not carry."""
+    cache, q = filled_cache(np.random.default_rng(0), sizes(300, 300), np.ones(3), 1, 0.0), np.ones((3, 4, 8))
+    without = jax.jit(lambda *a: attend_two_part(*a, 1)).lower(q, cache).as_text()
+    windowed = jax.jit(lambda *a: attend_two_part(*a, 1, 2**30)).lower(q, cache).as_text()
+    assert without.count("stablehlo.compare") < windowed.count("stablehlo.compare")
+
+
+@pytest.mark.parametrize("index", [0, 1000, 4000])
+def test_a_decode_step_reads_only_the_blocks_that_the_window_touches(index: int, monkeypatch):
+    read = []
+    whole = attention.get_attention_kv
+
+    def counting(part: Any, layer: int, start: Any, size: Any = None) -> Any:
+        jax.debug.callback(lambda start: read.append(int(start)), start)
+        return whole(part, layer, start, size)
+
+    monkeypatch.setattr(attention, "get_attention_kv", counting)
+    config = dataclasses.replace(sizes(2048, 4096, prompts=1), num_layers=1)
+    cache = filled_cache(np.random.default_rng(0), config, np.array([2000]), index, 0.0)
+    cache, q = jax.tree.map(jnp.asarray, (cache, normal(np.random.default_rng(1), 1, 4, HEAD_DIM)))
+    attention._two_part_by_blocks(q, cache, 0, jnp.int32(200))
+    jax.effects_barrier()
+    assert len(read) <= 1 + 3 + 3  # and once for the shape alone

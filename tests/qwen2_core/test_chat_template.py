@@ -228,7 +228,9 @@ def test_the_runner_names_the_clock_and_the_settings_that_it_does_not_apply(
     rewrite_json(model / "generation_config.json", do_sample=True, repetition_penalty=1.5, top_k=20)
     outcome = run_main(tmp_path, model_path=model, temperature=0.5)
     sentence = "generation_config.json asks for repetition_penalty 1.5 and top_k 20, which are not applied"
-    assert outcome.out.count(f"{sentence}: sampling is what the flags say\n") == 1
+    flags = "--temperature 1 --top_k 20 --repetition_penalty 1.5"
+    remedy = f"sampling is what the flags say; give {flags} to sample as it asks"
+    assert outcome.out.count(f"{sentence}: {remedy}\n") == 1
     clock, end = outcome.err.splitlines()
     assert clock.startswith(f"the chat template of {model} puts the time into the prompts")
     assert end.endswith("that is all")

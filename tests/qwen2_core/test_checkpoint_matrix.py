@@ -196,7 +196,6 @@ LOADED: dict[str, Make] = {
         rope_scaling={"rope_theta": 200.0}, rope_parameters={"rope_theta": 3e3}
     ),
     "rope_scaling null": saved(BASE, config_is(rope_scaling=None)),
-    "rope_scaling without a type": saved(rope_scaling={"factor": 4.0}),
     "partial_rotary_factor, which Qwen2 passes over": saved(partial_rotary_factor=0.5),
     "no rms_norm_eps": saved(rms_norm_eps=None),
     "a large rms_norm_eps": saved(rms_norm_eps=0.1),
@@ -208,6 +207,57 @@ LOADED: dict[str, Make] = {
         with_tensor("model.rotary_emb.inv_freq", INV_FREQ),
     ),
     "attention_bias false, which Qwen2 passes over": saved(attention_bias=False, mlp_bias=True),
+    "linear scaling": saved(rope_scaling={"type": "linear", "factor": 2.0}),
+    "dynamic scaling": saved(
+        max_position_embeddings=16, rope_scaling={"rope_type": "dynamic", "factor": 2.0}
+    ),
+    "yarn": saved(
+        max_position_embeddings=16,
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 1e4,
+            "mscale": 0.7,
+            "mscale_all_dim": 2,
+        },
+    ),
+    "yarn, its original context beside it": saved(
+        original_max_position_embeddings=8, rope_scaling={"type": "yarn", "factor": 4.0, "beta_slow": 0.5}
+    ),
+    "yarn without a factor": saved(
+        max_position_embeddings=32,
+        rope_scaling={
+            "type": "yarn",
+            "factor": None,
+            "original_max_position_embeddings": 8,
+            "truncate": False,
+        },
+    ),
+    "llama3": saved(
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    ),
+    "longrope": saved(
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_scaling={"type": "longrope", "short_factor": [1.5] * 8, "long_factor": [1.0, 2.0] * 4},
+    ),
+    "longrope within its original context": saved(
+        rope_scaling={"type": "longrope", "factor": 2.0, "short_factor": [1.5] * 8, "long_factor": [2] * 8}
+    ),
+    "proportional": saved(
+        rope_parameters={"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4}
+    ),
+    "window below the depth": saved(use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "window of one token": saved(use_sliding_window=True, sliding_window=1, max_window_layers=0),
+    "window in layer_types": saved(
+        use_sliding_window=True, sliding_window=9, layer_types=["sliding_attention", "full_attention"]
+    ),
     "window from past the depth on": saved(use_sliding_window=True, max_window_layers=3),
     "window from the depth on": saved(use_sliding_window=True, max_window_layers=2),
     "window, max_window_layers left out": saved(use_sliding_window=True, max_window_layers=None),
@@ -356,21 +406,28 @@ REFUSED: dict[str, tuple[Make, str]] = {
         "attention_bias must be true or false",
     ),
     "Qwen3 with experts": (saved(QWEN3, model_type="qwen3_moe"), "'qwen3_moe' model"),
-    "linear scaling": (saved(rope_scaling={"type": "linear", "factor": 2.0}), "'linear' is not implemented"),
-    "dynamic scaling": (saved(rope_scaling={"rope_type": "dynamic", "factor": 2.0}), "'dynamic'"),
-    "yarn": (saved(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}), "'yarn'"),
-    "llama3": (saved(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "'llama3'"),
-    "rope type before type": (saved(rope_scaling={"type": "default", "rope_type": "yarn"}), "'yarn'"),
+    "rope_scaling without a type": (saved(rope_scaling={"factor": 4.0}), "'default' has no 'factor'"),
+    "llama3 without its factors": (
+        saved(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "needs low_freq",
+    ),
+    "rope type before type": (saved(rope_scaling={"type": "default", "rope_type": "yarn"}), "'yarn' needs"),
     "RoPE by kind of layer": (
         saved(rope_parameters={"full_attention": {"rope_theta": 1e4, "rope_type": "default"}}),
         "for each kind of layer",
     ),
     "rope_theta null": (saved(BASE, config_is(rope_theta=None)), "rope_theta must be a positive number"),
     "gelu": (saved(hidden_act="gelu"), "hidden_act 'gelu'"),
-    "window below the depth": (saved(use_sliding_window=True, max_window_layers=1), "sliding_attention"),
-    "window in layer_types": (
-        saved(use_sliding_window=True, layer_types=["full_attention", "sliding_attention"]),
-        "sliding_attention",
+    "window in layer_types, and not in use": (
+        saved(layer_types=["full_attention", "sliding_attention"]),
+        "use_sliding_window is not true",
+    ),
+    "window in layer_types, null": (
+        saved(
+            BASE,
+            config_is(use_sliding_window=True, sliding_window=None, layer_types=["sliding_attention"] * 2),
+        ),
+        "sliding_window must be a positive integer, not None",
     ),
     "layer_types of another depth": (
         saved(layer_types=["full_attention"]),
@@ -463,7 +520,9 @@ def compiled(config: Any) -> Any:
 
 def ours(folder: Path) -> tuple[str, np.ndarray]:
     config, params = load_qwen2(folder, scan_layers=True)  # soon compiled
-    logits = compiled(config.replace(sliding_window=None))({"params": params}, token_ids())[0]
+    if not config.use_sliding_window:
+        config = config.replace(sliding_window=None)  # so that fewer programs are compiled
+    logits = compiled(config)({"params": params}, token_ids())[0]
     return config.dtype.name, np.asarray(logits, np.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from lively import SHALLOW
 
 from qwen2_core.checkpoint_files import CheckpointError
 from qwen2_core.config import QwenConfig
+from qwen2_core.rope import Yarn
 
 # Qwen2.5-0.5B-Instruct, as Transformers 4 and 5 write it.
 FOUR: dict[str, Any] = {
@@ -128,7 +130,8 @@ def test_numbers_are_numbers_of_a_plausible_range(name: str, value: Any):
         ({"sliding_window": "4096"}, "sliding_window must be an integer or null, not '4096'"),
         ({"max_window_layers": "28", "layer_types": None}, "max_window_layers must be an integer, not '28'"),
         ({"layer_types": "full_attention"}, "layer_types must be a list of 24 names"),
-        ({"layer_types": [["full_attention"]] * 24}, "layer_types .* is not implemented"),
+        ({"layer_types": [["full_attention"]] * 24}, "layer_types .* is not one of"),
+        ({"rope_scaling": {"type": ["yarn"]}}, r"RoPE of type \['yarn'\] is not one of default, linear"),
         ({"hidden_act": {"silu": 1}}, "hidden_act .* is not implemented"),
         ({"hidden_act": None}, "hidden_act None is not implemented"),
         ({"head_dim": "64"}, "head_dim must be a positive integer, not '64'"),
@@ -223,25 +226,125 @@ def test_a_config_is_hashable_and_frozen():
         config.hidden_size = 3  # type: ignore[misc]
 
 
+SLIDING = ["full_attention"] * 12 + ["sliding_attention"] * 12
+
+
+@SPELLINGS
+def test_the_layers_from_max_window_layers_on_have_a_window_or_those_that_layer_types_names(
+    hf: dict[str, Any],
+):
+    windows = (None,) * 12 + (4096,) * 12
+    first = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 12}
+    by_number = QwenConfig.from_hf(hf | first | {"layer_types": None})
+    by_name = QwenConfig.from_hf(hf | first | {"layer_types": SLIDING, "max_window_layers": 3})
+    assert by_number == by_name
+    assert by_number.windows == windows
+    assert by_number.layer_types == tuple(SLIDING)
+    everywhere = first | {"layer_types": None, "max_window_layers": -1}
+    assert QwenConfig.from_hf(hf | everywhere).windows == (4096,) * 24
+    assert QwenConfig.from_hf(hf | first | {"use_sliding_window": False, "layer_types": None}).windows == (
+        (None,) * 24
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": None}, "layer_types must be a list of 6 names"),
+        ({"layer_types": ("sliding_attention",) * 5}, "layer_types must be a list of 6 names"),
+        ({"layer_types": ("chunked",) * 6}, "layer_types 'chunked' is not one of"),
+        ({"sliding_window": None}, "sliding_window must be a positive integer, not None"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer, not 0"),
+        ({"use_sliding_window": 1}, "use_sliding_window must be true or false, not 1"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be one of the classes of qwen2_core.rope"),
+    ],
+    ids=str,
+)
+def test_a_config_made_by_hand_is_checked_too(change: dict[str, Any], message: str):
+    config = SHALLOW.config(use_sliding_window=True, sliding_window=8, layer_types=("sliding_attention",) * 6)
+    with pytest.raises(CheckpointError, match=message):
+        config.replace(**change)
+    assert config.replace(use_sliding_window=False).layer_types is None
+
+
+@SPELLINGS
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_yarn_is_read_in_every_spelling_and_lengthens_the_context(hf: dict[str, Any], name: str, kind: str):
+    yarn = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    expected = Yarn(
+        original_max_position_embeddings=32768, factor=4.0, attention_factor=0.1 * math.log(4) + 1
+    )
+    config = QwenConfig.from_hf(hf | {name: yarn})
+    assert config.rope_scaling == expected
+    assert config.rope_theta == 1e6
+    assert config.context_length == 131_072
+    assert QwenConfig.from_hf(hf).context_length == 32_768
+    beside = {key: value for key, value in yarn.items() if key != "original_max_position_embeddings"}
+    config = QwenConfig.from_hf(hf | {name: beside, "original_max_position_embeddings": 8192})
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.original_max_position_embeddings == 8192
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+LLAMA = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = [
+    (YARN | {"factor": "4"}, "factor of RoPE must be a number from 1 to 1e\\+06, not '4'"),
+    (YARN | {"factor": 0.5}, "factor of RoPE must be a number from 1 to"),
+    (YARN | {"factor": True}, "factor of RoPE must be a number .* not True"),
+    (YARN | {"factor": NAN}, "factor of RoPE must be a number .* not nan"),
+    (YARN | {"attn_factor": 1.0}, "RoPE of type 'yarn' has no 'attn_factor'. Name another rope_type"),
+    (YARN | {"beta_fast": 1, "beta_slow": 32}, "beta_fast of RoPE must be at least beta_slow, not 1 and 32"),
+    (YARN | {"truncate": 1}, "truncate of RoPE must be true or false, not 1"),
+    (
+        YARN | {"original_max_position_embeddings": 32768.5},
+        "original_max_position_embeddings of RoPE must be",
+    ),
+    (
+        YARN | {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor is not implemented with RoPE of type 'yarn'",
+    ),
+    ({"rope_type": "linear"}, "RoPE of type 'linear' needs factor"),
+    (
+        {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 8},
+        "'linear' has no 'original_max",
+    ),
+    ({"type": "dynamic", "factor": None}, "RoPE of type 'dynamic' needs factor"),
+    (LLAMA | {"high_freq_factor": 1}, "high_freq_factor of RoPE must be above low_freq_factor, not 1 and 1"),
+    ({"type": "llama3", "factor": 8.0}, "RoPE of type 'llama3' needs low_freq_factor"),
+    (LONG | {"long_factor": [1.0] * 31}, "needs a long_factor of 32 numbers .*, not 31"),
+    (LONG | {"long_factor": [1.0, 0.0] * 16}, "long_factor of RoPE must be a list of positive numbers"),
+    (LONG | {"short_factor": 2.0}, "short_factor of RoPE must be a list of positive numbers, not 2.0"),
+    (
+        {"rope_type": "mrope", "mrope_section": [16, 24, 24]},
+        "RoPE of type 'mrope' is not one of default, linear",
+    ),
+    ({"rope_type": "axial"}, "RoPE of type 'axial' is not one of"),
+    ({"factor": 4.0}, "RoPE of type 'default' has no 'factor'. Name another rope_type, or remove it"),
+    ({"full_attention": {"rope_type": "default"}}, "RoPE of its own for each kind of layer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"), ROPES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_what_cannot_be_honoured_of_rope_is_refused_by_name(rope: dict[str, Any], message: str):
+    for name in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(CheckpointError, match=message):
+            QwenConfig.from_hf(FOUR | {name: rope})
 
 
 @SPELLINGS
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": YARN}, "rope_scaling of type 'yarn' is not implemented"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
-        ({"rope_parameters": YARN | {"rope_theta": 1e6}}, "rope_parameters of type 'yarn'"),
-        (
-            {"use_sliding_window": True, "layer_types": None, "sliding_window": 4096},
-            "use_sliding_window .* is not implemented",
-        ),
         ({"layer_types": ["full_attention"] * 23}, "layer_types must be a list of 24 names"),
-        ({"layer_types": ["chunked_attention"] * 24}, "layer_types 'chunked_attention' is not implemented"),
+        ({"layer_types": ["chunked_attention"] * 24}, "layer_types 'chunked_attention' is not one of"),
+        ({"layer_types": SLIDING}, "layer_types has sliding_attention, but use_sliding_window is not true"),
         (
-            {"layer_types": ["full_attention"] * 12 + ["sliding_attention"] * 12},
-            r"sliding_attention layers\) is not implemented",
+            {"layer_types": SLIDING, "use_sliding_window": True, "sliding_window": None},
+            "sliding_window must be a positive integer, not None",
         ),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented"),
         ({"head_dim": 63}, "head_dim 63 is odd"),

@@ -50,7 +50,7 @@ def cache_of(
     )
 
 
-def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
+def exact(q: np.ndarray, cache: KVCache, layer: int, window: int = 2**30) -> np.ndarray:
     """In float64, row by row and head by head."""
     index, ring = int(cache.ar.index), cache.ar.capacity
     out = np.zeros(q.shape)
@@ -65,7 +65,7 @@ def exact(q: np.ndarray, cache: KVCache, layer: int) -> np.ndarray:
                     np.asarray(part[0][layer][prompt, kv_head, : int(cache.prefill.length[prompt])]),
                     np.asarray(part[1][layer][row, kv_head])[positions],
                 ]
-            ).astype(np.float64)
+            ).astype(np.float64)[-window:]
             for part in ((cache.prefill.k, cache.ar.k), (cache.prefill.v, cache.ar.v))
         )
         scores = k @ q[row, head].astype(np.float64) / np.sqrt(q.shape[2])
@@ -93,6 +93,22 @@ def test_a_decode_step_is_the_softmax_over_the_valid_positions(
     np.testing.assert_allclose(got, exact(q, cache, layer), atol=0.02, rtol=2**-7)
 
 
+@pytest.mark.parametrize("window", [1, 2, 7, 20, 33, 500])
+@pytest.mark.parametrize(
+    ("lengths", "starts", "index"),
+    [([40], [0], 0), ([37], [0], 31), ([1], [5, 20, 0], 20), ([40, 3], [40, 64, 37, 66], 68)],
+)
+def test_with_a_window_a_decode_step_sees_no_further_back(
+    attend: Any, lengths, starts, index: int, window: int
+):
+    cache, q = cache_of(lengths, starts, index), normal(len(starts), 14, 64)
+    got = np.asarray(attend(q, cache, 1, window), np.float64)
+    np.testing.assert_allclose(got, exact(q, cache, 1, window), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention" in attend.lower(q, cache, 1, window).as_text()
+    if window == 500:
+        np.testing.assert_array_equal(attend(q, cache, 1, window), attend(q, cache, 1))
+
+
 def test_an_odd_head_dim_is_left_to_xla_and_an_even_one_need_not_fill_a_vector(attend: Any):
     for dim in (7, 6, 50):
         cache = cache_of([9], [0], 4, dim=dim)
@@ -117,8 +133,11 @@ def test_a_stacked_cache_gives_the_bits_of_separate_layers(attend: Any):
         np.testing.assert_array_equal(got, attend(q, cache, layer))
 
 
+@pytest.mark.parametrize("window", [None, 19, 120])
 @pytest.mark.parametrize("steps", [21, 100, 111])
-def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(attend: Any, steps: int):
+def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(
+    attend: Any, steps: int, window: int | None
+):
     ring, (prompt, own) = (
         128,
         [[normal(*shape) for _ in range(2)] for shape in ((1, 2, 40, 128), (2, steps, 128))],
@@ -136,7 +155,7 @@ def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(attend: A
         k, v = ((jnp.asarray(buffer),) for buffer in buffers)
         ar = ARCache(k, v, jnp.int32(start + steps - 1), starts)
         queries = np.stack([q[0] if b == row else q[b] for b in range(3)])
-        return np.asarray(attend(queries, KVCache(prefill, ar), 0))[row]
+        return np.asarray(attend(queries, KVCache(prefill, ar), 0, window))[row]
 
     expected = of(0, 0)
     assert np.isfinite(expected.astype(np.float32)).all()
@@ -153,12 +172,16 @@ def test_a_nan_in_a_valid_key_reaches_the_output(attend: Any):
     assert np.isfinite(got[:, 7:]).all()
 
 
-def exactly_causal(q: np.ndarray, k: np.ndarray, v: np.ndarray, valid: np.ndarray) -> np.ndarray:
+def exactly_causal(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, valid: np.ndarray, window: int = 2**30
+) -> np.ndarray:
     """In float64, all scores at once."""
     tokens, positions = q.shape[1], k.shape[2]
     k, v = (np.repeat(part.astype(np.float64), q.shape[2] // k.shape[1], axis=1) for part in (k, v))
     scores = np.einsum("bthd,bhsd->bhts", q.astype(np.float64), k) / np.sqrt(q.shape[3])
     seen = np.tri(tokens, positions, positions - tokens, bool) & valid[:, None, None]
+    places = np.cumsum(valid, 1)  # a window counts tokens, not padding
+    seen &= (places[:, None] > places[:, -tokens:, None] - window)[:, None]
     weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)
     return np.einsum("bhts,bhsd->bthd", weights, v)
@@ -192,23 +215,41 @@ def test_a_prompts_attention_is_the_softmax_over_the_valid_positions_up_to_each_
     np.testing.assert_array_equal(prompt(q, k, v, None)[0], got[0].astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("window", [1, 3, 32, 50, 301])
+@pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (33, 33), (1, 70), (5, 70), (300, 301)])
+def test_with_a_window_no_token_of_a_prompt_sees_further_back(
+    prompt: Any, tokens: int, positions: int, window: int
+):
+    q, (k, v) = normal(5, tokens, 14, 64), (normal(5, 2, positions, 64) + i for i in range(2))
+    valid = some_valid(5, positions)
+    k, v = (np.asarray(part, jnp.bfloat16) for part in (k, v))
+    got = np.asarray(prompt(q, k, v, valid, window), np.float64)
+    np.testing.assert_allclose(got, exactly_causal(q, k, v, valid, window), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid, window).as_text()
+    if window == 301:
+        np.testing.assert_array_equal(prompt(q, k, v, valid, window), prompt(q, k, v, valid))
+
+
+@pytest.mark.parametrize("window", [None, 45])
 @pytest.mark.parametrize(("width", "length"), [(90, 41), (350, 202), (700, 601)])
-def test_what_follows_a_token_in_its_prompt_changes_not_a_bit(prompt: Any, width: int, length: int):
+def test_what_follows_a_token_in_its_prompt_changes_not_a_bit(
+    prompt: Any, width: int, length: int, window: int | None
+):
     """Neither in the sequence, nor as padding, nor in the rows beside it; only what is invalid is NaN."""
     q, k, v = normal(2, width, 14, 64), normal(2, 2, width, 64), normal(2, 2, width, 64)
     valid = np.ones((2, width), bool)
-    expected = np.asarray(prompt(q, k, v, valid))
+    expected = np.asarray(prompt(q, k, v, valid, window))
     valid[0, length:] = False
     for part in (k, v):
         part[0, :, length:] = np.nan
         part[1, :, 70:] = 3
-    got = np.asarray(prompt(q, k, v, valid))
+    got = np.asarray(prompt(q, k, v, valid, window))
     np.testing.assert_array_equal(got[0, :length], expected[0, :length])
     np.testing.assert_array_equal(got[1, :70], expected[1, :70])
     assert np.isfinite(got.astype(np.float32)).all()
-    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid, window).as_text()
     narrow = [a[:, :length] if a is q else a[:, :, :length] for a in (q, k, v)]
-    np.testing.assert_array_equal(prompt(*narrow, None)[0], got[0, :length])
+    np.testing.assert_array_equal(prompt(*narrow, None, window)[0], got[0, :length])
 
 
 def test_attention_over_a_prompt_can_be_differentiated(prompt: Any):
@@ -219,3 +260,15 @@ def test_attention_over_a_prompt_can_be_differentiated(prompt: Any):
 
     expected = tangent(*(a.astype(np.float32) for a in (q, k, v)))
     np.testing.assert_allclose(tangent(q, k, v).astype(np.float32), expected, atol=0.05)
+
+
+def test_heads_of_128_as_in_qwen3_are_attended_by_the_kernels(attend: Any, prompt: Any):
+    cache, q = cache_of([40, 3], [40, 64, 37, 66], 68, kv_heads=4, dim=128), normal(4, 8, 128)
+    got = np.asarray(attend(q, cache, 1), np.float64)
+    np.testing.assert_allclose(got, exact(q, cache, 1), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention" in attend.lower(q, cache, 1).as_text()
+    q, (k, v) = normal(2, 33, 8, 128), (np.asarray(normal(2, 4, 33, 128), jnp.bfloat16) for _ in range(2))
+    valid = some_valid(2, 33)
+    got = np.asarray(prompt(q, k, v, valid), np.float64)
+    np.testing.assert_allclose(got, exactly_causal(q, k, v, valid), atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention_causal" in prompt.lower(q, k, v, valid).as_text()

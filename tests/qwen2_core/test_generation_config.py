@@ -12,7 +12,8 @@ from lively import SHALLOW
 from transformers import GenerationConfig
 
 from qwen2_core.errors import CheckpointError
-from qwen2_core.generation_config import unapplied_settings
+from qwen2_core.generation_config import checkpoint_sampling, unapplied_settings
+from qwen2_core.sampling import Sampling
 from qwen2_core.weights import load_qwen2
 
 QWEN = {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
@@ -109,6 +110,36 @@ def test_a_file_that_is_no_json_object_is_refused(text: str, tmp_path: Path):
         unapplied_settings(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ({}, Sampling()),
+        (QWEN, Sampling(0.7, 20, 0.8, repetition_penalty=1.1)),
+        ({**QWEN, "do_sample": False}, Sampling(repetition_penalty=1.1)),
+        ({"temperature": 0.7, "min_p": 0.1}, Sampling()),  # which greedy decoding passes over
+        ({"do_sample": True}, Sampling(1.0)),
+        ({"do_sample": True, "min_p": 0.05, "top_k": None}, Sampling(1.0, min_p=0.05)),
+    ],
+    ids=str,
+)
+def test_the_sampling_that_a_checkpoint_asks_for_can_be_had(
+    settings: dict[str, Any], sampling: Sampling, tmp_path: Path
+):
+    asked(tmp_path, **settings)
+    assert checkpoint_sampling(tmp_path) == sampling
+    assert unapplied_settings(tmp_path, vars(sampling)) is None
+
+
+def test_without_the_file_a_checkpoint_asks_for_greedy_tokens(tmp_path: Path):
+    assert checkpoint_sampling(tmp_path) == Sampling()
+
+
+def test_a_sampling_that_cannot_be_is_refused(tmp_path: Path):
+    asked(tmp_path, repetition_penalty="1.5")
+    with pytest.raises(CheckpointError, match=r"asks for a sampling that cannot be: repetition_penalty must"):
+        checkpoint_sampling(tmp_path)
+
+
 def test_loading_warns_once_and_loads_whatever_the_file_is(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model = SHALLOW.save(tmp_path)
     with caplog.at_level(logging.WARNING):
@@ -119,7 +150,7 @@ def test_loading_warns_once_and_loads_whatever_the_file_is(tmp_path: Path, caplo
         load_qwen2(model)
     assert caplog.messages == [
         f"{model}: generation_config.json asks for repetition_penalty 1.5, which is not applied; "
-        "sampling is what a call says"
+        "sampling is what a call says, and sampling=Sampling(repetition_penalty=1.5) says it so"
     ]
     caplog.clear()
     (model / "generation_config.json").write_text("{")

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_core.sampling import Sampling, SamplingParams, sample_tokens, sampling_params, sequence_keys
+from qwen2_core.sampling import (
+    Sampling,
+    SamplingParams,
+    sample_tokens,
+    sampling_params,
+    sequence_keys,
+    tokens_in,
+    with_tokens,
+)
 
 DRAWS = 20_000
 
@@ -26,7 +37,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 def exact_distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The probabilities of every token of one row, by sorting; ties with the last token kept are kept."""
     scaled = logits.astype(np.float64) / sampling.temperature
-    keep = np.ones(len(scaled), bool)
+    keep = np.exp(scaled - scaled.max()) >= sampling.min_p * (1 - 1e-6)
     if sampling.top_k:
         keep &= scaled >= np.sort(scaled)[::-1][min(sampling.top_k, len(scaled)) - 1]
     probabilities = softmax(np.where(keep, scaled, -np.inf))
@@ -60,6 +71,10 @@ TIED = np.array([3, 1, 2, 2, 2, 0, -1, 2.5], np.float32)
         (LOGITS, Sampling(0.8, top_k=10**12, top_p=0.999)),
         (TIED, Sampling(1.0, top_k=3)),  # three tokens tie for the third place
         (TIED, Sampling(1.0, top_p=0.75)),
+        (LOGITS, Sampling(1.0, min_p=0.1)),
+        (LOGITS, Sampling(2.0, min_p=0.02)),
+        (LOGITS, Sampling(1.3, top_k=6, top_p=0.95, min_p=0.3)),
+        (TIED, Sampling(1.0, min_p=np.exp(-1.0))),  # three tokens tie with the last one kept
         (TIED, Sampling(2e-38)),  # what is left is the largest alone
         (np.array([1, 2, 2, 2, 1, 1, 1, 1], np.float32), Sampling(2e-38)),  # or several, equally likely
         (LOGITS, Sampling(1e300)),  # more than float32 can hold: all are equally likely
@@ -90,6 +105,8 @@ def test_ties_with_the_last_token_kept_are_kept():
         # A logit divided by these overflows float32; the last two are no normal float32 themselves.
         *(Sampling(temperature) for temperature in (1e-4, 1e-30, 2e-38, 1e-38, 1e-44, 1e-300)),
         Sampling(1e-38, top_k=5, top_p=0.9),
+        Sampling(0.7, min_p=1.0),
+        Sampling(1e-38, min_p=1e-300),
     ],
     ids=str,
 )
@@ -116,6 +133,60 @@ def test_logprobs_are_the_models_own_whatever_the_filter(sampling: Sampling):
     keys = keys_of(np.uint32(3), np.arange(50, dtype=np.uint32))
     tokens, logprobs = sample(logits, traced(sampling), keys, 5)
     np.testing.assert_allclose(logprobs, np.log(softmax(logits))[np.arange(50), tokens], atol=1e-5)
+
+
+# --- Tokens that a sequence has -----------------------------------------------------------------------------
+
+PENALTIES = [1.3, 0.6, 1e300, 1e-300]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_penalty_divides_positive_logits_of_tokens_seen_and_multiplies_negative_ones(penalty: float):
+    logits = np.random.default_rng(4).normal(scale=3, size=(50, 30)).astype(np.float32)
+    seen = np.random.default_rng(5).random((50, 30)) < 0.3
+    keys = keys_of(np.uint32(3), np.arange(50, dtype=np.uint32))
+    sampling = Sampling(repetition_penalty=penalty)
+    tokens, logprobs = sample(logits, traced(sampling), keys, 5, seen)
+    changed = np.where(logits < 0, logits.astype(np.float64) * penalty, logits.astype(np.float64) / penalty)
+    np.testing.assert_array_equal(tokens, np.where(seen, changed, logits).argmax(-1))
+    np.testing.assert_allclose(logprobs, np.log(softmax(logits))[np.arange(50), tokens], atol=1e-5)
+    np.testing.assert_array_equal(tokens, sample(logits, traced(sampling), keys, 5, jnp.array(seen))[0])
+
+
+def test_a_penalty_comes_before_temperature_and_filters():
+    seen = np.array([False, True] * 12)
+    penalized = np.where(seen, np.where(LOGITS < 0, LOGITS * 1.4, LOGITS / 1.4), LOGITS).astype(np.float32)
+    sampling = Sampling(1.3, top_k=9, top_p=0.9, min_p=0.02)
+    keys = keys_of(np.uint32(1), np.arange(DRAWS, dtype=np.uint32))
+    with_penalty = dataclasses.replace(sampling, repetition_penalty=1.4)
+    tokens, _ = sample(np.tile(LOGITS, (DRAWS, 1)), traced(with_penalty), keys, 0, np.tile(seen, (DRAWS, 1)))
+    np.testing.assert_array_equal(tokens, draw(penalized, sampling))
+
+
+def test_padding_is_no_token_of_a_prompt_and_a_chosen_token_is_one_more():
+    ids = np.array([[5, 2, 2, 7, 0], [1, 3, 0, 6, 6]], np.int32)
+    seen = tokens_in(jnp.array(ids), jnp.array([4, 2]), 9)
+    np.testing.assert_array_equal(np.argwhere(seen), [[0, 2], [0, 5], [0, 7], [1, 1], [1, 3]])
+    more = with_tokens(seen, jnp.array([2, 8]))
+    assert more is not None
+    np.testing.assert_array_equal(np.argwhere(more), [[0, 2], [0, 5], [0, 7], [1, 1], [1, 3], [1, 8]])
+
+
+def test_settings_of_old_are_noted_always_and_the_others_where_they_are_in_use():
+    assert Sampling().settings == {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    assert Sampling(0.7, 20, 0.8, min_p=0.1, repetition_penalty=1.1).settings == {
+        "temperature": 0.7,
+        "top_k": 20,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+    }
+    assert list(Sampling(repetition_penalty=1.1).settings) == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+    ]
 
 
 # --- Keys ---------------------------------------------------------------------------------------------------
@@ -161,6 +232,13 @@ def test_a_sequences_tokens_do_not_depend_on_its_batch():
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"top_p": 1.01}, r"top_p must be in \(0, 1\]"),
         ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]"),
+        ({"min_p": -0.1}, "min_p must be from 0"),
+        ({"min_p": 1.1}, "min_p must be from 0"),
+        ({"min_p": float("nan")}, "min_p must be from 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": -1}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty must be a positive number"),
+        ({"repetition_penalty": "1.1"}, "repetition_penalty must be a positive number"),
     ],
     ids=str,
 )

@@ -361,7 +361,8 @@ ADD = Add("hook_resid_post", 0, np.ones(TINY.hidden))
     [
         ({"prompt_token_ids": np.zeros(0, np.int32)}, {}, "Prompt 0 is empty"),
         ({"prompt_token_ids": np.array([1, 160])}, {}, "Token id 160 .* is outside the vocabulary of 160"),
-        ({"max_tokens": 0}, {}, "max_tokens must be at least 1, not 0"),
+        ({"max_tokens": -1}, {}, "max_tokens must be at least 0, not -1"),
+        ({"max_tokens": 0}, {}, "max_tokens 0 generates nothing, .* say capture_prompt=True"),
         ({"max_tokens": 32768}, {}, "exceed the model's context"),
         ({}, {"seed": -1}, "seed must be between"),
         ({}, {"eos_token_ids": (160,)}, "EOS token id 160 is outside"),

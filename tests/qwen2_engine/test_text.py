@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from prompt_cases import CHAT, QUESTION, TEXT, answered
 from runner_cases import TINY, plain_rows, small_checkpoint, store_of
+from thinking_cases import CHOICE, tokenizer_with
 from transformers import AutoTokenizer
 
 from generate_jitted import Sampling, generate_single_task_jitted, pad_prompts
@@ -67,6 +68,18 @@ def test_a_greedy_answer_is_what_the_whole_sequence_says_at_each_place(
     assert np.ptp(one.layer(1), axis=0).min() > 0  # the rows differ
 
 
+def test_without_tokens_the_rows_of_prompts_come_alone(results: list[GeneratedText], parts: Parts):
+    alone = generate_text(*parts, PROMPTS, 0, extract_prompt=True, samples_per_prompt=2)
+    assert [(one.prompt, one.sample) for one in alone] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    for one in alone:
+        assert (one.text, one.finish_reason, len(one.token_ids)) == ("", "length", 0)
+        for layer in (0, 1):
+            assert np.array_equal(one.prompt_layer(layer), results[one.prompt].prompt_layer(layer))
+            assert one.layer(layer).shape == (0, parts[0].config.hidden_size)
+    with pytest.raises(ValueError, match="max_tokens 0 generates nothing"):
+        generate_text(*parts, PROMPTS, 0)
+
+
 def test_tokens_come_as_texts_too(results: list[GeneratedText]):
     one = results[2]
     assert one.prompt_text == TEXT["text"]
@@ -111,6 +124,23 @@ def test_a_sequence_ends_at_the_tokenizers_eos_unless_others_are_named(parts: Pa
     own.eos_token = own.convert_ids_to_tokens(third)
     by_default = generate_text(*parts[:2], own, "The rule is", TOKENS, extract_prompt=True)[0]
     assert by_default.token_ids.tolist() == ended.token_ids.tolist()
+
+
+def test_a_chat_is_laid_out_with_thinking_or_without_as_its_template_lets_one_choose(parts: Parts):
+    tokenizer, chat = tokenizer_with(CHOICE), PROMPTS[0]
+    ends = {}
+    for choice in (None, True, False):
+        found = generate_text(*parts[:2], tokenizer, [chat, TEXT["text"]], 2, enable_thinking=choice)
+        ends[choice] = found[0].prompt_text.partition("<|im_end|>\n")[2]
+        assert found[1].prompt_text == TEXT["text"]
+    assert ends[None] == ends[True] == "<|im_start|>assistant\n"
+    assert ends[False] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    for made_by, prompts, words in (
+        (parts[2], [chat], "does not take enable_thinking"),
+        (tokenizer, "12", "enable_thinking is for chat templates, and all prompts are texts"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate_text(*parts[:2], made_by, prompts, 2, enable_thinking=False)
 
 
 def test_other_points_come_by_name_and_each_prompt_has_its_strength(

@@ -15,13 +15,15 @@ import jax
 import numpy as np
 import pytest
 from lively import Lively, assert_lively, pad_right, row_errors
+from qwen3_sizes import SIZES, qwen3
 from runner_cases import LAYERS, assert_refused, digests, four, report, run_main, store_of, submission
 
 from activation_store import FinishedSequence, verify_store
-from generate_jitted import Generation, Sampling, generate_single_task_jitted
+from generate_jitted import GenerateShape, Generation, Sampling, generate_single_task_jitted, lower_generate
 from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import LN_FINAL, RESID_POST, point_names
 from qwen2_core.interventions import AblateHeads, Add
+from qwen2_core.parameter_checks import abstract_params
 from qwen2_core.sharding import Layout, bytes_on_device, layout_of, make_layout
 from qwen2_core.weights import load_qwen2
 from qwen2_engine import ContinuousEngine, SequenceRequest
@@ -141,6 +143,35 @@ def test_meshes_that_cannot_be_are_refused():
         ValueError, match=r"nothing in this model can be split over 5 devices: it has 2 KV heads"
     ):
         make_layout(config, (1, 5))
+
+
+# --- Qwen3 --------------------------------------------------------------------------------------------------
+
+
+def test_a_qwen3_on_a_mesh_is_that_of_one_device():
+    """Norms of heads and the bias of the output are whole on each device; the latter is added once."""
+    lively = Lively(layers=2, kv_heads=4, head_dim=32, biased=True, extract=(0, 1), seed=11)
+    ids, out = np.stack(lively.prompts((20,) * 8)), {}
+    for mesh in ((1, 1), (2, 4)):
+        with tempfile.TemporaryDirectory() as folder:
+            config, params = load_qwen2(lively.save(Path(folder)), scan_layers=True, mesh_shape=mesh)
+        model = create_model_with_hooks(config, lively.extract)
+        out[mesh] = generate_single_task_jitted(model, params, ids, 24)
+    one, many = out.values()
+    np.testing.assert_array_equal(many.token_ids, one.token_ids)
+    assert row_errors(many.activations, one.activations).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_published_size_of_qwen3_is_traced_with_its_weights_split(name: str):
+    config = qwen3(name)
+    layout = make_layout(config, (1, 8))
+    assert layout.describe(config) == "8 devices: 1 groups of 8, which split the weights"
+    params = abstract_params(config, layout)
+    weights = sum(bytes_on_device(leaf) for leaf in jax.tree.leaves(params))
+    assert weights < 1.01 * 2e9 * SIZES[name].billions / 8 + 2e7
+    lowered = lower_generate(create_model_with_hooks(config), params, GenerateShape(8, 256, 1100))
+    assert len(lowered) == 2
 
 
 # --- Slots --------------------------------------------------------------------------------------------------

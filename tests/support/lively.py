@@ -53,6 +53,7 @@ class Lively:
     seed: int = 0
     head_dim: int | None = None  # a number makes it a Qwen3
     biased: bool = False  # of a Qwen3: attention_bias
+    settings: tuple[tuple[str, Any], ...] = ()  # further keys of config.json
 
     @property
     def hf_config(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ class Lively:
         make = writer.qwen2_config
         if self.head_dim is not None:
             make = functools.partial(writer.qwen3_config, head_dim=self.head_dim, attention_bias=self.biased)
-        return make(
+        written = make(
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.inner,
@@ -71,6 +72,7 @@ class Lively:
             dtype="float32",
             token_ids={"<|endoftext|>": 0, "<|im_end|>": 1},
         )
+        return written | dict(self.settings)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Hugging Face names to float32 arrays, ``[out, in]`` for projections."""

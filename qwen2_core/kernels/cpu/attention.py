@@ -15,7 +15,10 @@ from qwen2_core.kernels.cpu.library import ATTENTION, CAUSAL_ATTENTION, has_tile
 
 
 def cpu_attention(
-    q: BFloat16[Array, "batch heads head_dim"], cache: KVCache, layer: int | Int32[Array, ""]
+    q: BFloat16[Array, "batch heads head_dim"],
+    cache: KVCache,
+    layer: int | Int32[Array, ""],
+    window: Int32[Array, ""] | None = None,
 ) -> BFloat16[Array, "batch heads head_dim"]:
     """Attends from one token per sequence to its prompt and to its own decode steps.
 
@@ -25,6 +28,7 @@ def cpu_attention(
     Args:
         q: sequence b continues prompt ``b // (batch // prompts)``; head_dim is even.
         cache: in bfloat16; the token's own key and value are already written at ``ar.index``.
+        window: how many positions each token sees at most, its own included; None for all.
 
     Returns:
         Zero for a sequence without any key.
@@ -46,6 +50,7 @@ def cpu_attention(
         ar.start,
         ar.index,
         jnp.int32(0 if isinstance(ar.k, tuple) else layer),
+        *_operands(window),
         tiles=has_tiles(),
     )
 
@@ -55,9 +60,14 @@ def cpu_attention_causal(
     k: BFloat16[Array, "batch kv_heads positions head_dim"],
     v: BFloat16[Array, "batch kv_heads positions head_dim"],
     key_valid: Bool[Array, "batch positions"],
+    window: Int32[Array, ""] | None = None,
 ) -> BFloat16[Array, "batch tokens heads head_dim"]:
     """Does what ``attention.attend_causal`` does, in bfloat16; head_dim is even."""
     call = jax.ffi.ffi_call(
         CAUSAL_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
     )
-    return call(q, k, v, key_valid, tiles=has_tiles())
+    return call(q, k, v, key_valid, *_operands(window), tiles=has_tiles())
+
+
+def _operands(window: Array | None) -> tuple[Array, ...]:
+    return () if window is None else (window,)

@@ -19,7 +19,7 @@ MATMUL, ATTENTION, CAUSAL_ATTENTION = (
     "qwen2_cpu_attention_causal",
 )
 # The version of the handlers, as in csrc/matmul.cc: a library of another version must not be called.
-_INTERFACE = 4
+_INTERFACE = 5
 
 
 def is_available() -> bool:

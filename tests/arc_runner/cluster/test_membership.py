@@ -48,7 +48,7 @@ def announce(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 def test_on_a_machine_without_a_cluster_the_process_is_alone_and_joins_nothing(joined: list[Any]):
-    assert find_process(RunOptions()) == ProcessInfo(0, 1, claims=False)
+    assert find_process(RunOptions()) == ProcessInfo(0, 1)
     assert joined == []
     assert not jax.distributed.is_initialized()
 
@@ -69,7 +69,7 @@ def test_a_slurm_job_of_one_process_joins_nothing(joined: list[Any], monkeypatch
 
 def test_a_shard_joins_nothing_even_in_a_cluster(joined: list[Any], monkeypatch: pytest.MonkeyPatch):
     announce(monkeypatch, **SLURM)
-    assert find_process(RunOptions(num_shards=3, shard_index=2)) == ProcessInfo(2, 3, claims=False)
+    assert find_process(RunOptions(num_shards=3, shard_index=2)) == ProcessInfo(2, 3)
     assert joined == []
 
 

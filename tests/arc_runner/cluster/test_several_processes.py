@@ -1,16 +1,14 @@
-"""Several processes on one store: the same sequences, byte for byte, once each, whoever dies on the way."""
+"""Several processes on one store: the same sequences, byte for byte, once each, whoever ends on the way."""
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from meeting import meeting
 from runner_cases import (
     arguments,
     assert_refused,
@@ -18,83 +16,19 @@ from runner_cases import (
     four,
     report,
     run_main,
-    start_runner,
     store_of,
     submission,
 )
 
 import distributed_kv_cached_inference
-from activation_store import ActivationStore, verify_store
-from arc_runner.cluster import merge, work
-from arc_runner.cluster.claims import Claims
-from arc_runner.cluster.membership import ProcessInfo
-from arc_runner.cluster.work import Shared, Unit
+from activation_store import ActivationStore, StoreWriteError, verify_store
+from arc_runner.cluster import barrier
 from arc_runner.command_line import parse_options
-from arc_runner.options import RunOptions
 from arc_runner.report import FIGURES
-
-pytestmark = pytest.mark.slow
+from arc_runner.signals import StopRequest
 
 DONE, RESUMABLE = 0, 75
-FLAGS: dict[str, Any] = {"batch_size": 2}  # each call and each window ends two of the eight sequences
-
-# Leases of seconds, a gate, and no torch: transformers would import it, which takes longer than all else.
-IMPATIENT = """
-from arc_runner.cluster import claims, merge, work
-claims.HEARTBEAT_SECONDS, claims.LEASE_SECONDS = 0.3, 3.0
-work.POLL_SECONDS = merge.POLL_SECONDS = 0.1
-sys.modules["torch"] = None
-def wait_at(gate):
-    while not os.path.exists(gate):
-        time.sleep(0.02)
-"""
-
-
-class Cluster:
-    """Real processes that meet on this machine; in its first window each waits for a gate to open."""
-
-    def __init__(self, folder: Path, port: int, count: int, **flags: Any) -> None:
-        self._gate = folder / f"gate-of-{count}"
-        address = {"coordinator_address": f"127.0.0.1:{port}", "num_processes": count}
-        self.processes = [
-            start_runner(
-                1,
-                f"wait_at({str(self._gate)!r})",
-                *arguments(folder, **FLAGS | address | flags, process_id=index),
-                settings=IMPATIENT,
-            )
-            for index in range(count)
-        ]
-
-    def wait_until_all_generate(self) -> None:
-        for index in range(len(self.processes)):
-            assert self.read_line(index) == "here\n"
-
-    def read_line(self, index: int) -> str:
-        """The next one on its stderr; "" once it has ended."""
-        stderr = self.processes[index].stderr
-        assert stderr is not None
-        return stderr.readline()
-
-    def stop(self, index: int) -> None:
-        """SIGTERM; returns once the process has heard it."""
-        self.processes[index].send_signal(signal.SIGTERM)
-        assert "stopping as soon as the running work is done" in self.read_line(index)
-
-    def go_on(self) -> None:
-        self._gate.touch()
-
-    def ends(self, seconds: float = 100) -> list[Ended]:
-        """How each of them ends, within so many seconds."""
-        deadline = time.monotonic() + seconds
-        outputs = [one.communicate(timeout=deadline - time.monotonic()) for one in self.processes]
-        return [Ended(one.returncode, *output) for one, output in zip(self.processes, outputs, strict=True)]
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
+FLAGS: dict[str, Any] = {"batch_size": 2}
 
 
 def assert_whole(folder: Path, expected: Path) -> None:
@@ -106,15 +40,11 @@ def assert_whole(folder: Path, expected: Path) -> None:
     assert not report(folder)["stopped_early"]
 
 
-def assert_all_counted(folder: Path, before: Collection[str] = ()) -> None:
-    """Two processes have made what was not there ``before``."""
-    figures, records = report(folder), list(store_of(folder).sequences())
-    made = [one["sequences_made"] for one in figures["processes"]]
-    assert [one["process"] for one in figures["processes"]] == [0, 1]
-    assert sum(made) == len(records) - len(before)
-    assert min(made) > 0
-    new = [record.generated_length for record in records if record.key not in before]
-    assert figures["tokens_generated"] == sum(new)
+def made_by(folder: Path) -> list[int]:
+    """How many sequences each process has made, as the report says."""
+    processes = report(folder)["processes"]
+    assert [one["process"] for one in processes] == list(range(len(processes)))
+    return [one["sequences_made"] for one in processes]
 
 
 @pytest.fixture(scope="module")
@@ -125,190 +55,129 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def start(port: int) -> Iterator[Callable[..., Cluster]]:
-    """Starts clusters whose processes do not outlive the test."""
-    clusters: list[Cluster] = []
-
-    def start(folder: Path, count: int, **flags: Any) -> Cluster:
-        clusters.append(Cluster(folder, port, count, **flags))
-        return clusters[-1]
-
-    yield start
-    for process in (process for cluster in clusters for process in cluster.processes):
-        process.kill()
-        process.communicate()
+# --- Threads of this process stand for the processes; they end at a real service of JAX -----------------
 
 
-def test_one_of_four_processes_makes_what_was_claimed_by_the_killed_and_the_stopped(
-    alone: Path, tmp_path: Path, start: Callable[..., Cluster]
-):
-    """Process 0 is the one that the cluster met at."""
-    cluster = start(four(tmp_path), 4)
-    cluster.wait_until_all_generate()
-    cluster.processes[0].kill()
-    cluster.processes[1].kill()
-    cluster.stop(2)
-    cluster.go_on()
-    ends = cluster.ends()
-    assert [one.code for one in ends] == [-signal.SIGKILL, -signal.SIGKILL, RESUMABLE, DONE], ends
-    assert "process 2 of 4: 2 sequences made; " in ends[2].out
-    assert "of all are left, the answers are written once all are done" in ends[2].out
-    assert ends[3].err == ""
-    assert_whole(tmp_path, alone)
-
-
-def test_four_processes_stop_on_sigterm_and_two_go_on_though_the_directory_is_away_for_a_moment(
-    tmp_path: Path, start: Callable[..., Cluster]
-):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    flags = {"predictions_per_task": 4}  # 16 sequences, of which each process makes two in its first window
-    assert run_main(four(alone), **FLAGS | flags).code == DONE
-
-    cluster = start(four(tmp_path), 4, **flags)
-    cluster.wait_until_all_generate()
-    for index in range(4):
-        cluster.stop(index)
-    cluster.go_on()
-    for index, one in enumerate(cluster.ends(20)):
-        assert one.code == RESUMABLE, one
-        assert f"process {index} of 4: 2 sequences made; " in one.out
-    stopped = digests(tmp_path)
-    assert len(stopped) == 8
-    assert not (tmp_path / "submission.json").exists()
-
-    store, away = tmp_path / "activations", tmp_path / "away"
-    cluster = start(tmp_path, 2, **flags)
-    cluster.wait_until_all_generate()
-    store.rename(away)
-    cluster.go_on()
-    for index in range(2):
-        assert f"process {index} of 2: waiting for {store} (No such file" in cluster.read_line(index)
-    time.sleep(0.5)
-    assert not store.exists()
-    away.rename(store)
-    ends = cluster.ends()
-    assert [(one.code, one.err) for one in ends] == [(DONE, "")] * 2
-    for index, one in enumerate(ends):
-        assert f"process {index} of 2" in one.out
-        assert "the answers are written by process" in one.out or "\ndone\n" in one.out
-    assert_whole(tmp_path, alone)
-    assert_all_counted(tmp_path, stopped)
-
-
-# --- As threads of this process, which are quicker to start -------------------------------------------------
+Run = Callable[..., list[int]]
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cluster: the processes are those that the flags name, and poll often."""
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Makes so many runs at once, without those that are ``absent``; returns their exit codes.
 
-    def named(options: RunOptions) -> ProcessInfo:
-        index, count = options.process_id, options.num_processes
-        return ProcessInfo() if index is None or count is None else ProcessInfo(index, count, claims=True)
+    Those that are ``stopped`` are asked to stop from the beginning.
+    """
+    monkeypatch.setattr(barrier, "POLL_SECONDS", 0.05)
 
-    monkeypatch.setattr(distributed_kv_cached_inference, "find_process", named)
-    monkeypatch.setattr(work, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(merge, "POLL_SECONDS", 0.05)
+    def run(
+        folder: Path, count: int, stopped: Sequence[int] = (), absent: Sequence[int] = (), **flags: Any
+    ) -> list[int]:
+        def run_one(index: int) -> int:
+            cluster = {"coordinator_address": "none:1", "num_processes": count, "process_id": index}
+            options = parse_options(arguments(folder, **FLAGS | cluster | flags))
+            stop = StopRequest()
+            stop.requested = index in stopped
+            return distributed_kv_cached_inference.run(options, stop)
 
+        with meeting(count) as members, ThreadPoolExecutor(count) as pool, monkeypatch.context() as patch:
+            patch.setattr(
+                distributed_kv_cached_inference,
+                "find_process",
+                lambda options: members[options.process_id or 0],
+            )
+            return list(pool.map(run_one, [index for index in range(count) if index not in absent]))
 
-def run_threads(folder: Path, count: int, **flags: Any) -> list[int]:
-    """``count`` runs at once; their exit codes."""
-
-    def run_one(index: int) -> int:
-        cluster = {"coordinator_address": "none:1", "num_processes": count, "process_id": index}
-        options = parse_options(arguments(folder, **FLAGS | cluster | flags))
-        return distributed_kv_cached_inference.run(options)
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run_one, range(count)))
-
-
-def begin_together(monkeypatch: pytest.MonkeyPatch, pause: float = 0.0) -> None:
-    """Neither of two processes claims before the other one can; process 0 pauses before each unit."""
-    barrier = threading.Barrier(2)
-
-    class Together(Shared):
-        begun = False
-
-        def take(self, units: Sequence[Unit], sequences: int) -> Iterator[Unit]:
-            if not self.begun:
-                self.begun = True
-                barrier.wait(timeout=60)
-            for unit in super().take(units, sequences):
-                time.sleep(pause if self._process.index == 0 else 0)
-                yield unit
-
-    monkeypatch.setattr(distributed_kv_cached_inference, "Shared", Together)
+    return run
 
 
-def test_two_processes_share_calls(threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begin_together(monkeypatch)
+@pytest.mark.parametrize("generation", ["continuous", "task"])
+def test_each_process_makes_its_share_and_process_0_answers_for_all(
+    generation: str, run: Run, tmp_path: Path
+):
     expected = tmp_path / "expected"
     expected.mkdir()
-    assert run_main(four(expected), generation="task", **FLAGS).code == DONE
-    assert run_threads(four(tmp_path), 2, generation="task") == [DONE, DONE]
+    assert run_main(four(expected), generation=generation, **FLAGS).code == DONE
+    assert run(four(tmp_path), 4, generation=generation) == [DONE] * 4
     assert_whole(tmp_path, expected)
-    assert_all_counted(tmp_path)
+    assert made_by(tmp_path) == [2, 2, 2, 2]
+    records = store_of(tmp_path).sequences()
+    assert report(tmp_path)["tokens_generated"] == sum(one.generated_length for one in records)
 
 
-def test_with_more_processes_than_work_all_end_well(threads: None, alone: Path, tmp_path: Path):
-    assert run_threads(four(tmp_path), 6) == [DONE] * 6
+def test_with_more_processes_than_tasks_all_end_well(run: Run, alone: Path, tmp_path: Path):
+    assert run(four(tmp_path), 6) == [DONE] * 6
     assert_whole(tmp_path, alone)
+    assert made_by(tmp_path) == [2, 2, 2, 2, 0, 0]
 
 
 def test_processes_that_find_everything_done_keep_the_figures_of_those_that_worked(
-    threads: None, alone: Path, tmp_path: Path
+    run: Run, alone: Path, tmp_path: Path
 ):
-    assert run_threads(four(tmp_path), 2) == [DONE, DONE]
+    assert run(four(tmp_path), 2) == [DONE, DONE]
     worked = report(tmp_path)
     assert worked["made_at"]
-    assert run_threads(tmp_path, 2) == [DONE, DONE]
+    assert run(tmp_path, 2) == [DONE, DONE]
     assert run_main(tmp_path, merge=True, n_tasks=1, **FLAGS).code == DONE
     assert_whole(tmp_path, alone)
     figures = report(tmp_path)
     assert {name: figures[name] for name in FIGURES} == {name: worked[name] for name in FIGURES}
 
 
-def test_a_process_that_has_met_no_other_in_the_store_says_so(
-    threads: None, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_process_0_says_which_process_stopped_early_and_the_same_command_continues(
+    run: Run, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As when its --activations_dir has a typo."""
-    cluster = {"coordinator_address": "none:1", "num_processes": 2, "process_id": 0}
-    options = parse_options(arguments(four(tmp_path), **FLAGS | cluster))
-    assert distributed_kv_cached_inference.run(options) == DONE
-    assert f"process 0 of 2: no other process has been seen in {tmp_path}" in capsys.readouterr().out
+    assert run(four(tmp_path), 3, stopped=[1]) == [RESUMABLE, RESUMABLE, DONE]
+    out = capsys.readouterr().out
+    assert "process 0 of 3: process 1 stopped early\n" in out
+    assert "left; the same command makes what is missing, any number of processes may; --merge answers" in out
+    assert not (tmp_path / "submission.json").exists()
+    assert run(tmp_path, 2) == [DONE, DONE]
     assert_whole(tmp_path, alone)
 
 
-def test_a_slow_process_does_not_hold_the_others(
-    threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_process_0_says_of_which_process_it_has_not_heard(
+    run: Run, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    begin_together(monkeypatch, pause=1)
-    assert run_threads(four(tmp_path), 2) == [DONE, DONE]
+    monkeypatch.setattr(barrier, "NEWS_SECONDS", 2.0)
+    assert run(four(tmp_path), 4, absent=[1, 3]) == [RESUMABLE, DONE]
+    assert "nothing has been heard of process 1, 3 and nothing stored for" in capsys.readouterr().out
+    assert run_main(tmp_path, merge=True, **FLAGS).code == RESUMABLE
+    assert report(tmp_path)["sequences"] == 4
+    assert made_by_hosts(tmp_path) == {0: 2, 2: 2}
+    assert run_main(tmp_path, **FLAGS).code == DONE
     assert_whole(tmp_path, alone)
-    assert [one["sequences_made"] for one in report(tmp_path)["processes"]] == [2, 6]
 
 
-def test_a_sequence_that_two_processes_have_made_is_stored_once(
-    threads: None, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def made_by_hosts(folder: Path) -> dict[int, int]:
+    return {one["process"]: one["sequences_made"] for one in report(folder)["processes"]}
+
+
+def test_a_process_0_that_is_stopped_waits_for_nobody(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """As when one was thought dead: every lease on work is everybody's."""
-    original = Claims.acquire
-
-    def acquire(claims: Claims, name: str) -> bool:
-        return original(claims, name) if name == "answers" else claims._held.setdefault(name, name) == name
-
-    monkeypatch.setattr(Claims, "acquire", acquire)
-    assert run_threads(four(tmp_path), 2) == [DONE, DONE]
-    assert digests(tmp_path) == digests(alone)
-    assert submission(tmp_path) == submission(alone)
+    assert run(four(tmp_path), 2, stopped=[0], absent=[1]) == [RESUMABLE]
+    assert "process 0 of 2: 0 sequences made; 8 of all are left; the same command" in capsys.readouterr().out
 
 
-def test_processes_share_a_store_behind_a_url(threads: None, alone: Path, tmp_path: Path):
+def test_a_process_that_fails_does_not_let_process_0_wait(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    generate = distributed_kv_cached_inference.generate_missing
+
+    def fail(*words: Any) -> None:
+        if words[-1].index == 1:
+            raise StoreWriteError("the disk is full")
+        generate(*words)
+
+    monkeypatch.setattr(distributed_kv_cached_inference, "generate_missing", fail)
+    with pytest.raises(StoreWriteError, match="the disk is full"):
+        run(four(tmp_path), 2)
+    assert not (tmp_path / "submission.json").exists()
+
+
+def test_processes_share_a_store_behind_a_url(run: Run, alone: Path, tmp_path: Path):
     url = f"memory:/{tmp_path}"
-    assert run_threads(four(tmp_path), 2, activations_dir=url) == [DONE, DONE]
+    assert run(four(tmp_path), 2, activations_dir=url) == [DONE, DONE]
     store = ActivationStore(url)
     assert {one.key: store.sequence_digest(one) for one in store.sequences()} == digests(alone)
     assert submission(tmp_path) == submission(alone)

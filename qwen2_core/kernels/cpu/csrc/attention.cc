@@ -6,9 +6,12 @@
 // the KV cache, and run a dozen small operations on it.
 //
 // CpuCausalAttention does whole prompts: block after block of queries, whose scores stay in the processor's cache.
+//
+// Both take a sliding window, if they are given one: a token sees its own position and the window - 1 before it.
 
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -21,18 +24,24 @@ using Prompts = ffi::Buffer<ffi::BF16, 4>;  // queries, keys and values of whole
 using Mask = ffi::Buffer<ffi::PRED, 2>;
 using Indices = ffi::Buffer<ffi::S32, 1>;
 using Index = ffi::Buffer<ffi::S32, 0>;
+using Window = std::optional<Index>;  // positions that a token sees at most, its own included
 
 #ifdef CPU_KERNELS
 
 namespace {
 
 constexpr int64_t kAlone = 1 << 17;  // fewer multiplications are not worth a second thread
+constexpr int64_t kEverything = int64_t{1} << 40;  // a window that no text is longer than
+
+int64_t SizeOf(const Window& window) {
+  return window ? std::max<int64_t>(*window->typed_data(), 1) : kEverything;
+}
 
 struct Attention {
   const uint16_t *q, *prompt_k, *prompt_v, *step_k, *step_v;
   const int32_t *length, *start;
   uint16_t* out;
-  int64_t prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index;
+  int64_t prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index, window;
   bool tiles;
 };
 
@@ -141,11 +150,14 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   const int64_t prompt = row / a.samples, rows = a.group, dim = a.dim;
   const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_capacity * dim;
   const int64_t at_steps = ((a.layer * a.prompts * a.samples + row) * a.kv_heads + head) * a.ring * dim;
-  const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, 0});
+  const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, a.index - a.window + 1, 0});
   const int64_t steps = std::max<int64_t>(a.index - oldest + 1, 0), from = oldest % a.ring;
   const int64_t before_end = std::min(steps, a.ring - from);
+  const int64_t length = std::clamp<int64_t>(a.length[prompt], 0, a.prompt_capacity);
+  const int64_t position = length + a.index - a.start[row];
+  const int64_t unseen = std::clamp<int64_t>(position - a.window + 1, 0, length);  // of the prompt
   const Segment segments[] = {
-      {a.prompt_k + at_prompt, a.prompt_v + at_prompt, std::clamp<int64_t>(a.length[prompt], 0, a.prompt_capacity)},
+      {a.prompt_k + at_prompt + unseen * dim, a.prompt_v + at_prompt + unseen * dim, length - unseen},
       {a.step_k + at_steps + from * dim, a.step_v + at_steps + from * dim, before_end},
       {a.step_k + at_steps, a.step_v + at_steps, steps - before_end},
   };
@@ -185,12 +197,12 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
 }
 
-// Attention of the last `tokens` of `positions`; each sees the valid positions up to its own.
+// Attention of the last `tokens` of `positions`; each sees the valid positions of its window up to its own.
 struct Causal {
   const uint16_t *q, *k, *v;
   const bool* valid;
   uint16_t* out;
-  int64_t tokens, positions, kv_heads, group, dim;
+  int64_t tokens, positions, kv_heads, group, dim, window;
   bool tiles;
 
   // Queries at once: with more, keys are read less often; with fewer, scores stay in the processor's cache.
@@ -205,6 +217,15 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
   int64_t keys = own_position + queries;
   while (keys > 0 && !valid[keys - 1]) --keys;
   const bool holes = std::find(valid, valid + keys, false) != valid + keys;
+  const auto first_seen = [&](int64_t position) {  // a window counts tokens, not padding
+    int64_t key = std::min(position + 1, keys);
+    if (!holes || position < a.window) return std::max<int64_t>(key - a.window, 0);
+    for (int64_t left = a.window; key > 0 && left > 0;) left -= valid[--key];
+    return key;
+  };
+  // No query sees a key before this one. A multiple of 32, because tiles sum blocks of 32: which queries share a block
+  // must not change a bit.
+  const int64_t begin = std::min(first_seen(own_position) / 32 * 32, keys);
   const auto at = [&](int64_t row) {  // in q and out
     const int64_t token = sequence * a.tokens + first + row / a.group;
     return ((token * a.kv_heads + head) * a.group + row % a.group) * dim;
@@ -212,33 +233,33 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
 
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> gathered, weights;
-  weights.assign(rows * keys, 0);
+  const int64_t read = keys - begin;
+  weights.assign(rows * read, 0);
   gathered.resize(rows * dim);
   totals.assign(rows, 0);
   for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
 
-  const int64_t at_keys = (sequence * a.kv_heads + head) * a.positions * dim;
-  Product p = ScoresOf(gathered.data(), rows, dim, scores, keys, a.tiles);
+  const int64_t at_keys = ((sequence * a.kv_heads + head) * a.positions + begin) * dim;
+  Product p = ScoresOf(gathered.data(), rows, dim, scores, read, a.tiles);
   p.w = a.k + at_keys;
-  MultiplyOutputs(p, 0, keys);
+  MultiplyOutputs(p, 0, read);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t visible = std::min(keys, own_position + r / a.group + 1);
-    float* row = scores.data() + r * keys;
-    if (holes) {
-      if (std::find(valid, valid + visible, true) == valid + visible) continue;  // no valid key
-      for (int64_t key = 0; key < visible; ++key) {
-        if (!valid[key]) row[key] = -std::numeric_limits<float>::infinity();
-      }
+    const int64_t position = own_position + r / a.group;
+    const int64_t first = first_seen(position), end = std::min(keys, position + 1);
+    if (std::find(valid + first, valid + std::max(first, end), true) >= valid + end) continue;  // no valid key
+    const int64_t at_first = r * read + first - begin;
+    for (int64_t key = first; holes && key < end; ++key) {
+      if (!valid[key]) scores[at_first + key - first] = -std::numeric_limits<float>::infinity();
     }
-    totals[r] = Softmax(row, visible, ScaleOf(dim), weights.data() + r * keys);
+    totals[r] = Softmax(scores.data() + at_first, end - first, ScaleOf(dim), weights.data() + at_first);
   }
-  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
-  AddValues(p, a.v + at_keys, keys);
+  p = SumsOf(weights.data(), rows, read, sums, dim, a.tiles);
+  AddValues(p, a.v + at_keys, read);
   for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
 }
 
-ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask valid, ffi::Result<Prompts> out,
-                     bool tiles) {
+ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask valid, Window window,
+                     ffi::Result<Prompts> out, bool tiles) {
   const auto queries = q.dimensions(), keys = k.dimensions(), mask = valid.dimensions();
   const bool fits = keys[0] == queries[0] && keys[1] > 0 && queries[2] % keys[1] == 0 && keys[2] >= queries[1] &&
                     keys[3] == queries[3] && queries[3] % 2 == 0 && v.dimensions() == keys &&
@@ -256,6 +277,7 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask
                     .kv_heads = keys[1],
                     .group = queries[2] / keys[1],
                     .dim = queries[3],
+                    .window = SizeOf(window),
                     .tiles = tiles && MayUseTiles()};
   const int64_t blocks = (a.tokens + a.block() - 1) / a.block(), heads = queries[0] * a.kv_heads;
   const bool alone = heads * a.group * a.tokens * a.positions * a.dim < kAlone;
@@ -267,7 +289,8 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask
 }
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
-               Cache step_v, Indices start, Index index, Index layer, ffi::Result<Heads> out, bool tiles) {
+               Cache step_v, Indices start, Index index, Index layer, Window window, ffi::Result<Heads> out,
+               bool tiles) {
   const auto queries = q.dimensions(), prompt_dims = prompt_k.dimensions(), step_dims = step_k.dimensions();
   const int64_t stacked = static_cast<int64_t>(step_dims.size()) - 4, layers = stacked == 1 ? step_dims[0] : 1;
   const auto is_cache = [](const Cache& k, const Cache& v) {
@@ -305,6 +328,7 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .ring = step[2],
                        .layer = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1),
                        .index = *index.typed_data(),
+                       .window = SizeOf(window),
                        .tiles = tiles && MayUseTiles()};
   int64_t keys = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -322,12 +346,12 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
 
 namespace {
 
-ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index,
+ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index, Window,
                ffi::Result<Heads>, bool) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
 }
 
-ffi::Error RunCausal(ffi::ThreadPool, Prompts, Prompts, Prompts, Mask, ffi::Result<Prompts>, bool) {
+ffi::Error RunCausal(ffi::ThreadPool, Prompts, Prompts, Prompts, Mask, Window, ffi::Result<Prompts>, bool) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX-512 BF16");
 }
 
@@ -342,6 +366,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuCausalAttention, RunCausal,
                                   .Arg<Prompts>()
                                   .Arg<Prompts>()
                                   .Arg<Mask>()
+                                  .OptionalArg<Index>()
                                   .Ret<Prompts>()
                                   .Attr<bool>("tiles"));
 
@@ -357,5 +382,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                                   .Arg<Indices>()
                                   .Arg<Index>()
                                   .Arg<Index>()
+                                  .OptionalArg<Index>()
                                   .Ret<Heads>()
                                   .Attr<bool>("tiles"));

@@ -111,7 +111,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Run,
 
 // The version of the handlers. Count it up, here and in cpu/library.py (_INTERFACE), when their names, arguments or
 // results change.
-extern "C" int CpuInterface() { return 4; }
+extern "C" int CpuInterface() { return 5; }
 
 // Whether this machine can run the kernels.
 extern "C" int CpuKernelsSupported() { return Supported(); }
