@@ -232,7 +232,7 @@ class RunOptions:
         "float32",
         "of the residual stream and of what lies between products; that of the weights rounds as "
         "Transformers does",
-        choices=(*_DTYPES, "float16"),
+        choices=_DTYPES,
         metavar=None,
     )
     kv_cache_dtype: str | None = _flag(
