@@ -87,6 +87,7 @@ class Crew:
         self._records: dict[Place, _Record] = {}
         self._next_index = DRIVER + 1
         self.members: dict[int, Member] = {}
+        self.lost: set[int] = set()  # the host indices of those that have not ended by themselves
 
     @property
     def at_work(self) -> int:
@@ -180,6 +181,7 @@ class Crew:
     def retire(self, member: Member) -> None:
         """Ends a worker that has done what it was told."""
         self._end(member)
+        self.lost.discard(member.index)
 
     def dismiss_all(self) -> None:
         """Ends all workers at once."""
@@ -198,6 +200,7 @@ class Crew:
     def _end(self, member: Member) -> None:
         self._ray.kill(member.actor)
         del self.members[member.index]
+        self.lost.add(member.index)
 
     def _why_gone(self, member: Member, error: Exception) -> Lost:
         text = str(error)
