@@ -21,6 +21,7 @@ from arc_runner.errors import ClusterError
 MOST_STARTS = 5  # of workers of one place that end without having stored anything
 NOBODY_SECONDS = 120.0  # without any worker, after which the run gives up
 SILENT_SECONDS = 120.0  # after which a worker that does not answer is taken for lost
+_CAUSE_SECONDS = 5.0  # until it is known why a worker cannot be reached
 _LOOKED_SECONDS = 2.0  # between two looks at the cluster's nodes
 _PAUSE_SECONDS = 1.0  # before a place's next worker; twice as long each time
 _DETAIL = re.compile(r"Worker exit detail: ([^\n]*?)(?: Some common causes|\n|$)")
@@ -87,6 +88,7 @@ class Crew:
         self._records: dict[Place, _Record] = {}
         self._next_index = DRIVER + 1
         self.members: dict[int, Member] = {}
+        self.lost: set[int] = set()  # the host indices of those that have not ended by themselves
 
     @property
     def at_work(self) -> int:
@@ -180,6 +182,7 @@ class Crew:
     def retire(self, member: Member) -> None:
         """Ends a worker that has done what it was told."""
         self._end(member)
+        self.lost.discard(member.index)
 
     def dismiss_all(self) -> None:
         """Ends all workers at once."""
@@ -198,8 +201,12 @@ class Crew:
     def _end(self, member: Member) -> None:
         self._ray.kill(member.actor)
         del self.members[member.index]
+        self.lost.add(member.index)
 
     def _why_gone(self, member: Member, error: Exception) -> Lost:
+        exceptions, error = self._ray.exceptions, self._cause(member, error)
+        if isinstance(error, (exceptions.ActorUnavailableError, exceptions.GetTimeoutError)):
+            return Lost("it cannot be reached", blames=False)
         text = str(error)
         if "node has died" in text or "node is dead" in text or not self._is_up(member.place.node):
             return Lost("its node is gone", blames=False)
@@ -209,6 +216,20 @@ class Crew:
         detail = _DETAIL.search(text)
         reason = detail[1] if detail else text.splitlines()[-1] if text else type(error).__name__
         return Lost(" ".join(reason.split()), blames=True)
+
+    def _cause(self, member: Member, error: Exception) -> Exception:
+        """Asks a worker that cannot be reached until Ray knows what became of it, for a few seconds."""
+        unavailable = self._ray.exceptions.ActorUnavailableError
+        end = time.monotonic() + _CAUSE_SECONDS
+        while isinstance(error, unavailable) and time.monotonic() < end:
+            time.sleep(_CAUSE_SECONDS / 10)
+            try:
+                self._ray.get(member.actor.exchange.remote(Order()), timeout=_CAUSE_SECONDS)
+            except self._ray.exceptions.RayError as later:
+                error = later
+            else:  # it lives, but nobody knows whether it had its last order
+                break
+        return error
 
     def _is_up(self, node: str) -> bool:
         return any(one["NodeID"] == node and one["Alive"] for one in self._ray.nodes())

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 
-from activation_store import ActivationWriter, RetryPolicy
+from activation_store import ActivationWriter, RetryPolicy, StoreError
 from activation_store.remote_files import open_files
+from activation_store.store_files import StoreFiles
 from arc_puzzles import TaskFailure
 from arc_runner.answer_files import local_store
 from arc_runner.cluster.figures import merge_figures
@@ -37,6 +38,7 @@ from qwen2_core.requests import SequenceRequest
 
 STOP_SECONDS = 15.0  # for the workers to store what has ended
 _DONE_SECONDS = 2.0  # for their last figures, once the store has all
+_GONE_SECONDS = 3.0  # for the processes of lost workers to end
 _HEARD_SECONDS = 0.2
 
 
@@ -87,12 +89,23 @@ def _generate(
         finally:
             crew.dismiss_all()
     with Waiting("looking for what is stored"):
+        _tidy(job, crew.lost, files, patiently)
         patiently(writer.refresh)
     figures, resumed = driver.figures(), report.sequences_resumed
     merge_figures(report, figures)
     report.sequences_resumed, report.generate_seconds = resumed, watch.generating.seconds
     report.device = ", ".join(["Ray", *sorted({one["device"] for one in figures})])
     return without(job, queue.given_up, writer.committed)
+
+
+def _tidy(job: Job, hosts: Collection[int], files: StoreFiles, patiently: RetryPolicy) -> None:
+    """Clears away what workers that were killed in the middle of a commit have left in their host folders."""
+    deadline = time.monotonic() + _GONE_SECONDS
+    for host in sorted(set(hosts) & set(patiently(files.hosts))):
+        while files.excludes_others and files.in_use(host) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        with contextlib.suppress(StoreError):  # still in use: the next run that writes there does it
+            job.open_writer(ProcessInfo(host), patiently).close()
 
 
 class Driver:

@@ -84,6 +84,7 @@ class FakeRay:
         self.started: list[tuple[str, int]] = []  # node and host index
         self.killed: list[int] = []
         self.answers: dict[int, Any] = {}  # by host index
+        self.later: list[Exception] = []  # what those raise that are asked once more
 
     def nodes(self) -> list[dict[str, Any]]:
         return self.there
@@ -111,7 +112,9 @@ class FakeRay:
             time.sleep(min(timeout, 0.01))
         return ready, []
 
-    def get(self, index: int) -> Any:
+    def get(self, index: int, timeout: float | None = None) -> Any:
+        if timeout is not None and self.later:
+            raise self.later.pop(0)
         answer = self.answers.pop(index)
         if isinstance(answer, Exception):
             raise answer
@@ -125,6 +128,7 @@ class FakeRay:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_crew, "_LOOKED_SECONDS", 0.0)
     monkeypatch.setattr(ray_crew, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(ray_crew, "_CAUSE_SECONDS", 0.2)
 
 
 def crew_of(fake: FakeRay, most: int | None = None, in_use: tuple[int, ...] = ()) -> Crew:
@@ -236,6 +240,29 @@ def test_a_cluster_that_starts_no_worker_is_not_waited_for_for_ever(
     monkeypatch.setattr(ray_crew, "NOBODY_SECONDS", 0.0)
     with pytest.raises(ClusterError, match=f"has started no worker for 0 s: .*{why}"):
         crew.hire()
+
+
+def unreached() -> Exception:
+    return ray.exceptions.ActorUnavailableError("socket closed", None)
+
+
+@pytest.mark.parametrize(
+    ("later", "lost"),
+    [
+        (
+            [unreached(), ray.exceptions.ActorDiedError()],
+            "The actor died unexpectedly before finishing this task.",
+        ),
+        ([unreached() for _ in range(100)], "it cannot be reached"),
+        ([ray.exceptions.GetTimeoutError()], "it cannot be reached"),
+    ],
+)
+def test_of_a_worker_that_cannot_be_reached_the_cause_is_waited_for(later: list[Exception], lost: str):
+    fake = FakeRay(node("a", CPU=1))
+    crew = crew_of(fake)
+    crew.hire()
+    fake.answers[1], fake.later = unreached(), later
+    assert hear(crew) == [Lost(lost, blames=lost.startswith("The actor died"))]
 
 
 def test_a_missing_module_is_told_in_a_sentence():
