@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from lively import assert_lively, pad_right, row_errors
-from variants import CONTEXT, SETTINGS, exact_rope, variant
+from variants import SETTINGS, exact_rope, variant
 
 from activation_store.replay import plain_forward
 from generate_jitted import Generation, generate_single_task_jitted
@@ -83,19 +84,22 @@ def test_rows_are_as_near_to_float64_as_those_of_transformers(name: str, layers:
     assert ours.max() < 1e-4
 
 
+@functools.cache
+def without_variants() -> Any:
+    """Rows by the same weights without any variant, in one pass. It is the same model for all of them."""
+    model, params = variant("yarn").build(scan_layers=True)
+    config = model.config.replace(rope_scaling=None, use_sliding_window=False)
+    apply = jax.jit(model.clone(config=config).apply)
+    return lambda token_ids: np.asarray(apply({"params": params}, token_ids[None])[2])[:, :, 0]
+
+
 @pytest.mark.slow
 @NAMES
 def test_the_variant_is_another_model_than_the_plain_one(name: str):
     """So that what is compared above is not what every variant has in common."""
-    lively = variant(name)
-    plain, params = variant(name).build()
-    config = plain.config.replace(use_sliding_window=False, rope_scaling=None)
-    config = config.replace(max_position_embeddings=4 * CONTEXT)
-    ids, lengths = pad_right(lively.prompts(LENGTHS), fill=0)
-    other = generate_single_task_jitted(
-        plain.clone(config=config), params, ids, STEPS, prompt_lengths=lengths, extract_prompt=True
-    )
-    assert row_errors(rows_of(other, 4), rows_of(generated(name), 4)).max() > 0.05
+    prompt, own = variant(name).prompts(LENGTHS)[-1], np.asarray(generated(name).token_ids[-1])
+    plain = without_variants()(np.concatenate([prompt, own]))
+    assert row_errors(plain, rows_of(generated(name), len(LENGTHS) - 1)).max() > 0.05
 
 
 def requests(name: str) -> list[SequenceRequest]:
@@ -106,13 +110,11 @@ def requests(name: str) -> list[SequenceRequest]:
     ]
 
 
-QUICK = ("dynamic", "windows in every second layer, yarn")
-TIERS = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in SETTINGS]
-)
+WINDOWS_AND_YARN = "windows in every second layer, yarn"
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dynamic", "windows above layer 0")]
 
 
-@TIERS
+@pytest.mark.parametrize("name", [WINDOWS_AND_YARN, *SLOW])
 def test_in_slots_each_sequence_is_as_alone_and_has_the_same_bits_in_any_slot(name: str):
     model, params = variant(name).build(scan_layers=True)
     settings: dict[str, Any] = {"slots": 2, "capture_prompt": True}
@@ -129,7 +131,7 @@ def test_in_slots_each_sequence_is_as_alone_and_has_the_same_bits_in_any_slot(na
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
 
 
-@TIERS
+@pytest.mark.parametrize("name", ["dynamic", pytest.param("longrope", marks=pytest.mark.slow)])
 def test_one_plain_pass_over_a_whole_sequence_gives_its_rows_again(name: str):
     """As replay does it: RoPE that follows the length is told where the prompt ended."""
     model, params = variant(name).build(scan_layers=True)
@@ -142,8 +144,7 @@ def test_one_plain_pass_over_a_whole_sequence_gives_its_rows_again(name: str):
         np.testing.assert_allclose(logprobs[len(prompt) - 1 :], out.logprobs[b], atol=1e-3)
 
 
-@pytest.mark.slow
-@NAMES
+@pytest.mark.parametrize("name", SLOW)
 def test_the_growing_cache_gives_the_same(name: str):
     model, params = variant(name).build(scan_layers=True)
     ids, lengths = pad_right(variant(name).prompts(LENGTHS), fill=variant(name).vocab - 1)

@@ -70,6 +70,7 @@ def test_a_stream_past_what_float16_holds_fails_its_sequences_by_name_and_stores
     assert all(reason.endswith("(float16 ends at 65,504)") for reason in reasons)
 
 
+@pytest.mark.slow
 def test_the_same_weights_run_in_bfloat16(tmp_path: Path):
     checkpoint = in_float16(tmp_path / "model", overflow=1e5)
     outcome = run_main(four(tmp_path), model_path=checkpoint, dtype="bfloat16")
