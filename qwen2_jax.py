@@ -10,8 +10,9 @@ The cache that is passed in decides what a forward pass does:
 ``KVCache``          the next token of every sequence [B, 1]       of that token [B, 1, vocab]
 ===================  ============================================  =============================
 
-Numerics follow Hugging Face's Qwen2 and Qwen3: RMSNorm, RoPE, softmax and logits in float32, the residual
-stream in the model's dtype.
+RMSNorm, RoPE, softmax and logits are computed in float32. The residual stream, and all that lies between
+two products, has ``config.residual_dtype``; what weights are multiplied by is rounded to ``config.dtype``.
+Where both have 16 bits, values are rounded where Hugging Face's Qwen2 and Qwen3 round them.
 """
 
 from __future__ import annotations
@@ -123,26 +124,27 @@ class RMSNorm(nn.Module):
         weight = _parameter(self, "weight", nn.initializers.ones, x.shape[-1:], self.config.dtype)
         wide = x.astype(jnp.float32)
         normed = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + self.config.rms_norm_eps)
-        # As Hugging Face: back to the model's dtype first, then times the weight.
-        normed = normed.astype(self.config.dtype)
-        return weight * (normed if hooks is None else hooks(point, normed))
+        # As Hugging Face: back to the stream's dtype first, then times the weight.
+        dtype = self.config.residual_dtype
+        normed = normed.astype(dtype)
+        return weight.astype(dtype) * (normed if hooks is None else hooks(point, normed))
 
 
 class Linear(nn.Module):
-    """Computes ``x @ kernel (+ bias)`` with a kernel [in, out]."""
+    """Computes ``x @ kernel (+ bias)`` with a kernel [in, out], of x in the weights' dtype."""
 
     features: int
     use_bias: bool
-    dtype: Any
+    config: QwenConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = nn.initializers.normal(0.02)
-        kernel = _parameter(self, "kernel", init, (x.shape[-1], self.features), self.dtype)
+        config, init = self.config, nn.initializers.normal(0.02)
+        kernel = _parameter(self, "kernel", init, (x.shape[-1], self.features), config.dtype)
         bias = None
         if self.use_bias:
-            bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,), self.dtype)
-        return linear(x, kernel, bias)
+            bias = _parameter(self, "bias", nn.initializers.zeros, (self.features,), config.dtype)
+        return linear(x.astype(config.dtype), kernel, bias, config.residual_dtype)
 
 
 class QwenMLP(nn.Module):
@@ -153,12 +155,12 @@ class QwenMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array, hooks: LayerHooks) -> Array:
         config = self.config
-        gate = Linear(config.intermediate_size, False, config.dtype, name="gate_proj")(x)
-        up = Linear(config.intermediate_size, False, config.dtype, name="up_proj")(x)
+        gate = Linear(config.intermediate_size, False, config, name="gate_proj")(x)
+        up = Linear(config.intermediate_size, False, config, name="up_proj")(x)
         # Rounded once, as torch does; and XLA on CPU takes twice as long for it in bfloat16.
         activated = nn.silu(gate.astype(jnp.float32)).astype(gate.dtype)
         activated = hooks("mlp.hook_post", activated * up)
-        return Linear(config.hidden_size, False, config.dtype, name="down_proj")(activated)
+        return Linear(config.hidden_size, False, config, name="down_proj")(activated)
 
 
 class QwenAttention(nn.Module):
@@ -185,7 +187,7 @@ class QwenAttention(nn.Module):
             # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
             # copy all of q, k and v into it (49 MB at batch 64).
             width = heads * config.head_dim
-            flat = Linear(width, config.qkv_bias, config.dtype, name=f"{name}_proj")(x)
+            flat = Linear(width, config.qkv_bias, config, name=f"{name}_proj")(x)
             flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
@@ -194,11 +196,11 @@ class QwenAttention(nn.Module):
             x = project(name, heads)
             if config.qk_norm:
                 x = RMSNorm(config, name=f"{name}_norm")(x)
-            return apply_rope(x, context.cos, context.sin)
+            return apply_rope(x, context.cos, context.sin).astype(config.dtype)
 
         q = rotate("q", config.num_attention_heads)
         k = rotate("k", config.num_key_value_heads).swapaxes(1, 2)
-        v = project("v", config.num_key_value_heads).swapaxes(1, 2)
+        v = project("v", config.num_key_value_heads).swapaxes(1, 2).astype(config.dtype)
 
         if isinstance(cache, KVCache):
             cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
@@ -212,7 +214,7 @@ class QwenAttention(nn.Module):
             layer_kv = (k, v)
             out = attend_causal(q, k, v, context.key_valid, window)
         out = hooks("attn.hook_z", out.reshape(batch, tokens, -1))
-        out = Linear(config.hidden_size, config.output_bias, config.dtype, name="o_proj")(out)
+        out = Linear(config.hidden_size, config.output_bias, config, name="o_proj")(out)
         return out, cache, layer_kv
 
 
@@ -226,7 +228,7 @@ class QwenDecoderLayer(nn.Module):
         self, carry: LayerCarry, layer: int | Array, layer_kv: LayerKV | None, context: TokenContext
     ) -> tuple[LayerCarry, tuple[Array, LayerKV | None]]:
         x, cache, kept = carry
-        hooks, dtype = context.hooks.at(layer, kept), self.config.dtype
+        hooks, dtype = context.hooks.at(layer, kept), self.config.residual_dtype
         with jax.named_scope("attention"):
             x = hooks.stream("hook_resid_pre", x)
             normed = RMSNorm(self.config, name="input_layernorm")(x, hooks, "ln1.hook_normalized")
@@ -239,8 +241,8 @@ class QwenDecoderLayer(nn.Module):
             added = hooks("hook_mlp_out", QwenMLP(self.config, name="mlp")(normed, hooks))
             before = x.astype(dtype) + added
             x = hooks.stream("hook_resid_post", before)
-        output = before if context.hooks.before else x.astype(dtype)
-        # Unrolled layers pass float32 on; a scan carries one dtype, and rounds what it carries.
+        output = (before if context.hooks.before else x.astype(dtype)).astype(self.config.dtype)
+        # Unrolled layers pass float32 on after an intervention; a scan carries one dtype.
         return (x if isinstance(layer, int) else x.astype(dtype), cache, hooks.kept()), (output, layer_kv)
 
 
@@ -381,7 +383,8 @@ class QwenModel(nn.Module):
         steering, todo = steer(interventions, config, len(input_ids)), ()
         if steering is not None:
             todo = edits(steering, positions, _generated(positions, kv_caches, prompt_lengths))
-        hooks = Hooks(points, self.capture_before, config.num_hidden_layers, config.dtype, todo)
+        dtypes = (config.dtype, config.residual_dtype)
+        hooks = Hooks(points, self.capture_before, config.num_hidden_layers, *dtypes, todo)
         rope, lengths = config.rope_scaling, None
         if rope is not None and rope.follows_length:
             lengths = text_lengths(positions, key_valid, kv_caches, prompt_lengths)
@@ -390,18 +393,19 @@ class QwenModel(nn.Module):
         buffers = _point_buffers(config, points, tokens, len(input_ids))
         kept = {point: create_activation_buffer(buffer) for point, buffer in buffers.items()}
 
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids).astype(config.residual_dtype)
         (x, cache, kept), grown, captured = self._run_layers((x, cache, kept), grown, context, capture)
         activations = jnp.stack(captured).swapaxes(1, 2) if captured else None
         of_model = hooks.at(None, kept)
         if isinstance(cache, PrefillCache):
-            last, narrow = (cache.length - 1)[:, None], x.astype(config.dtype)
+            last, x = (cache.length - 1)[:, None], x.astype(config.residual_dtype)
             if LN_FINAL in dict(points):
-                self.norm(narrow, of_model, LN_FINAL)  # keeps those of all tokens
-            x = jnp.take_along_axis(narrow, last[..., None], axis=1)
+                self.norm(x, of_model, LN_FINAL)  # keeps those of all tokens
+            x = jnp.take_along_axis(x, last[..., None], axis=1)
             x = self.norm(x, hooks.at_tokens(last).at(None, {}), LN_FINAL)
         else:
             x = self.norm(x, of_model, LN_FINAL)
+        x = x.astype(config.dtype)
         with jax.named_scope("logits"):
             if config.tie_word_embeddings:
                 logits = logits_f32(x, self.embed_tokens.embedding, tied=True)
@@ -442,7 +446,8 @@ class QwenModel(nn.Module):
         if self.is_initializing():
             return self.layers(carry, numbers, stacked_kv, context)
         stacks, tree = jax.tree.flatten(self.variables["params"]["layers"])
-        stay = [stack.ndim == 3 and uses_cpu_kernel(carry[0], stack) for stack in stacks]
+        operand = carry[0].astype(self.config.dtype)
+        stay = [stack.ndim == 3 and uses_cpu_kernel(operand, stack) for stack in stacks]
         sliced = [stack for stack, stays in zip(stacks, stay, strict=True) if not stays]
 
         def run_layer(carry: Any, of_layer: Any) -> Any:

@@ -136,6 +136,7 @@ class StoreSettings:
     widths: dict[Name, Width] = field(default_factory=dict)  # {"mlp.hook_post": 4864}
     interventions: OptionalSha256 = ""  # of INTERVENTIONS: what was written into the model; "" for nothing
     capture_before: bool = False  # rows are those before interventions at their own point, not after
+    residual_dtype: Name = ""  # of the model's residual stream; "" for that of the rows
 
     def __post_init__(self) -> None:
         try:
@@ -163,7 +164,13 @@ class StoreSettings:
                 )
         if self.capture_before and not self.interventions:
             raise StoreError("capture_before says nothing where there are no interventions: leave it out")
+        if self.residual_dtype not in ("", "float32", self.dtype):
+            raise StoreError(
+                f"residual_dtype {self.residual_dtype!r} is neither float32 nor the rows' {self.dtype}"
+            )
         object.__setattr__(self, "widths", dict(sorted(widths.items())))
+        if self.residual_dtype == self.dtype:
+            object.__setattr__(self, "residual_dtype", "")
 
     def __repr__(self) -> str:
         """Says in a line what is stored; `to_json()` has every setting."""
@@ -236,7 +243,7 @@ class StoreSettings:
 
 
 # Of the manifest and of keys, where they are empty.
-_LEFT_OUT = frozenset({"widths", "interventions", "capture_before"})
+_LEFT_OUT = frozenset({"widths", "interventions", "capture_before", "residual_dtype"})
 
 
 @dataclass(frozen=True)

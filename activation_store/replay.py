@@ -89,6 +89,7 @@ def replay_store(
         return
     # Scanned layers compile in a fraction of the time, which counts for a handful of sequences.
     config = read_config(model_path, dtype=settings.dtype, revision=revision, scan_layers=True)
+    config = config.replace(residual_dtype=settings.residual_dtype or settings.dtype)
     params = load_params(model_path, config, Layout(), revision=revision)
     if config.hidden_size != settings.hidden_size:
         yield f"the stored rows are {settings.hidden_size} wide, the model's are {config.hidden_size}"

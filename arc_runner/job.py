@@ -263,6 +263,7 @@ def _store_settings(
         widths={point: width_of(point, config) for point in points_of(options.hook_points)},
         interventions="" if interventions is None else interventions_sha256(interventions),
         capture_before=options.capture_before,
+        residual_dtype=config.residual_dtype.name,
     )
 
 

@@ -227,6 +227,14 @@ class RunOptions:
         choices=_DTYPES,
         metavar=None,
     )
+    residual_dtype: str = _flag(
+        GENERATION,
+        "float32",
+        "of the residual stream and of what lies between products; that of the weights rounds as "
+        "Transformers does",
+        choices=_DTYPES,
+        metavar=None,
+    )
     kv_cache_dtype: str | None = _flag(
         GENERATION, None, "of the KV cache; that of the weights if left out", choices=_DTYPES, metavar=None
     )

@@ -231,7 +231,7 @@ def choose_devices(options: RunOptions, config: QwenConfig) -> tuple[Layout, str
 
 
 def load_config(options: RunOptions) -> QwenConfig:
-    """Reads the model's config, in the dtype that was asked for.
+    """Reads the model's config, in the dtypes that were asked for.
 
     Raises:
         CheckpointError: there is no such model, or it is not one that can be run.
@@ -242,6 +242,12 @@ def load_config(options: RunOptions) -> QwenConfig:
     config = read_config(
         options.model_path, dtype=options.dtype, revision=options.revision, scan_layers=scan_layers
     )
+    if options.residual_dtype not in ("float32", config.dtype.name):
+        raise UsageError(
+            f"--residual_dtype must be float32 or the dtype of the weights, {config.dtype.name}, not "
+            f"{options.residual_dtype}"
+        )
+    config = config.replace(residual_dtype=options.residual_dtype)
     if options.max_output_tokens >= config.context_length:
         raise UsageError(
             f"--max_output_tokens {options.max_output_tokens} leaves no room for a prompt: the model's "

@@ -52,7 +52,7 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
         )
     if not asked.model_fingerprint:
         asked = dataclasses.replace(asked, model_fingerprint=there.model_fingerprint)
-    differences = list(_differences(there.to_json(), asked.to_json()))
+    differences = list(_differences(_values(there), _values(asked)))
     if not differences:
         return True
     said, flags = [], []
@@ -72,6 +72,12 @@ def check_store(directory: str, asked: StoreSettings) -> bool:
         f"{files.location} was made with other settings ({'; '.join(said)}); choose another "
         f"--activations_dir{again}"
     )
+
+
+def _values(settings: StoreSettings) -> dict[str, Any]:
+    """Returns the settings as the manifest has them, and one that it leaves out but that has a value."""
+    values = settings.to_json()
+    return values | {"residual_dtype": values.get("residual_dtype", settings.dtype)}
 
 
 def _differences(there: dict[str, Any], asked: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

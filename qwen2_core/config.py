@@ -52,8 +52,11 @@ _UNSAID_OF: dict[str, dict[str, Any]] = {  # besides, by model_type; all that ar
 class QwenConfig:
     """Describes the shape and numerics of a Qwen2, Qwen2.5 or dense Qwen3 decoder; by default Qwen2.5-0.5B.
 
-    ``dtype`` is the type of weights, residual stream and KV cache. Norms, RoPE angles, softmax and
-    logits are always computed in float32.
+    ``dtype`` is the type of weights, of what they are multiplied by, of captured rows and of the KV cache.
+    Norms, RoPE angles, softmax and logits are always computed in float32.
+
+    ``residual_dtype`` is the type of the residual stream and of what lies between products: float32, or
+    ``dtype``, which rounds where Transformers does (docs/numerics.md).
 
     ``use_fixed_cache`` says what a forward pass does that is given no cache: start a growing one
     (False), or keep none (True: the caller creates fixed caches).
@@ -92,6 +95,7 @@ class QwenConfig:
     use_fixed_cache: bool = False
     scan_layers: bool = False
     dtype: Any = jnp.float32
+    residual_dtype: Any = jnp.float32
     head_dim: int = None  # pyright: ignore[reportAssignmentType] - a number from __post_init__ on
     qk_norm: bool = False
     qkv_bias: bool = True
@@ -104,6 +108,13 @@ class QwenConfig:
             shown = _shown(self.dtype) if dtype is None else dtype.name
             raise CheckpointError(f"dtype {shown} is not one of {', '.join(_DTYPES)}.")
         object.__setattr__(self, "dtype", dtype)
+        residual = as_dtype(self.residual_dtype)
+        if residual not in (jnp.float32, dtype):
+            shown = _shown(self.residual_dtype) if residual is None else residual.name
+            raise CheckpointError(
+                f"residual_dtype {shown} is neither float32 nor that of the weights, {dtype.name}."
+            )
+        object.__setattr__(self, "residual_dtype", residual)
         for name, most in _SIZES.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:

@@ -27,7 +27,8 @@ class Hooks:
     points: PointLayers = dataclasses.field(metadata={"static": True})  # whose values are kept
     before: bool = dataclasses.field(metadata={"static": True})  # kept as they are before interventions
     depth: int = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})  # the model's
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of values that are kept
+    residual_dtype: Any = dataclasses.field(metadata={"static": True})  # of those the model goes on with
     edits: tuple[Edit, ...] = ()
 
     def at(self, layer: int | Array | None, kept: Kept) -> LayerHooks:
@@ -77,7 +78,7 @@ class LayerHooks:
             for edit, place in chosen:
                 wide = edit.apply(wide, *place)
             untouched = functools.reduce(jnp.logical_and, [edit.strength == 0 for edit, _ in chosen])
-            rounded = wide.astype(self._hooks.dtype).astype(jnp.float32)
+            rounded = wide.astype(self._hooks.residual_dtype).astype(jnp.float32)
             x = jnp.where(untouched[..., None], clean, rounded)
         layers = dict(self._hooks.points).get(point, ())
         if self._find(layers) is not None:

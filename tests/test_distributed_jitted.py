@@ -16,6 +16,7 @@ from runner_cases import (
     COMMAND,
     TINY,
     arguments,
+    assert_refused,
     book,
     copy_small,
     digests,
@@ -34,7 +35,8 @@ from runner_cases import (
 )
 
 import generate_jitted
-from activation_store import verify_coverage, verify_store
+from activation_store import ActivationStore, verify_coverage, verify_store
+from activation_store.replay import replay_store
 from arc_runner import continuous_loop
 from arc_runner.loaded_model import LoadedModel
 from arc_runner.report import FIGURES
@@ -133,6 +135,26 @@ def test_without_capture_the_tokens_are_the_same_and_no_layer_is_stored(finished
     assert run_main(four(tmp_path), **flags).code == DONE
     assert store_of(tmp_path).layers == ()
     assert tokens(tmp_path) == tokens(finished)
+
+
+@pytest.mark.slow
+def test_bfloat16_has_a_float32_stream_and_a_store_of_another_rounding_is_not_continued(tmp_path: Path):
+    write_tasks(tmp_path / "tasks.json", task=puzzle(1, 2))
+    wide, narrow = {"dtype": "bfloat16"}, {"dtype": "bfloat16", "residual_dtype": "bfloat16"}
+    for folder, flags in (("wide", wide), ("narrow", narrow)):
+        directory = tmp_path / folder
+        assert run_main(tmp_path, activations_dir=directory, **flags).code == DONE
+        store = ActivationStore(directory)
+        assert store.settings.residual_dtype == ("float32" if flags is wide else "")
+        assert list(replay_store(store, str(small_checkpoint()), count=2)) == []
+        other = narrow if flags is wide else wide
+        refused = run_main(tmp_path, activations_dir=directory, **other)
+        assert_refused(refused, f"--residual_dtype {store.settings.residual_dtype or 'bfloat16'}")
+        assert run_main(tmp_path, activations_dir=directory, **flags).code == DONE
+    keys = [set(ActivationStore(tmp_path / folder).index) for folder in ("wide", "narrow")]
+    assert not keys[0] & keys[1]
+    bad = run_main(tmp_path, residual_dtype="bfloat16")
+    assert_refused(bad, "--residual_dtype must be float32 or the dtype of the weights, float32, not bfloat16")
 
 
 @pytest.mark.slow

@@ -87,12 +87,14 @@ def linear(
     x: Float[Array, "*rows inputs"],
     kernel: Float[Array, "inputs outputs"] | MatrixInStack,
     bias: Float[Array, " outputs"] | None = None,
+    dtype: Any = None,
 ) -> Float[Array, "*rows outputs"]:
-    """Returns ``x @ kernel + bias`` in x's dtype. The bias is added in float32."""
+    """Returns ``x @ kernel + bias`` in ``dtype`` (x's by default). The bias is added in float32."""
+    dtype = x.dtype if dtype is None else dtype
     if bias is None:
-        return _product(x, kernel, 0, x.dtype)
+        return _product(x, kernel, 0, dtype)
     out = _product(x, kernel, 0, jnp.float32) + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+    return out.astype(dtype)
 
 
 def logits_f32(

@@ -74,10 +74,23 @@ def test_whatever_tells_two_sequences_apart_is_in_the_key(changed: dict[str, Any
         {"hook_names": (hook_name(10),)},
         {"dtype": "float32"},
         {"max_output_tokens": 13},
+        {"residual_dtype": "float32"},
     ],
 )
 def test_whatever_changes_the_stored_bytes_is_in_the_key(changed: dict[str, Any]):
     assert sequence_key(SETTINGS, IDENTITY) != sequence_key(settings(**changed), IDENTITY)
+
+
+def test_a_residual_stream_as_the_rows_is_said_nowhere_as_before_there_was_another():
+    plain = settings(dtype="bfloat16")
+    assert settings(dtype="bfloat16", residual_dtype="bfloat16") == plain
+    assert "residual_dtype" not in plain.to_json()
+    assert settings(dtype="float32", residual_dtype="float32").residual_dtype == ""
+    wide = settings(dtype="bfloat16", residual_dtype="float32")
+    assert wide.to_json()["residual_dtype"] == "float32"
+    assert StoreSettings.from_json(wide.to_json()) == wide
+    with pytest.raises(StoreError, match="residual_dtype has values that this program leaves out"):
+        StoreSettings.from_json(plain.to_json() | {"residual_dtype": "bfloat16"})
 
 
 def test_the_width_of_the_prompts_integers_is_not_in_the_key():

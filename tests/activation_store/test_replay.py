@@ -87,6 +87,7 @@ def run(request: pytest.FixtureRequest, checkpoint: str) -> Run:
         eos_token_ids=(),
         tokenizer_sha256="",
         prompt={},
+        residual_dtype=config.residual_dtype.name,
     )
     sequences = [
         FinishedSequence(

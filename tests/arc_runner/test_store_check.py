@@ -27,7 +27,11 @@ SAMPLED = {"temperature": 0.5, "top_k": 0, "top_p": 1.0}
 DIFFERENT = [
     ({"max_output_tokens": 9}, "--max_output_tokens is 12 there and 9 here", "--max_output_tokens 12"),
     ({"seed": 0}, "--random_seed is 7 there and 0 here", "--random_seed 7"),
-    ({"dtype": "float32"}, '--dtype is "bfloat16" there and "float32" here', "--dtype bfloat16"),
+    (
+        {"dtype": "float32"},
+        '--dtype is "bfloat16" there and "float32" here',
+        "--dtype bfloat16 with --residual_dtype bfloat16",
+    ),
     ({"capture_prompt": False}, "--extract_prompt is true there and false here", "--extract_prompt"),
     (
         {"hook_names": ("blocks.3.hook_resid_post",)},
@@ -51,6 +55,11 @@ DIFFERENT = [
         {"hook_names": ("blocks.3.hook_resid_post", "blocks.3.attn.hook_z")},
         "there and 3 here; --hook_points is none there and attn.hook_z:3 here",
         "--layers_to_extract 10 11 12 without --hook_points",
+    ),
+    (
+        {"residual_dtype": "float32"},
+        '--residual_dtype is "bfloat16" there and "float32" here',
+        "--residual_dtype bfloat16",
     ),
     ({"eos_token_ids": (1, 2)}, "eos_token_ids is [5] there and [1, 2] here", "--model_path 'Qwen/Q w'"),
 ]

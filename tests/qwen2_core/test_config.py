@@ -209,6 +209,15 @@ def test_a_head_dim_of_its_own_is_kept_when_a_config_is_changed_and_a_derived_on
     assert QwenConfig().replace(num_attention_heads=8, head_dim=48).head_dim == 48
 
 
+def test_the_residual_stream_is_float32_or_as_the_weights():
+    half = QwenConfig(dtype="bfloat16")
+    assert half.residual_dtype == np.float32
+    assert half.replace(residual_dtype="bfloat16").residual_dtype == half.dtype
+    for residual_dtype in ("float16", "int8", None):
+        with pytest.raises(CheckpointError, match=r"residual_dtype .* is neither float32 nor that of the w"):
+            half.replace(residual_dtype=residual_dtype)
+
+
 def test_a_config_is_hashable_and_frozen():
     config = SHALLOW.config()
     assert hash(config) == hash(SHALLOW.config())
