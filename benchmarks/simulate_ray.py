@@ -76,7 +76,6 @@ class SleepingWorker:
                 self._changed.wait(max(0.002, next_end - now))
 
 
-@ray.remote(max_concurrency=64)
 class Process:
     """Several workers in one process."""
 
@@ -123,14 +122,17 @@ def simulate(options: argparse.Namespace) -> None:
     tokens = sum(request.max_tokens for unit in units for request in unit.requests)
     speed = TOKENS_PER_SECOND * options.scale
     speeds = [speed / SLOW if number < options.slow else speed for number in range(options.workers)]
-    processes = [Process.remote(speeds[number :: options.processes]) for number in range(options.processes)]
+    process = ray.remote(Process).options(max_concurrency=64)
+    processes: list[Any] = [
+        process.remote(speeds[number :: options.processes]) for number in range(options.processes)
+    ]
     before = resource.getrusage(resource.RUSAGE_SELF)
     queue = WorkQueue(units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before.ru_maxrss
 
     def order(worker: int, given: Order) -> Any:
-        process, number = worker % options.processes, worker // options.processes
-        return processes[process].exchange.remote(number, given)
+        number, of_process = divmod(worker, options.processes)
+        return processes[of_process].exchange.remote(number, given)
 
     answers = {order(worker, Order()): worker for worker in range(options.workers)}
     ray.wait(list(answers), num_returns=len(answers))

@@ -1,4 +1,4 @@
-"""Write a seeded random checkpoint of a real Qwen2.5 shape in Hugging Face layout: real work, no download.
+"""Write a seeded random checkpoint of a real shape in Hugging Face layout: real work, no download.
 
     python examples/make_random_checkpoint.py OUT_DIR                     # 0.5B, bfloat16: 1 GB
     python examples/make_random_checkpoint.py OUT_DIR --shape qwen2.5-7b  # 15 GB in 4 shards
@@ -14,7 +14,7 @@ import shutil
 import time
 from pathlib import Path
 
-from checkpoint_writer import DTYPES, qwen2_config, write_checkpoint
+from checkpoint_writer import DTYPES, qwen2_config, qwen3_config, write_checkpoint
 
 from arc_runner.data import EXAMPLE_MODEL
 
@@ -58,11 +58,21 @@ SHAPES = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a random checkpoint of a real Qwen2.5 shape.")
+    parser = argparse.ArgumentParser(description="Write a random checkpoint of a real Qwen shape.")
     parser.add_argument("out", type=Path, help="directory to write to: a new or an empty one")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,7 +100,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         shutil.copyfile(options.tokenizer / name, options.out / name)
-    config = qwen2_config(**SHAPES[options.shape], dtype=options.dtype, token_ids=token_ids)
+    make_config = qwen3_config if options.shape.startswith("qwen3") else qwen2_config
+    config = make_config(**SHAPES[options.shape], dtype=options.dtype, token_ids=token_ids)
     files = write_checkpoint(options.out, config, options.seed, int(options.max_shard_gb * 1e9))
     size = sum(file.stat().st_size for file in files)
     seconds = time.perf_counter() - started

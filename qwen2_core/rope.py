@@ -253,10 +253,12 @@ def rope_angles(
     else:
         frequencies = scaling.frequencies_at(theta, head_dim, lengths)
     angles = positions[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    if scaling is not None and scaling.attention_factor != 1:
-        cos, sin = (np.float32(scaling.attention_factor) * part for part in (cos, sin))
-    return _once(cos), _once(sin)
+
+    def scaled(x: Array) -> Array:
+        factor = 1 if scaling is None else scaling.attention_factor
+        return x if factor == 1 else np.float32(factor) * x
+
+    return _once(scaled(jnp.cos(angles))), _once(scaled(jnp.sin(angles)))
 
 
 def _once(x: Array) -> Array:

@@ -190,7 +190,7 @@ class Driver:
             )
             for one in members
         ]
-        if progress.tokens and not self._watch.generating.seconds:
+        if (progress.tokens or self._ended) and not self._watch.generating.seconds:
             self._beginning.end()
             self._clock.enter_context(self._watch.generation())
 

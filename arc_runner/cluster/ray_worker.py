@@ -70,6 +70,7 @@ class Feed:
     def add(self, requests: Sequence[SequenceRequest]) -> None:
         """Takes sequences to make."""
         self._coming.extend(requests)
+        self.is_waiting &= not requests
 
     def next_width(self) -> int | None:
         with self._changed:

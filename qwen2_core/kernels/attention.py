@@ -137,11 +137,11 @@ def _causal_by_blocks(
             begin = jnp.min(jnp.sum(places <= unseen[:, 0], axis=1)) // keys
 
         def visible(key_positions: Array) -> Array:
-            causal = (key_positions <= own_positions[:, None])[None]
+            causal = key_positions <= own_positions[:, None]
             if window is not None:
                 causal &= jnp.take(places, key_positions, axis=1)[:, None] > unseen
             if key_valid is None:
-                return causal
+                return causal if causal.ndim == 3 else causal[None]
             return causal & jnp.take(key_valid, key_positions, axis=1)[:, None]
 
         queries = lax.dynamic_slice_in_dim(padded, start, block, axis=1)

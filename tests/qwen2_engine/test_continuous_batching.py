@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_longer_windows_over_an_equally_long_ring_change_not_a_bit(finished):
     items = workload()[:20]
     assert -(-LONGEST // 16) * 16 == -(-LONGEST // 32) * 32 == RING
     assert_same_bytes(generate(items, window=32), finished[0])
+
+
+def test_requests_that_come_while_others_run_or_after_all_have_ended_change_not_a_bit(finished):
+    of_all, _ = finished
+    one = engine(*built())
+    ordered = one.order(workload()[::5])
+    (stage,) = one.plan(one.order(workload()))
+    longest = max(item.max_tokens for item in workload())
+    assert one.stages({item.width for item in workload()}, longest) == [stage]
+    slots = one.start(stage)
+    results = {}
+    for some in (ordered[:5], ordered[5:]):  # None: there is nothing yet
+        feed = itertools.chain(some[:3], [None] * 4, some[3:], itertools.repeat(None))
+        results |= {ended.id: ended for ended in slots.generate(feed)}
+    assert results.keys() == {item.id for item in ordered}
+    assert_same_bytes(results, of_all)
 
 
 def test_one_slot_gives_the_same_as_many():

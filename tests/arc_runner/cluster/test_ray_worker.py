@@ -81,6 +81,20 @@ def test_a_worker_makes_what_it_is_given_and_commits_it_as_soon_as_it_is_waited_
     assert digests(tmp_path) == digests(alone)
 
 
+def test_a_worker_reads_prompts_that_want_no_tokens(tmp_path: Path):
+    flags = FLAGS | {"max_output_tokens": 0, "extract_prompt": True}
+    job, _ = prepare(parse_options(arguments(four(tmp_path), **flags, ray=True)))
+    with job.open_writer(ProcessInfo(0), None):
+        worker = Worker(assign(job, {request.width for request in job.requests}), 1)
+        until(worker, lambda status: status.room > 0)
+        for some in (job.requests[:3], job.requests[3:]):
+            until(worker, lambda status: status.phase == "waiting", Order(some, hastens=True))
+        until(worker, lambda status: status.figures["sequences_made"] == len(job.requests))
+        until(worker, lambda status: status.phase == "ended", Order(stops=True))
+    assert {record.generated_length for record in store_of(tmp_path).sequences()} == {0}
+    assert len(digests(tmp_path)) == len(job.requests)
+
+
 def test_a_worker_that_sees_another_directory_under_the_stores_name_refuses(assignment: Assignment):
     worker = Worker(dataclasses.replace(assignment, lock=b"process 1 on another machine"), 1)
     (last,) = until(worker, lambda status: status.phase == "ended")[-1:]
