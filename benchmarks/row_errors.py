@@ -26,15 +26,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import torch
-<<<<<<< HEAD
 from torch import nn
-=======
->>>>>>> main
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.machine import describe
 from examples.checkpoint_writer import qwen2_config, write_checkpoint
-<<<<<<< HEAD
 from generate_jitted import (
     GenerateShape,
     decode_step_with_cache,
@@ -44,11 +40,6 @@ from generate_jitted import (
 )
 from kvcache_utils import create_kv_cache_buffers
 from qwen2_jax import QwenModel, load_qwen2
-=======
-from generate_jitted import GenerateShape, decode_step_with_cache, pad_prompts, prefill_with_cache
-from kvcache_utils import create_kv_cache_buffers
-from qwen2_jax import load_qwen2
->>>>>>> main
 from qwen2_jax_with_hooks import create_model_with_hooks
 
 QUESTIONS = (
@@ -57,19 +48,11 @@ QUESTIONS = (
     "Write one sentence about a dog on a boat.",
     "Which number comes next: 2, 4, 8, 16?",
     "Translate 'good morning' to Spanish.",
-<<<<<<< HEAD
     "def add(a, b): explain this line of Python.",
     "Name three colours of a rainbow.",
     "How do I boil an egg?",
 )
 ANSWER_TOKENS = 32
-=======
-    "Explain this line of Python: def add(a, b):",
-    "Name three colours of a rainbow.",
-    "How do I boil an egg?",
-)
-ANSWER = " Let me think about that step by step. It depends on what we mean, and on how we look at it."
->>>>>>> main
 RANDOM_VOCABULARY, RANDOM_LENGTH = 512, 48
 
 
@@ -91,11 +74,7 @@ def our_rows(path: Path, tokens: Tokens, dtype: str, residual_dtype: str) -> lis
     config, params = load_qwen2(path, dtype=dtype, scan_layers=True)  # soon compiled
     config = config.replace(residual_dtype=residual_dtype)
     model = create_model_with_hooks(config, range(config.num_hidden_layers))
-<<<<<<< HEAD
     shape = GenerateShape(len(tokens.prompts), tokens.prompts.shape[1], tokens.following.shape[1])
-=======
-    shape = GenerateShape(*tokens.prompts.shape, tokens.following.shape[1])
->>>>>>> main
     cache = create_kv_cache_buffers(shape.cache_config(config))
     prefill = jax.jit(functools.partial(prefill_with_cache, model))
     step = jax.jit(functools.partial(decode_step_with_cache, model), donate_argnums=2)
@@ -121,19 +100,12 @@ def their_rows(path: Path, tokens: Tokens, dtype: str, *, exact: bool = False) -
             if hasattr(module, "variance_epsilon"):  # Transformers' own norm computes in float32
                 module.forward = functools.partial(_norm, module)
     kept: list[torch.Tensor] = []
-<<<<<<< HEAD
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
     for layer in model.model.layers:
         layer.register_forward_hook(keep)
-=======
-    for layer in model.model.layers:
-        layer.register_forward_hook(
-            lambda _module, _inputs, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        )
->>>>>>> main
     found = []
     for sequence in tokens.sequences():
         kept.clear()
@@ -174,11 +146,7 @@ def _line(name: str, rows: list[np.ndarray], truth: list[np.ndarray]) -> str:
 
 
 def real_tokens(path: Path) -> Tokens:
-<<<<<<< HEAD
     """Returns questions in the model's chat template, each with the model's own answer, greedy in float32."""
-=======
-    """Returns questions in the model's chat template, each with the same words in answer."""
->>>>>>> main
     tokenizer = AutoTokenizer.from_pretrained(path)
     prompts = [
         tokenizer.apply_chat_template(
@@ -186,17 +154,12 @@ def real_tokens(path: Path) -> Tokens:
         )
         for question in QUESTIONS
     ]
-<<<<<<< HEAD
     config, params = load_qwen2(path, dtype="float32", scan_layers=True)
     ids, lengths = pad_prompts(prompts)
     out = generate_single_task_jitted(
         QwenModel(config), params, ids, ANSWER_TOKENS, prompt_lengths=lengths, extract_activations=False
     )
     return Tokens(np.asarray(ids), np.asarray(lengths), np.asarray(out.token_ids))
-=======
-    answer = np.array(tokenizer.encode(ANSWER), np.int32)
-    return Tokens(*map(np.asarray, pad_prompts(prompts)), np.tile(answer, (len(prompts), 1)))
->>>>>>> main
 
 
 def random_tokens() -> Tokens:

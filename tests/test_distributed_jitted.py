@@ -157,10 +157,7 @@ def test_bfloat16_has_a_float32_stream_and_a_store_of_another_rounding_is_not_co
     assert_refused(bad, "--residual_dtype must be float32 or the dtype of the weights, float32, not bfloat16")
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
-=======
->>>>>>> main
 @pytest.mark.parametrize(
     ("flags", "dtype", "bound"),
     [
