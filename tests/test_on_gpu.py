@@ -101,8 +101,8 @@ def test_one_bit_of_a_sequence_is_noticed(name: str):
 def test_random_keys_that_depend_on_the_slot_are_noticed(monkeypatch: pytest.MonkeyPatch):
     class Faulty(ContinuousEngine):
         def start(self, stage: Any, *compiling: Any, **named: Any) -> Any:
-            running = super().start(stage, *compiling, **named)
-            sound: Any = running.programs.insert
+            running: Any = super().start(stage, *compiling, **named)
+            sound = running.programs.insert
 
             def insert(slots: Any, prompts: Any, slot: Any, sequence_ids: Any, *rest: Any) -> Any:
                 return sound(slots, prompts, slot, sequence_ids + slot.astype(np.uint32), *rest)

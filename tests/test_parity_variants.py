@@ -118,7 +118,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dynamic", "wind
 def test_in_slots_each_sequence_is_as_alone_and_has_the_same_bits_in_any_slot(name: str):
     model, params = variant(name).build(scan_layers=True)
     settings: dict[str, Any] = {"slots": 2, "capture_prompt": True}
-    runs = [
+    runs: list[dict[Any, Any]] = [
         {one.id: one for one in ContinuousEngine(model, params, **settings).run(items)}
         for items in (requests(name), requests(name)[::-1])
     ]

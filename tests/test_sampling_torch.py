@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,7 +42,8 @@ def probabilities(sampling: Sampling, logits: np.ndarray, tokens: list[int]) -> 
     ]
     if sampling.top_k:
         steps.insert(2, TopKLogitsWarper(sampling.top_k))
-    scores = LogitsProcessorList(steps)(torch.tensor([tokens]), torch.from_numpy(logits[None]).double())
+    seen: Any = torch.tensor([tokens])
+    scores: Any = LogitsProcessorList(steps)(seen, torch.from_numpy(logits[None]).double())
     return torch.softmax(scores, -1)[0].numpy()
 
 

@@ -131,14 +131,15 @@ def _causal_by_blocks(
         return lax.dynamic_slice_in_dim(k, start, keys, 2), lax.dynamic_slice_in_dim(v, start, keys, 2)
 
     def attend_block(start: int | Array) -> Array:
-        own_positions, begin = positions - tokens + start + jnp.arange(block, dtype=jnp.int32), 0
+        own_positions = positions - tokens + start + jnp.arange(block, dtype=jnp.int32)
+        begin, unseen = 0, None
         if window is not None:
             unseen = jnp.take(places, own_positions, axis=1, mode="clip")[..., None] - window
             begin = jnp.min(jnp.sum(places <= unseen[:, 0], axis=1)) // keys
 
         def visible(key_positions: Array) -> Array:
             causal = key_positions <= own_positions[:, None]
-            if window is not None:
+            if unseen is not None:
                 causal &= jnp.take(places, key_positions, axis=1)[:, None] > unseen
             if key_valid is None:
                 return causal if causal.ndim == 3 else causal[None]

@@ -54,8 +54,7 @@ def test_each_published_config_reads_as_transformers_reads_it(name: str, more: d
     assert config.windows == (None,) * theirs.num_hidden_layers
     assert theirs.layer_types == ["full_attention"] * theirs.num_hidden_layers
     assert config.dtype == "bfloat16"
-    rope = theirs.rope_parameters
-    assert rope is not None
+    rope: Any = theirs.rope_parameters
     assert config.rope_theta == rope["rope_theta"]
     assert (config.rope_scaling is None) == (rope["rope_type"] == "default")
     if config.rope_scaling is not None:

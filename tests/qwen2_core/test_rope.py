@@ -75,7 +75,8 @@ def test_frequencies_and_angles_are_those_of_transformers(name: str, theta: floa
     config = QwenConfig.from_hf(hf | {"model_type": "qwen2"})
     rope = config.rope_scaling
     for length in FAR:
-        theirs = Qwen2RotaryEmbedding(Qwen2Config(**hf | {"rope_scaling": dict(ROPES[name])}))
+        said: Any = hf | {"rope_scaling": dict(ROPES[name])}
+        theirs = Qwen2RotaryEmbedding(Qwen2Config(**said))
         positions = np.array([[0, 1, length // 2, length - 1]], np.int32)
         cos, sin = theirs(torch.zeros(1), torch.from_numpy(positions.astype(np.int64)))
         got, expected = frequencies(config, length), theirs.inv_freq.numpy()

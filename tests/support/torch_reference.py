@@ -44,7 +44,8 @@ class TorchReference:
         """With ``exact_rope`` it computes in float64, RoPE included."""
         fields = dict(lively.hf_config)
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self._config, self._exact_rope = config, exact_rope
+        self._config: Any = config
+        self._exact_rope = exact_rope
         self.model = AutoModelForCausalLM.from_config(config).eval()
         state = {name: torch.from_numpy(array) for name, array in lively.state_dict().items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
