@@ -90,7 +90,7 @@ def tensor_shapes(config: dict) -> Shapes:
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
     heads, kv = (config[name] * head_dim for name in ("num_attention_heads", "num_key_value_heads"))
-    is_qwen3 = config["model_type"] == "qwen3"
+    is_qwen3 = config.get("model_type") == "qwen3"  # sizes alone are those of a Qwen2
     biased = ("q_proj", "k_proj", "v_proj", "o_proj") * config["attention_bias"] if is_qwen3 else _BIASED
     shapes: Shapes = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
