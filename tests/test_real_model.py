@@ -163,8 +163,8 @@ def test_the_first_token_has_massive_activations(stored: Path):
         assert norms[0] == pytest.approx(SINK, rel=0.01)
         assert 100 < np.median(norms[1:]) < 300
         assert norms[1:].max() < 0.1 * SINK
-        first = np.abs(store.rows(record, MIDDLE)[0])
-        assert np.sort(first)[-3:].sum() > np.sort(first)[:-3].sum()  # a few columns hold most of it
+        one_column = np.abs(store.rows(record, MIDDLE)[0]).max()
+        assert one_column > 0.95 * norms[0]
 
 
 # --- What follows from a store ------------------------------------------------------------------------------
