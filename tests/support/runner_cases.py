@@ -20,7 +20,7 @@ import numpy as np
 from lively import Lively, rewrite_json, row_errors
 
 import distributed_kv_cached_inference
-from activation_store import ActivationStore
+from activation_store import ActivationStore, verify_store
 from arc_runner.data import EXAMPLE_MODEL
 from arc_runner.predictions import Book
 from distributed_kv_cached_inference import main
@@ -205,6 +205,15 @@ def digests(folder: Path) -> dict[str, str]:
     """What was stored of each sequence, byte for byte, by key."""
     store = ActivationStore(folder / "activations")
     return {record.key: store.sequence_digest(record) for record in store.sequences()}
+
+
+def assert_whole(folder: Path, expected: Path) -> None:
+    """All is there once, and the answers are those of a run in one process."""
+    assert digests(folder) == digests(expected)
+    assert list(verify_store(store_of(folder))) == []
+    assert submission(folder) == submission(expected)
+    assert report(folder)["sequences"] == len(digests(expected))
+    assert not report(folder)["stopped_early"]
 
 
 def tokens(folder: Path) -> dict[tuple[str, int, str, int], list[int]]:

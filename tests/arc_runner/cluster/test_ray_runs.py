@@ -16,17 +16,17 @@ import pytest
 from runner_cases import (
     PYTHON,
     arguments,
+    assert_whole,
     digests,
     environment,
     puzzle,
     report,
     run_main,
     store_of,
-    submission,
     write_tasks,
 )
 
-from activation_store import ActivationWriter, verify_store
+from activation_store import ActivationWriter
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -57,15 +57,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tasks(tmp_path_factory.mktemp("alone"))
     assert run_main(folder, **FLAGS).code == DONE
     return folder
-
-
-def assert_whole(folder: Path, expected: Path) -> None:
-    """All is there once, and the answers are those of a run in one process."""
-    assert digests(folder) == digests(expected)
-    assert list(verify_store(store_of(folder))) == []
-    assert submission(folder) == submission(expected)
-    assert report(folder)["sequences"] == len(digests(expected))
-    assert not report(folder)["stopped_early"]
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 90) -> Any:

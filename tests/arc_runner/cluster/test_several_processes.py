@@ -12,6 +12,7 @@ from meeting import meeting
 from runner_cases import (
     arguments,
     assert_refused,
+    assert_whole,
     digests,
     four,
     report,
@@ -21,7 +22,7 @@ from runner_cases import (
 )
 
 import distributed_kv_cached_inference
-from activation_store import ActivationStore, StoreWriteError, verify_store
+from activation_store import ActivationStore, StoreWriteError
 from arc_runner.cluster import barrier
 from arc_runner.command_line import parse_options
 from arc_runner.report import FIGURES
@@ -29,15 +30,6 @@ from arc_runner.signals import StopRequest
 
 DONE, RESUMABLE = 0, 75
 FLAGS: dict[str, Any] = {"batch_size": 2}
-
-
-def assert_whole(folder: Path, expected: Path) -> None:
-    """All is there once, and the answers are those of a run in one process."""
-    assert digests(folder) == digests(expected)
-    assert list(verify_store(store_of(folder))) == []
-    assert submission(folder) == submission(expected)
-    assert report(folder)["sequences"] == len(digests(expected))
-    assert not report(folder)["stopped_early"]
 
 
 def made_by(folder: Path) -> list[int]:
