@@ -14,11 +14,16 @@ import jax
 
 from arc_runner.console import say
 from arc_runner.options import RunOptions
-from qwen2_core.kernels.cpu.library import has_tiles, is_available
+from qwen2_core.kernels.cpu.library import Instructions, instructions, is_available
 from qwen2_core.sharding import Layout
 from qwen2_jax import QwenConfig
 
 _VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+_KERNELS = {
+    Instructions.AVX2: "avx2",
+    Instructions.AVX512_BF16: "avx512_bf16",
+    Instructions.AMX: "avx512_bf16 and amx",
+}
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _NO_BITS = ("--xla_dump", "--xla_force_host_platform_device_count")  # flags that change none
 
@@ -80,7 +85,7 @@ def _cpu_kernels(config: QwenConfig) -> str | None:
     """Returns which of our compiled kernels compute, or None where XLA does all."""
     if config.dtype.name != "bfloat16" or not is_available():
         return None
-    return "avx512_bf16 and amx" if has_tiles() else "avx512_bf16"
+    return _KERNELS[instructions()]
 
 
 def _cpu() -> str:

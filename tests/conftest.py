@@ -40,17 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
-@pytest.fixture(params=["vectors", "tiles"])
+@pytest.fixture(params=["AVX2", "AVX512_BF16", "AMX"])
 def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test with the CPU kernels multiplying by vectors and by tiles. Trace inside the test."""
+    """Runs the test with the CPU kernels using each kind of instructions. Trace inside the test."""
     from qwen2_core.kernels.cpu import attention, library, matmul
 
     if not library.is_available():
         pytest.skip(f"no CPU kernels: {library.unavailable_reason() or 'this is an accelerator'}")
-    if request.param == "tiles" and not library.has_tiles():
-        pytest.skip("this CPU has no AMX")
+    chosen = library.Instructions[request.param]
+    if chosen > library.instructions():
+        pytest.skip(f"this CPU has no {request.param}")
     for module in (matmul, attention):
-        monkeypatch.setattr(module, "has_tiles", lambda: request.param == "tiles")
+        monkeypatch.setattr(module, "instructions", lambda: chosen)
     return request.param
 
 

@@ -24,6 +24,7 @@ from activation_store import verify_store
 from arc_runner import numerics
 from arc_runner.numerics import run_numerics, say_numerics
 from arc_runner.options import RunOptions
+from qwen2_core.kernels.cpu.library import Instructions
 from qwen2_core.sharding import Layout
 from qwen2_jax import QwenConfig
 
@@ -74,8 +75,10 @@ def test_kernels_layers_and_precision_count(monkeypatch: pytest.MonkeyPatch):
     there = of()
     assert of(CONFIG.replace(scan_layers=not CONFIG.scan_layers)) != there
     monkeypatch.setattr(numerics, "is_available", lambda: True)
-    monkeypatch.setattr(numerics, "has_tiles", lambda: True)
-    assert of()["cpu_kernels"] == "avx512_bf16 and amx"
+    names = {"AVX2": "avx2", "AVX512_BF16": "avx512_bf16", "AMX": "avx512_bf16 and amx"}
+    for instructions, name in names.items():
+        monkeypatch.setattr(numerics, "instructions", lambda chosen=Instructions[instructions]: chosen)
+        assert of()["cpu_kernels"] == name
     monkeypatch.setattr(numerics, "is_available", lambda: False)
     assert of()["cpu_kernels"] is None
     assert of(CONFIG.replace(dtype="float32"))["cpu_kernels"] is None

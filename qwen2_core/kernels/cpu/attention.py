@@ -1,4 +1,4 @@
-"""Computes attention on CPUs with AVX-512 BF16, by the kernels in csrc/attention.cc.
+"""Computes attention on x86 CPUs, by the kernels in csrc/attention.cc.
 
 Neither can be differentiated; :mod:`qwen2_core.kernels.attention` gives the causal one a derivative.
 """
@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import BFloat16, Bool, Int32
 
 from kvcache_utils import KVCache
-from qwen2_core.kernels.cpu.library import ATTENTION, CAUSAL_ATTENTION, has_tiles
+from qwen2_core.kernels.cpu.library import ATTENTION, CAUSAL_ATTENTION, instructions
 
 
 def cpu_attention(
@@ -51,7 +51,7 @@ def cpu_attention(
         ar.index,
         jnp.int32(0 if isinstance(ar.k, tuple) else layer),
         *_operands(window),
-        tiles=has_tiles(),
+        instructions=int(instructions()),
     )
 
 
@@ -66,7 +66,7 @@ def cpu_attention_causal(
     call = jax.ffi.ffi_call(
         CAUSAL_ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"
     )
-    return call(q, k, v, key_valid, *_operands(window), tiles=has_tiles())
+    return call(q, k, v, key_valid, *_operands(window), instructions=int(instructions()))
 
 
 def _operands(window: Array | None) -> tuple[Array, ...]:

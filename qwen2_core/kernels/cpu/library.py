@@ -1,13 +1,15 @@
-"""Finds, loads and registers the compiled kernels for CPUs with AVX-512 BF16.
+"""Finds, loads and registers the compiled kernels for x86 CPUs.
 
 The C++ in ``csrc`` is compiled when the package is installed, if a compiler is there. The kernels multiply
-bfloat16 matrices and compute attention. Where they cannot run, ``unavailable_reason`` says why, and XLA
-computes the same sums, up to 2.6 times slower. On accelerators nothing is loaded.
+bfloat16 matrices and compute attention, with the best instructions that the CPU has. Where they cannot run,
+``unavailable_reason`` says why, and XLA computes the same sums, more slowly. On accelerators nothing is
+loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import importlib.util
 
@@ -19,7 +21,15 @@ MATMUL, ATTENTION, CAUSAL_ATTENTION = (
     "qwen2_cpu_attention_causal",
 )
 # The version of the handlers, as in csrc/matmul.cc: a library of another version must not be called.
-_INTERFACE = 5
+_INTERFACE = 6
+
+
+class Instructions(enum.IntEnum):
+    """What the kernels compute with, from slow to fast; a CPU with one has those before it too."""
+
+    AVX2 = 0  # nearly all x86 CPUs since 2015; weights are widened to float32 as they are read
+    AVX512_BF16 = 1  # AMD since Zen 4, Intel Xeons of Cooper Lake and since Sapphire Rapids
+    AMX = 2  # Intel Xeons since Sapphire Rapids: several rows by tiles, up to ten times as fast as by vectors
 
 
 def is_available() -> bool:
@@ -35,10 +45,11 @@ def unavailable_reason() -> str:
     return "" if jax.default_backend() != "cpu" else _load()[1]
 
 
-def has_tiles() -> bool:
-    """Returns whether the kernels multiply several rows by tiles (AMX: Intel Xeons since Sapphire Rapids)."""
-    library = _load()[0] if is_available() else None
-    return library is not None and bool(library.CpuTilesSupported())
+def instructions() -> Instructions:
+    """Returns what the kernels compute with on this CPU, which can run them."""
+    library = _load()[0]
+    assert library is not None, "the kernels cannot run here"
+    return Instructions(library.CpuInstructions())
 
 
 @functools.cache
@@ -56,11 +67,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled kernels cannot be loaded ({error}); install this package again"
     if not hasattr(library, "CpuInterface") or library.CpuInterface() != _INTERFACE:
         return None, "the kernels were compiled from other sources than these; install this package again"
-    if not library.CpuKernelsSupported():
-        return None, (
-            "this CPU has no AVX-512 BF16 instructions; use one that has: AMD since Zen 4, Intel Xeons of "
-            "Cooper Lake and since Sapphire Rapids"
-        )
+    if library.CpuInstructions() < 0:
+        return None, "this CPU has no AVX2 instructions; use an x86 CPU of the last ten years"
     handlers = {
         MATMUL: library.CpuMatmul,
         ATTENTION: library.CpuAttention,

@@ -1,8 +1,4 @@
-"""Multiplies bfloat16 matrices on CPUs with AVX-512 BF16, by the kernel in csrc/matmul.cc.
-
-Several rows are multiplied by tiles where the machine has AMX (Intel Xeons since Sapphire Rapids), up to ten
-times as fast as by vectors.
-"""
+"""Multiplies bfloat16 matrices on x86 CPUs, by the kernel in csrc/matmul.cc."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import BFloat16, Float, Int32
 
-from qwen2_core.kernels.cpu.library import MATMUL, has_tiles
+from qwen2_core.kernels.cpu.library import MATMUL, instructions
 
 
 def cpu_matmul(
@@ -27,8 +23,8 @@ def cpu_matmul(
 ) -> Float[Array, "*products rows outputs"]:
     """Multiplies x by ``weights [..., inputs, outputs]`` or, transposed, ``[..., outputs, inputs]``.
 
-    Products are summed over the inputs in order and in float32, with denormals taken as zero. A row's bits do
-    not depend on how many rows there are, if there are at least two.
+    Products are summed over the inputs in order and in float32; the instructions for bfloat16 take denormals
+    as zero. A row's bits do not depend on how many rows there are, if there are at least two.
 
     Args:
         x: the number of inputs is even.
@@ -53,7 +49,7 @@ def _product_of_layer(x: Array, stack: Array, layer: Array, transposed: bool, dt
         stack.reshape(-1, *stack.shape[-2:]),
         layer,
         transposed=transposed,
-        tiles=has_tiles(),
+        instructions=int(instructions()),
     )
     return product.reshape(*leading, rows, outputs)
 

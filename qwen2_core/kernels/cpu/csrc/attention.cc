@@ -1,4 +1,4 @@
-// Computes attention on CPUs with AVX-512 BF16 or AMX, as XLA custom calls (cpu/attention.py).
+// Computes attention on CPUs with AVX2, AVX-512 BF16 or AMX, as XLA custom calls (cpu/attention.py).
 //
 // CpuAttention does a decode step. It reads each sequence's valid keys and values where they lie in the KV cache: its
 // prompt's positions, then its own steps around the ring. Scores, softmax and sums are computed in that order, so they
@@ -42,7 +42,7 @@ struct Attention {
   const int32_t *length, *start;
   uint16_t* out;
   int64_t prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index, window;
-  bool tiles;
+  Instructions instructions;
 };
 
 // Consecutive positions of one sequence and head.
@@ -51,40 +51,9 @@ struct Segment {
   int64_t keys;
 };
 
-// exp(x) for x <= 0, to two units in the last place; NaN stays NaN. Range reduction by Cody and Waite, then the
-// Taylor series.
-AVX512_BF16 inline __m512 Exp(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 sum = _mm512_set1_ps(1.0f / 5040);
-  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
-  }
-  return _mm512_scalef_ps(sum, n);
-}
-
-// Stores exp(scale * (score - the largest)) of `keys` scores, rounded to bfloat16. Returns their sum before rounding.
-AVX512_BF16 float Softmax(const float* scores, int64_t keys, float scale, uint16_t* weights) {
-  __m512 peaks = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), sums = _mm512_setzero_ps();
-  for (int64_t i = 0; i < keys; i += 16) {
-    peaks = _mm512_mask_max_ps(peaks, Lanes16(keys - i), peaks, _mm512_maskz_loadu_ps(Lanes16(keys - i), scores + i));
-  }
-  const __m512 peak = _mm512_set1_ps(_mm512_reduce_max_ps(peaks));
-  for (int64_t i = 0; i < keys; i += 16) {
-    const __mmask16 lanes = Lanes16(keys - i);
-    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, scores + i), peak);
-    const __m512 weight = Exp(_mm512_mul_ps(below, _mm512_set1_ps(scale)));
-    sums = _mm512_mask_add_ps(sums, lanes, sums, weight);
-    const __m256bh rounded = _mm512_cvtneps_pbh(weight);
-    _mm256_mask_storeu_epi16(weights + i, lanes, reinterpret_cast<__m256i>(rounded));
-  }
-  return _mm512_reduce_add_ps(sums);
-}
-
 // The product that computes scores: q [rows, dim] times keys [keys, dim], whose address `w` the caller sets.
-Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float>& scores, int64_t keys, bool tiles) {
+Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float>& scores, int64_t keys,
+                 Instructions instructions) {
   scores.resize(rows * keys);
   return {.x = q,
           .w = nullptr,
@@ -95,11 +64,12 @@ Product ScoresOf(const uint16_t* q, int64_t rows, int64_t dim, std::vector<float
           .x_stride = dim,
           .out_stride = keys,
           .transposed = true,
-          .tiles = tiles};
+          .instructions = instructions};
 }
 
 // The product that sums weights [rows, keys] times values [keys, dim]. The sums begin at zero; AddValues adds to them.
-Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<float>& sums, int64_t dim, bool tiles) {
+Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<float>& sums, int64_t dim,
+               Instructions instructions) {
   sums.assign(rows * dim, 0);
   return {.x = weights,
           .w = nullptr,
@@ -110,13 +80,13 @@ Product SumsOf(const uint16_t* weights, int64_t rows, int64_t keys, std::vector<
           .x_stride = keys,
           .out_stride = dim,
           .transposed = false,
-          .tiles = tiles,
+          .instructions = instructions,
           .add = true};
 }
 
 // Adds the weights of `keys` consecutive keys, times their values, to the sums of p.
 void AddValues(Product p, const uint16_t* values, int64_t keys) {
-  const bool pairs = p.rows == 1 || !p.tiles;  // whether values are read in pairs
+  const bool pairs = p.rows == 1 || !p.tiles();  // whether values are read in pairs
   p.w = values;
   p.inputs = pairs ? keys / 2 * 2 : keys;
   MultiplyOutputs(p, 0, p.outputs);
@@ -131,16 +101,6 @@ void AddValues(Product p, const uint16_t* values, int64_t keys) {
   p.w = pair;
   p.inputs = p.x_stride = 2;
   MultiplyOutputs(p, 0, p.outputs);
-}
-
-// Divides sums of weighted values by the sum of the weights; bfloat16. Zero where there was nothing to attend to.
-AVX512_BF16 void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
-  const __m512 by = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), total));
-  for (int64_t i = 0; i < dim; i += 16) {
-    const __mmask16 lanes = Lanes16(dim - i);
-    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_div_ps(_mm512_maskz_loadu_ps(lanes, sums + i), by));
-    _mm256_mask_storeu_epi16(out + i, lanes, reinterpret_cast<__m256i>(rounded));
-  }
 }
 
 float ScaleOf(int64_t dim) { return 1 / std::sqrt(static_cast<float>(dim)); }
@@ -164,11 +124,12 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
   int64_t keys = 0;
   for (const Segment& segment : segments) keys += segment.keys;
 
+  const Vectors& vectors = VectorsOf(a.instructions);
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> weights;
   weights.resize(rows * keys);
   const int64_t at_heads = (row * a.kv_heads + head) * rows * dim;  // in q and out
-  Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.tiles);
+  Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.instructions);
   for (const Segment& segment : segments) {
     p.w = segment.k;
     p.outputs = segment.keys;
@@ -178,10 +139,10 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
 
   totals.resize(rows);
   for (int64_t r = 0; r < rows; ++r) {
-    totals[r] = Softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
+    totals[r] = vectors.softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
   }
 
-  p = SumsOf(weights.data(), rows, keys, sums, dim, a.tiles);
+  p = SumsOf(weights.data(), rows, keys, sums, dim, a.instructions);
   AddValues(p, segments[0].v, segments[0].keys);
   p.x += segments[0].keys;
   // The steps' values in one piece, wherever the ring ends, because tiles sum blocks of 32.
@@ -194,7 +155,7 @@ void Attend(const Attention& a, int64_t row, int64_t head) {
     values = unrolled.data();
   }
   AddValues(p, values, steps);
-  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
+  for (int64_t r = 0; r < rows; ++r) vectors.divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
 }
 
 // Attention of the last `tokens` of `positions`; each sees the valid positions of its window up to its own.
@@ -203,7 +164,7 @@ struct Causal {
   const bool* valid;
   uint16_t* out;
   int64_t tokens, positions, kv_heads, group, dim, window;
-  bool tiles;
+  Instructions instructions;
 
   // Queries at once: with more, keys are read less often; with fewer, scores stay in the processor's cache.
   int64_t block() const { return std::clamp<int64_t>((1 << 17) / (group * positions), 1, 32); }
@@ -231,6 +192,7 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
     return ((token * a.kv_heads + head) * a.group + row % a.group) * dim;
   };
 
+  const Vectors& vectors = VectorsOf(a.instructions);
   thread_local std::vector<float> scores, totals, sums;
   thread_local std::vector<uint16_t> gathered, weights;
   const int64_t read = keys - begin;
@@ -240,7 +202,7 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
   for (int64_t r = 0; r < rows; ++r) std::copy_n(a.q + at(r), dim, gathered.data() + r * dim);
 
   const int64_t at_keys = ((sequence * a.kv_heads + head) * a.positions + begin) * dim;
-  Product p = ScoresOf(gathered.data(), rows, dim, scores, read, a.tiles);
+  Product p = ScoresOf(gathered.data(), rows, dim, scores, read, a.instructions);
   p.w = a.k + at_keys;
   MultiplyOutputs(p, 0, read);
   for (int64_t r = 0; r < rows; ++r) {
@@ -251,15 +213,15 @@ void AttendCausally(const Causal& a, int64_t sequence, int64_t head, int64_t fir
     for (int64_t key = first; holes && key < end; ++key) {
       if (!valid[key]) scores[at_first + key - first] = -std::numeric_limits<float>::infinity();
     }
-    totals[r] = Softmax(scores.data() + at_first, end - first, ScaleOf(dim), weights.data() + at_first);
+    totals[r] = vectors.softmax(scores.data() + at_first, end - first, ScaleOf(dim), weights.data() + at_first);
   }
-  p = SumsOf(weights.data(), rows, read, sums, dim, a.tiles);
+  p = SumsOf(weights.data(), rows, read, sums, dim, a.instructions);
   AddValues(p, a.v + at_keys, read);
-  for (int64_t r = 0; r < rows; ++r) Divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
+  for (int64_t r = 0; r < rows; ++r) vectors.divide(sums.data() + r * dim, totals[r], dim, a.out + at(r));
 }
 
 ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask valid, Window window,
-                     ffi::Result<Prompts> out, bool tiles) {
+                     ffi::Result<Prompts> out, int64_t instructions) {
   const auto queries = q.dimensions(), keys = k.dimensions(), mask = valid.dimensions();
   const bool fits = keys[0] == queries[0] && keys[1] > 0 && queries[2] % keys[1] == 0 && keys[2] >= queries[1] &&
                     keys[3] == queries[3] && queries[3] % 2 == 0 && v.dimensions() == keys &&
@@ -278,7 +240,7 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask
                     .group = queries[2] / keys[1],
                     .dim = queries[3],
                     .window = SizeOf(window),
-                    .tiles = tiles && MayUseTiles()};
+                    .instructions = Choose(instructions)};
   const int64_t blocks = (a.tokens + a.block() - 1) / a.block(), heads = queries[0] * a.kv_heads;
   const bool alone = heads * a.group * a.tokens * a.positions * a.dim < kAlone;
   Share(pool, alone ? 1 : Threads(pool), heads * blocks, [=](int64_t i) {
@@ -290,7 +252,7 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
                Cache step_v, Indices start, Index index, Index layer, Window window, ffi::Result<Heads> out,
-               bool tiles) {
+               int64_t instructions) {
   const auto queries = q.dimensions(), prompt_dims = prompt_k.dimensions(), step_dims = step_k.dimensions();
   const int64_t stacked = static_cast<int64_t>(step_dims.size()) - 4, layers = stacked == 1 ? step_dims[0] : 1;
   const auto is_cache = [](const Cache& k, const Cache& v) {
@@ -329,7 +291,7 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .layer = std::clamp<int64_t>(*layer.typed_data(), 0, layers - 1),
                        .index = *index.typed_data(),
                        .window = SizeOf(window),
-                       .tiles = tiles && MayUseTiles()};
+                       .instructions = Choose(instructions)};
   int64_t keys = 0;
   for (int64_t row = 0; row < rows; ++row) {
     keys += a.length[row / a.samples] + std::min(a.index - a.start[row] + 1, a.ring);
@@ -347,12 +309,12 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
 namespace {
 
 ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index, Window,
-               ffi::Result<Heads>, bool) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX-512 BF16");
+               ffi::Result<Heads>, int64_t) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX2");
 }
 
-ffi::Error RunCausal(ffi::ThreadPool, Prompts, Prompts, Prompts, Mask, Window, ffi::Result<Prompts>, bool) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX-512 BF16");
+ffi::Error RunCausal(ffi::ThreadPool, Prompts, Prompts, Prompts, Mask, Window, ffi::Result<Prompts>, int64_t) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention_causal: only for x86 with AVX2");
 }
 
 }  // namespace
@@ -368,7 +330,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuCausalAttention, RunCausal,
                                   .Arg<Mask>()
                                   .OptionalArg<Index>()
                                   .Ret<Prompts>()
-                                  .Attr<bool>("tiles"));
+                                  .Attr<int64_t>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                               ffi::Ffi::Bind()
@@ -384,4 +346,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                                   .Arg<Index>()
                                   .OptionalArg<Index>()
                                   .Ret<Heads>()
-                                  .Attr<bool>("tiles"));
+                                  .Attr<int64_t>("instructions"));

@@ -1,9 +1,9 @@
 // The parts that matmul.cc and attention.cc share: sums of bfloat16 products, and threads that share work.
 //
-// Several rows: the weights are read in stripes of kWidth outputs and interleaved as the instructions want them, two
-// consecutive inputs beside each other. Such a panel is kept while block after block of rows is multiplied by it: by
-// tiles (amx_tiles.h) or, where the machine has none, by vectors with VDPBF16PS. By vectors the first block is
-// multiplied while the panel is made. A single row is multiplied without a panel.
+// Several rows: the weights are read in stripes of kWidth outputs and packed as the instructions want them. Such a
+// panel is kept while block after block of rows is multiplied by it: by tiles (amx_tiles.h) or, where the machine has
+// none, by vectors (avx512.h, avx2.h). By vectors the first block is multiplied while the panel is made. A single row
+// is multiplied without a panel.
 //
 // Sums run over the inputs in order, whatever the number of rows, so a row's result does not depend on the other
 // rows. There are two exceptions: a single row is summed in another order than several rows by tiles, and than
@@ -15,10 +15,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #define CPU_KERNELS 1
 
-#include <immintrin.h>
-
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -27,279 +24,64 @@
 #include <vector>
 
 #include "amx_tiles.h"
+#include "avx2.h"
+#include "avx512.h"
+#include "product.h"
 #include "xla/ffi/api/ffi.h"
-
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 namespace {
 
-constexpr int64_t kWidth = 32;       // outputs of a stripe: two vectors, or two tiles, of float32
 constexpr int64_t kTileDepth = 256;  // inputs that tiles take at a time: 16 KiB of x stay in the first-level cache
-constexpr int kMostRows = 12;        // at once by vectors: registers for 24 sums, 2 permutations, 4 vectors of weights, 1 of x
 
-struct Product {
-  const uint16_t* x;  // [rows, inputs], rows x_stride apart
-  const uint16_t* w;  // [inputs, outputs] or, transposed, [outputs, inputs]
-  float* out;         // [rows, outputs], rows out_stride apart
-  int64_t rows, inputs, outputs, x_stride, out_stride;
-  bool transposed;
-  bool tiles;                   // multiply several rows by tiles, not vectors
-  bool add = false;             // add to what `out` holds; not for a single row times w [outputs, inputs]
-  uint16_t* rounded = nullptr;  // instead of `out`: the result in bfloat16 [rows, outputs]
-  int64_t out_begin = 0;        // the output that `out` begins with
+// The best that this machine can run.
+inline Instructions Supported() {
+  static const Instructions best = [] {
+    if (MayUseTiles()) return Instructions::kAmx;
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")) return Instructions::kAvx512Bf16;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Instructions::kAvx2;
+    return Instructions::kNone;
+  }();
+  return best;
+}
 
-  float* sums(int64_t output) const { return out + output - out_begin; }
-};
+// What is asked for, or the best that there is.
+inline Instructions Choose(int64_t asked) {
+  return static_cast<Instructions>(std::min(asked, static_cast<int64_t>(Supported())));
+}
+
+inline const Vectors& VectorsOf(Instructions instructions) {
+  return instructions == Instructions::kAvx2 ? avx2::kPanels : avx512::kVectors;
+}
+inline const Vectors& VectorsOf(const Product& p) {
+  return p.instructions == Instructions::kAvx2 && avx2::UsesDots(p) ? avx2::kDots : VectorsOf(p.instructions);
+}
 
 // How many weights are packed at a time, and how many rows they are multiplied by at once.
 struct Blocking {
   int64_t rows, inputs, outputs;
+  bool few;  // with few rows, reading the weights takes the time; with many, summing
 
   explicit Blocking(const Product& p) {
-    // With few rows, reading the weights takes the time; with many, summing. Rows of w [outputs, inputs] are read
-    // whole.
-    const bool few = p.rows <= (p.tiles ? 512 : 64);
-    inputs = few && !p.transposed ? 256 : 1024;
-    if (p.tiles) {
+    few = p.rows <= (p.tiles() ? 512 : 64);
+    const Vectors& vectors = VectorsOf(p);
+    // Rows of w [outputs, inputs] are read whole.
+    inputs = few && !p.transposed ? vectors.few_inputs : few ? 1024 : vectors.many_inputs;
+    if (p.tiles()) {
       rows = kMostTileRows;
       outputs = (1 << 18) / inputs;  // panels of 512 KiB stay in the second-level cache
     } else {
       // With few rows, a panel of 16 KiB stays in the first-level cache while the weights stream by. With many, panels
-      // of 512 KiB stay in the second-level cache while x streams by.
-      rows = kMostRows;
+      // stay in the second-level cache while x streams by.
+      rows = vectors.rows;
       outputs = kWidth * (few ? 1 : 8);
     }
   }
 };
 
-// A mask of the first n of 32 (or 16) lanes.
-inline uint32_t Lanes32(int64_t n) { return n >= 32 ? ~0u : (1u << std::max<int64_t>(n, 0)) - 1; }
-inline uint16_t Lanes16(int64_t n) { return static_cast<uint16_t>(Lanes32(std::min<int64_t>(n, 16))); }
-
-// The length of a panel of `depth` inputs, padded with zeros, and the distance between panels. The distance is not a
-// power of two, which would map the same line of all panels to one place of the cache.
-constexpr int64_t Padded(int64_t depth) { return (depth + 31) / 32 * 32; }
-constexpr int64_t PanelStride(int64_t depth) { return Padded(depth) + 2; }
-
-// Packs a panel of w [outputs, inputs]: panel[p][n] = (w[first + n, k + 2p], w[first + n, k + 2p + 1]). Transposes
-// squares of 16 outputs by 16 pairs of inputs.
-AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, int64_t first, __m512i* panel) {
-  for (int64_t half = 0; half < 2; ++half) {
-    for (int64_t i = 0; i < depth; i += 32) {
-      const __mmask32 lanes = Lanes32(depth - i);
-      __m512i a[16], b[16];
-#pragma GCC unroll 16
-      for (int64_t n = 0; n < 16; ++n) {
-        const int64_t output = first + 16 * half + n;
-        const uint16_t* ahead = p.w + (output + kWidth) * p.inputs + k + i;  // in the next stripe
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-        a[n] = output < p.outputs ? _mm512_maskz_loadu_epi16(lanes, p.w + output * p.inputs + k + i)
-                                  : _mm512_setzero_si512();
-      }
-#pragma GCC unroll 8
-      for (int n = 0; n < 16; n += 2) {
-        b[n] = _mm512_unpacklo_epi32(a[n], a[n + 1]);
-        b[n + 1] = _mm512_unpackhi_epi32(a[n], a[n + 1]);
-      }
-#pragma GCC unroll 4
-      for (int n = 0; n < 16; n += 4) {
-        a[n] = _mm512_unpacklo_epi64(b[n], b[n + 2]);
-        a[n + 1] = _mm512_unpackhi_epi64(b[n], b[n + 2]);
-        a[n + 2] = _mm512_unpacklo_epi64(b[n + 1], b[n + 3]);
-        a[n + 3] = _mm512_unpackhi_epi64(b[n + 1], b[n + 3]);
-      }
-      // a[4 g + j], lane q: pair 4 q + j of outputs 4 g .. 4 g + 3. Lanes and groups change places.
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const __m512i low01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x44);
-        const __m512i high01 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x44);
-        const __m512i high23 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xee);
-        b[j] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-        b[4 + j] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-        b[8 + j] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-        b[12 + j] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-      }
-      for (int64_t n = 0; n < 16; ++n) panel[i + 2 * n + half] = b[n];
-    }
-  }
-}
-
-// The permutation that interleaves outputs first .. first + 16 of two vectors of 32.
-AVX512_BF16 inline __m512i PairsOf(int first) {
-  alignas(64) static constexpr uint16_t kPairs[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
-                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
-                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  return _mm512_add_epi16(_mm512_load_si512(kPairs), _mm512_set1_epi16(static_cast<int16_t>(first)));
-}
-
-// Two inputs of a row of x, repeated for all outputs.
-AVX512_BF16 inline __m512bh Broadcast(const uint16_t* x) {
-  uint32_t pair;
-  __builtin_memcpy(&pair, x, sizeof(pair));
-  return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
-}
-
-// Adds the first kRows of x[:, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
-// Takes the weights from the panel or, if kPack, packs the panel from w [inputs, outputs]:
-// panel[p][n] = (w[k + 2p, first + n], w[k + 2p + 1, first + n]).
-template <int kRows, bool kPack>
-AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, __m512i* panel) {
-  const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
-  const __mmask32 lanes = Lanes32(p.outputs - first);
-  const __mmask16 low = Lanes16(p.outputs - first), high = Lanes16(p.outputs - first - 16);
-  const bool keep = p.rows > kRows;
-  const uint16_t* w = p.w + k * p.outputs + first;
-  const uint16_t* x = p.x + k;
-  float* out = p.sums(first);
-  const bool add = k || p.add;
-  __m512 sums[kRows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = add ? _mm512_maskz_loadu_ps(low, out + r * p.out_stride) : _mm512_setzero_ps();
-    sums[r][1] = add ? _mm512_maskz_loadu_ps(high, out + r * p.out_stride + 16) : _mm512_setzero_ps();
-  }
-  for (int64_t i = 0; i < depth; i += 2) {
-    __m512i w0, w1;
-    if constexpr (kPack) {
-      const uint16_t* even = w + i * p.outputs;
-      const uint16_t* odd = even + p.outputs;
-      _mm_prefetch(reinterpret_cast<const char*>(even + 2 * kWidth), _MM_HINT_T1);  // after next
-      _mm_prefetch(reinterpret_cast<const char*>(odd + 2 * kWidth), _MM_HINT_T1);
-      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even), b = _mm512_maskz_loadu_epi16(lanes, odd);
-      w0 = _mm512_permutex2var_epi16(a, pairs_low, b);
-      w1 = _mm512_permutex2var_epi16(a, pairs_high, b);
-      if (keep) {
-        panel[i] = w0;
-        panel[i + 1] = w1;
-      }
-    } else {
-      w0 = panel[i];
-      w1 = panel[i + 1];
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const __m512bh both = Broadcast(x + r * p.x_stride + i);
-      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], both, reinterpret_cast<__m512bh>(w0));
-      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], both, reinterpret_cast<__m512bh>(w1));
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    _mm512_mask_storeu_ps(out + r * p.out_stride, low, sums[r][0]);
-    _mm512_mask_storeu_ps(out + r * p.out_stride + 16, high, sums[r][1]);
-  }
-}
-
-// Packs the panels of outputs begin .. end of w [inputs, outputs], as Multiply does, but reads whole rows of w, which
-// processors prefetch by themselves. `depth` may be odd; then zeros take the place of the missing input.
-AVX512_BF16 inline void PackRows(const Product& p, int64_t k, int64_t depth, int64_t begin, int64_t end,
-                                 __m512i* panels) {
-  const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
-  for (int64_t i = 0; i < depth; i += 2) {
-    const uint16_t* even = p.w + (k + i) * p.outputs;
-    const uint16_t* odd = even + p.outputs;
-    const int64_t ahead = 8 * p.outputs;
-    __m512i* panel = panels + i;
-    for (int64_t first = begin; first < end; first += kWidth, panel += PanelStride(depth)) {
-      _mm_prefetch(reinterpret_cast<const char*>(even + ahead + first), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(odd + ahead + first), _MM_HINT_T1);
-      const __mmask32 lanes = Lanes32(p.outputs - first);
-      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even + first);
-      const __m512i b = _mm512_maskz_loadu_epi16(i + 1 < depth ? lanes : 0, odd + first);
-      panel[0] = _mm512_permutex2var_epi16(a, pairs_low, b);
-      panel[1] = _mm512_permutex2var_epi16(a, pairs_high, b);
-    }
-  }
-  for (int64_t first = begin; first < end; first += kWidth, panels += PanelStride(depth)) {
-    std::fill(panels + (depth + 1) / 2 * 2, panels + Padded(depth), _mm512_setzero_si512());
-  }
-}
-
-using MultiplyRows = void (*)(const Product&, int64_t, int64_t, int64_t, __m512i*);
-template <bool kPack, int... kRows>
-constexpr std::array<MultiplyRows, kMostRows> Table(std::integer_sequence<int, kRows...>) {
-  return {Multiply<kRows + 1, kPack>...};
-}
-constexpr auto kMultiply = Table<false>(std::make_integer_sequence<int, kMostRows>());
-constexpr auto kPackAndMultiply = Table<true>(std::make_integer_sequence<int, kMostRows>());
-
-// With a single row nothing is reused, so the next two functions read memory in the fastest order.
-//
-// Multiplies a row by w [inputs, outputs], a few rows of w at a time, from begin to end. Sums in the order of Multiply.
-AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end) {
-  constexpr int kPairs = 4;
-  const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
-  for (int64_t k = 0; k < p.inputs; k += 2 * kPairs) {
-    const int pairs = static_cast<int>(std::min<int64_t>(kPairs, (p.inputs - k) / 2));
-    __m512bh x[kPairs];
-    for (int i = 0; i < pairs; ++i) x[i] = Broadcast(p.x + k + 2 * i);
-    for (int64_t first = begin; first < end; first += kWidth) {
-      const __mmask32 lanes = Lanes32(p.outputs - first);
-      const __mmask16 low = Lanes16(p.outputs - first), high = Lanes16(p.outputs - first - 16);
-      const bool add = k || p.add;
-      float* out = p.sums(first);
-      __m512 sums0 = add ? _mm512_maskz_loadu_ps(low, out) : _mm512_setzero_ps();
-      __m512 sums1 = add ? _mm512_maskz_loadu_ps(high, out + 16) : _mm512_setzero_ps();
-      const uint16_t* even = p.w + k * p.outputs + first;
-#pragma GCC unroll 4
-      for (int i = 0; i < kPairs; ++i) {
-        if (i == pairs) break;
-        const uint16_t* odd = even + p.outputs;
-        _mm_prefetch(reinterpret_cast<const char*>(even + 4 * kPairs * p.outputs), _MM_HINT_T1);  // after next
-        _mm_prefetch(reinterpret_cast<const char*>(odd + 4 * kPairs * p.outputs), _MM_HINT_T1);
-        const __m512i a = _mm512_maskz_loadu_epi16(lanes, even), b = _mm512_maskz_loadu_epi16(lanes, odd);
-        const __m512i w0 = _mm512_permutex2var_epi16(a, pairs_low, b);
-        const __m512i w1 = _mm512_permutex2var_epi16(a, pairs_high, b);
-        sums0 = _mm512_dpbf16_ps(sums0, x[i], reinterpret_cast<__m512bh>(w0));
-        sums1 = _mm512_dpbf16_ps(sums1, x[i], reinterpret_cast<__m512bh>(w1));
-        even = odd + p.outputs;
-      }
-      _mm512_mask_storeu_ps(out, low, sums0);
-      _mm512_mask_storeu_ps(out + 16, high, sums1);
-    }
-  }
-}
-
-// Multiplies a row by w [outputs, inputs], one dot product after the other. Sums in an order of its own.
-AVX512_BF16 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
-  constexpr int kSums = 4;
-  for (int64_t output = begin; output < std::min(end, p.outputs); ++output) {
-    const uint16_t* w = p.w + output * p.inputs;
-    __m512 sums[kSums] = {};
-    for (int64_t k = 0; k < p.inputs; k += 32 * kSums) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kSums; ++i) {
-        const int64_t first = k + 32 * i;
-        const __mmask32 lanes = Lanes32(p.inputs - first);
-        const __m512i a = _mm512_maskz_loadu_epi16(lanes, p.x + first);
-        const __m512i b = _mm512_maskz_loadu_epi16(lanes, w + first);
-        sums[i] = _mm512_dpbf16_ps(sums[i], reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-      }
-    }
-    *p.sums(output) = _mm512_reduce_add_ps((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-}
-
-// Rounds sums [rows, outputs] to bfloat16.
-AVX512_BF16 inline void Round(const float* sums, int64_t sums_stride, int64_t rows, int64_t outputs, uint16_t* out,
-                              int64_t out_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t i = 0; i < outputs; i += 16) {
-      const __mmask16 lanes = Lanes16(outputs - i);
-      const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(lanes, sums + r * sums_stride + i));
-      _mm256_mask_storeu_epi16(out + r * out_stride + i, lanes, reinterpret_cast<__m256i>(rounded));
-    }
-  }
-}
-
 // Memory of this thread, valid until the thread asks again for the same use.
-enum class Use { kPanels, kSums };
+enum class Use { kPanels, kSums, kWide };
 template <Use>
 void* Scratch(int64_t bytes) {
-  struct alignas(64) Line {
-    char bytes[64];
-  };
   thread_local std::vector<Line> lines;
   lines.resize(std::max<size_t>(lines.size(), (bytes + 63) / 64));
   return lines.data();
@@ -307,41 +89,50 @@ void* Scratch(int64_t bytes) {
 
 // Computes several rows of outputs begin .. end. If `once`, each block of rows uses the same memory for its sums.
 inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, int64_t begin, int64_t end) {
-  const int64_t panel_bytes = PanelStride(most.inputs) * most.outputs / kWidth * 64;
-  __m512i* const panels = static_cast<__m512i*>(Scratch<Use::kPanels>(panel_bytes));
+  const Vectors& vectors = VectorsOf(p);
+  const int64_t panel_bytes = vectors.panel_lines(most.inputs) * most.outputs / kWidth * sizeof(Line);
+  Line* const panels = static_cast<Line*>(Scratch<Use::kPanels>(panel_bytes));
+  const int64_t widened = most.few ? p.rows : most.rows;  // at once
+  float* const wide = static_cast<float*>(Scratch<Use::kWide>(widened * vectors.wide_stride * sizeof(float)));
   const int64_t blocks = (p.rows + most.rows - 1) / most.rows;
   Tiles tiles;
   for (int64_t k = 0; k < p.inputs; k += most.inputs) {
-    const int64_t depth = std::min(most.inputs, p.inputs - k);
+    const int64_t depth = std::min(most.inputs, p.inputs - k), panel_lines = vectors.panel_lines(depth);
+    if (vectors.widen && most.few) vectors.widen(p, k, depth, p.rows, wide);
     for (int64_t group = begin; group < end; group += most.outputs) {
       const int64_t group_end = std::min(group + most.outputs, end);
-      if (p.tiles && !p.transposed) PackRows(p, k, depth, group, group_end, panels);
+      if (p.tiles() && !p.transposed) avx512::PackRows(p, k, depth, group, group_end, panels);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = p.rows * block / blocks, rows = p.rows * (block + 1) / blocks - row;
         Product part = p;
         part.x += row * p.x_stride;
         part.out += once ? 0 : row * p.out_stride;
-        if (p.tiles) {
+        if (p.tiles()) {
           for (int64_t first = group; p.transposed && block == 0 && first < group_end; first += kWidth) {
-            PackColumns(p, k, depth, first, panels + (first - group) / kWidth * PanelStride(depth));
+            vectors.pack(p, k, depth, first, panels + (first - group) / kWidth * panel_lines);
           }
           for (int64_t i = 0; i < depth; i += kTileDepth) {
-            const __m512i* panel = panels + i;
-            for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
+            const Line* panel = panels + i;
+            for (int64_t first = group; first < group_end; first += kWidth, panel += panel_lines) {
               tiles.Multiply(part.x + k + i, p.x_stride, rows, std::min(kTileDepth, depth - i), panel, part.sums(first),
                              p.out_stride, std::min(kWidth, p.outputs - first), k || i || p.add);
             }
           }
         } else {
-          __m512i* panel = panels;
-          for (int64_t first = group; first < group_end; first += kWidth, panel += PanelStride(depth)) {
-            if (p.transposed && block == 0) PackColumns(p, k, depth, first, panel);
-            (block == 0 && !p.transposed ? kPackAndMultiply : kMultiply)[rows - 1](part, k, depth, first, panel);
+          if (vectors.widen && !most.few) vectors.widen(part, k, depth, rows, wide);
+          part.wide = wide + (most.few ? row * vectors.wide_stride : 0);
+          const bool both = block == 0 && !p.transposed && vectors.pack_and_multiply;
+          const bool pack = block == 0 && !both && vectors.pack;
+          const MultiplyRows* multiply = both ? vectors.pack_and_multiply : vectors.multiply;
+          Line* panel = panels;
+          for (int64_t first = group; first < group_end; first += kWidth, panel += panel_lines) {
+            if (pack) vectors.pack(p, k, depth, first, panel);
+            multiply[rows - 1](part, k, depth, first, panel);
           }
         }
         if (p.rounded && k + depth == p.inputs) {
-          Round(part.sums(group), p.out_stride, rows, std::min(group_end, p.outputs) - group,
-                p.rounded + row * p.outputs + group, p.outputs);
+          vectors.round(part.sums(group), p.out_stride, rows, std::min(group_end, p.outputs) - group,
+                        p.rounded + row * p.outputs + group, p.outputs);
         }
       }
     }
@@ -350,18 +141,20 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
 
 // Computes all rows of outputs begin .. end. `begin` is a multiple of kWidth.
 inline void MultiplyOutputs(Product p, int64_t begin, int64_t end) {
+  const Vectors& vectors = VectorsOf(p);
   const Blocking most(p);
-  const bool once = p.rounded && p.inputs <= most.inputs;  // each block is rounded before the next one begins
+  const bool blocks = p.rows > (p.transposed ? 1 : vectors.most_along);
+  const bool once = blocks && p.rounded && p.inputs <= most.inputs;  // each block is rounded before the next one begins
   if (p.rounded) {
     p.out_stride = (end - begin + kWidth - 1) / kWidth * kWidth;
     p.out_begin = begin;
     const int64_t rows = once ? std::min(p.rows, most.rows) : p.rows;
     p.out = static_cast<float*>(Scratch<Use::kSums>(rows * p.out_stride * sizeof(float)));
   }
-  if (p.rows > 1) return MultiplyBlocks(p, most, once, begin, end);
-  p.transposed ? DotRow(p, begin, end) : MultiplyRow(p, begin, end);
+  if (blocks) return MultiplyBlocks(p, most, once, begin, end);
+  p.transposed ? vectors.dot_row(p, begin, end) : vectors.multiply_along(p, begin, end);
   end = std::min(end, p.outputs);
-  if (p.rounded) Round(p.sums(begin), 0, 1, end - begin, p.rounded + begin, 0);
+  if (p.rounded) vectors.round(p.sums(begin), p.out_stride, p.rows, end - begin, p.rounded + begin, p.outputs);
 }
 
 // Work that threads share piece by piece. A free thread claims the next piece, so the caller never waits for a thread

@@ -1,9 +1,10 @@
-// Multiplies bfloat16 matrices on CPUs with AVX-512 BF16 or AMX, as an XLA custom call (cpu/matmul.py).
+// Multiplies bfloat16 matrices on CPUs with AVX2, AVX-512 BF16 or AMX, as an XLA custom call (cpu/matmul.py).
 //
 // out[i, r, n] = sum over k of x[i, r, k] * w[i, k, n], or w[i, n, k]: a few or many rows times weights that are
 // stored row by row. w may be a stack of as many matrices for each of several layers, of which `layer` is taken where
-// it lies: XLA would copy a layer's weights out of the stack. A decode step reads every weight once for a handful of rows, so the kernel must read as fast as
-// the memory allows. A prompt must keep the multipliers busy. XLA's own kernels repack the weights at each call.
+// it lies: XLA would copy a layer's weights out of the stack. A decode step reads every weight once for a handful of
+// rows, so the kernel must read as fast as the memory allows. A prompt must keep the multipliers busy. XLA's own kernels
+// repack the weights at each call.
 
 #include "kernels.h"
 
@@ -23,7 +24,7 @@ constexpr int64_t kSumsBytes = 1 << 19;  // sums that a thread works on: they fi
 constexpr int64_t kAlone = 1 << 20;      // fewer multiplications (of at least 8 rows) are not worth a second thread
 
 ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, Index layer, ffi::Result<Sums> out, bool transposed,
-               bool tiles) {
+               int64_t instructions) {
   const auto x_shape = x.dimensions(), w_shape = w.dimensions(), out_shape = out->dimensions();
   const int64_t products = x_shape[0], rows = x_shape[1], inputs = x_shape[2];
   const int64_t outputs = w_shape[2 - transposed];
@@ -45,11 +46,11 @@ ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, Index layer, ffi::R
                          .x_stride = inputs,
                          .out_stride = outputs,
                          .transposed = transposed,
-                         .tiles = tiles && MayUseTiles(),
+                         .instructions = Choose(instructions),
                          .rounded = rounded ? static_cast<uint16_t*>(out->untyped_data()) : nullptr};
   const int64_t threads = Threads(pool);
   // One piece a thread reads long rows of w; two a thread leave fewer threads idle at the end.
-  const int64_t wanted = rows == 1 || first.tiles ? threads : 2 * threads;
+  const int64_t wanted = rows == 1 || first.tiles() ? threads : 2 * threads;
   const int64_t stripes = (outputs + kWidth - 1) / kWidth;
   const int64_t share = products < wanted ? (stripes * products + wanted - 1) / wanted : stripes;
   const int64_t fit = std::max(kSumsBytes / (rows * 4 * kWidth), Blocking(first).outputs / kWidth);
@@ -79,8 +80,7 @@ ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, Index layer, ffi::R
   return ffi::Error::Success();
 }
 
-bool Supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
-bool TilesSupported() { return MayUseTiles(); }
+int Best() { return static_cast<int>(Supported()); }
 
 }  // namespace
 
@@ -88,12 +88,11 @@ bool TilesSupported() { return MayUseTiles(); }
 
 namespace {
 
-ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, Index, ffi::Result<Sums>, bool, bool) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_matmul: only for x86 with AVX-512 BF16");
+ffi::Error Run(ffi::ThreadPool, Matrices, Matrices, Index, ffi::Result<Sums>, bool, int64_t) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_matmul: only for x86 with AVX2");
 }
 
-bool Supported() { return false; }
-bool TilesSupported() { return false; }
+int Best() { return -1; }
 
 }  // namespace
 
@@ -107,14 +106,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Run,
                                   .Arg<Index>()
                                   .Ret<Sums>()
                                   .Attr<bool>("transposed")
-                                  .Attr<bool>("tiles"));
+                                  .Attr<int64_t>("instructions"));
 
 // The version of the handlers. Count it up, here and in cpu/library.py (_INTERFACE), when their names, arguments or
 // results change.
-extern "C" int CpuInterface() { return 5; }
+extern "C" int CpuInterface() { return 6; }
 
-// Whether this machine can run the kernels.
-extern "C" int CpuKernelsSupported() { return Supported(); }
-
-// Whether they can multiply by tiles.
-extern "C" int CpuTilesSupported() { return TilesSupported(); }
+// The best instructions that the kernels can use on this machine (product.h), or -1 where they cannot run.
+extern "C" int CpuInstructions() { return Best(); }
