@@ -39,8 +39,8 @@ def product(cpu_kernels: str) -> Any:
     return jax.jit(cpu_matmul, static_argnums=(2, 3))
 
 
-# A single row, few and many, in blocks of 6, 12 or 32; panels of one pair of inputs, of 128, 256 and of 1024, whole
-# and not; stripes of 32 outputs, their halves, chunks and groups, whole and not.
+# A single row, few and many, in blocks of 6, 12 or 32; panels of one pair of inputs, of 128, 256 and of 1024,
+# whole and not; stripes of 32 outputs, their halves, chunks and groups, whole and not.
 SHAPES = [
     (1, 2, 1),
     (1, 896, 33),
