@@ -5,9 +5,10 @@
 
 Prompts are those of the tasks, answers as long as the true ones (no EOS), rows of 14 layers captured. All
 three read the same prompts and make the same tokens; prefills count, compiling and loading do not. A static
-batch runs until its longest answer ends. Prefills are the same work for all, and on a CPU most of it: the
-table gives tokens a second with them and without. Of ``--sequences N`` every k-th is taken, so that lengths
-keep their distribution; ``--plot`` draws the occupancy of the slots over time (extra ``plots``).
+batch runs until its longest answer ends. With ``--samples N`` each prompt is continued N times, as in a run
+with several predictions a task: Transformers reads the prompt for each, ours once. The table gives tokens a
+second with prefills and without. ``--sequences N`` takes every k-th input, so that lengths keep their
+distribution. ``--plot`` draws the occupancy of the slots over time (extra ``plots``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import gc
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,9 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure valid tokens a second.")
     parser.add_argument("--checkpoint", type=Path, default=EXAMPLE_MODEL)
     parser.add_argument("--tasks", type=Path, default=EXAMPLE_TASKS)
-    parser.add_argument("--sequences", type=int, help="how many; all test inputs by default")
+    parser.add_argument("--sequences", type=int, help="how many test inputs; all by default")
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--samples", type=int, default=1, help="sequences that continue each prompt")
+    dtypes = ["bfloat16", "float32"]
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes)
+    parser.add_argument("--their_dtype", choices=dtypes, help="of Transformers, where another one is faster")
     parser.add_argument("--max_prompt", type=int, default=10**6, help="leave out longer prompts")
     parser.add_argument("--without", nargs="*", default=[], choices=["static", "transformers"])
     parser.add_argument(
@@ -81,6 +86,7 @@ def main() -> None:
         print(json.dumps(simulate(options.simulate, options.slots), indent=1))
         return
 
+    their_dtype = options.their_dtype or options.dtype
     config, params = load_qwen2(options.checkpoint, dtype=options.dtype)
     model = create_model_with_hooks(config)
     items = ContinuousEngine(model, params).order(arc_items(options))
@@ -91,7 +97,7 @@ def main() -> None:
     del params
     gc.collect()
     if "transformers" not in options.without:
-        results["transformers"] = measure_transformers(options.checkpoint, options.dtype, batches)
+        results["transformers"] = measure_transformers(options.checkpoint, their_dtype, batches)
     report = {
         "machine": describe() | {"device": jax.local_devices()[0].device_kind},
         "sequences": len(items),
@@ -99,6 +105,8 @@ def main() -> None:
         "answer_tokens": percentiles([item.max_tokens for item in items]),
         "batch": options.slots,
         "dtype": options.dtype,
+        "their_dtype": their_dtype,
+        "samples": options.samples,
         "results": results,
     }
     if options.output:
@@ -120,7 +128,9 @@ def arc_items(options: argparse.Namespace) -> list[SequenceRequest]:
                 tokens = len(tokenizer.encode(encoder.encode(pair.output))) + 1  # and the EOS
                 items.append(SequenceRequest(prompt, min(tokens, 1100), sampling_id=len(items)))
     wanted = min(options.sequences or len(items), len(items))
-    return [items[i] for i in np.linspace(0, len(items) - 1, wanted).round().astype(int)]
+    chosen = [items[i] for i in np.linspace(0, len(items) - 1, wanted).round().astype(int)]
+    each = [item for item in chosen for _ in range(options.samples)]
+    return [dataclasses.replace(item, sampling_id=number) for number, item in enumerate(each)]
 
 
 def measure_slots(model: Any, params: Any, items: list[SequenceRequest], slots: int) -> dict[str, Any]:
@@ -165,13 +175,14 @@ def measure_static(model: Any, params: Any, batches: Batches) -> dict[str, Any]:
     over_time: list[Moment] = []
     for batch in batches:
         longest = max(item.max_tokens for item in batch)
-        prompts = PromptBatch(*pad_prompts([item.prompt_token_ids for item in batch]))
+        different, samples = without_repeats([item.prompt_token_ids for item in batch])
+        prompts = PromptBatch(*pad_prompts(different))
         traced = sampling_params(Sampling(), 0, (), model.config.vocab_size)
-        shape = GenerateShape(len(batch), prompts.input_ids.shape[1], longest, stop=False)
+        shape = GenerateShape(len(different), prompts.input_ids.shape[1], longest, samples, stop=False)
         program = compile_generate(model, params, shape)
         compile_seconds += program.compile_seconds
         reading = Timed(program.prefill)
-        program = dataclasses.replace(program, prefill=reading)
+        program = dataclasses.replace(program, programs=(reading, program.decode))
         started = time.perf_counter()
         out = program(params, prompts, traced, np.arange(len(batch), dtype=np.uint32))
         rows = np.asarray(out.activations)
@@ -252,6 +263,14 @@ def simulate(sequences: int, slots: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "slots": slots, "moments": moments}
 
 
+def without_repeats(prompts: list[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    """The prompts without repeats, and how often each comes; all of them, once, if that differs."""
+    counts = Counter(prompt.tobytes() for prompt in prompts)
+    if len(set(counts.values())) > 1:
+        return prompts, 1
+    return list({prompt.tobytes(): prompt for prompt in prompts}.values()), len(prompts) // len(counts)
+
+
 def static_moments(batch: list[SequenceRequest], begin: float, took: float) -> list[Moment]:
     longest = max(item.max_tokens for item in batch)
     alive = [sum(item.max_tokens > step for item in batch) / len(batch) for step in range(0, longest, 16)]
@@ -284,7 +303,8 @@ def percentiles(values: Sequence[int]) -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         ", ".join(f"{key} {value}" for key, value in report["machine"].items()),
-        f"\n{report['sequences']} sequences, {report['dtype']}, {report['batch']} at once; prompts "
+        f"\n{report['sequences']} sequences, {report['samples']} of each prompt, {report['dtype']} "
+        f"(Transformers: {report['their_dtype']}), {report['batch']} at once; prompts "
         f"{report['prompt_tokens']}, answers {report['answer_tokens']}\n",
         "| | valid tokens/s | slots are faster by | without prefills | slots are faster by | occupancy "
         "| seconds | of which prefill |",
