@@ -4,7 +4,8 @@ The cache has two parts, as in MaxText. The **prefill** part is written once and
 The **ar** (autoregressive) part has one row per *sequence* and one position per decode step. The two are
 never concatenated. So several sequences that continue one prompt share its prefill part ("bifurcated
 attention", Athiwaratkun et al. 2024), and ragged prompts need neither left padding nor scatters: prompts
-differ in ``length``, decode steps are aligned. Keys are stored rotated.
+differ in ``length``, decode steps are aligned. Keys are stored rotated. Samples of a prompt are adjacent or,
+where they come and go at different times, say by an index which row is theirs (``KVCache.prompt_row``).
 
 The ar part is a ring over decode steps: step t is written at position ``t % capacity`` of every row. Each
 row remembers the step at which its sequence began (``start``). So rows may begin at different times, and a

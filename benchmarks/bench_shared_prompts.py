@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     print(json.dumps(describe()))
-    config = QwenConfig(dtype=options.dtype, num_hidden_layers=options.layers, scan_layers=False)
+    config = QwenConfig(dtype=options.dtype, num_hidden_layers=options.layers)
     captured = [layer for layer in range(10, 24) if layer < options.layers]
     model = create_model_with_hooks(config, captured or [0])
     params = random_weights(model)

@@ -19,8 +19,8 @@ Both may be limited to a sliding window, as Transformers' Qwen2 has it: a token 
 number or, where layers are scanned, a traced one. Without a window programs have no trace of it.
 
 Two platforms have forms of their own. In bfloat16 on CPU, where the machine can run them, the kernels of
-:mod:`qwen2_core.kernels.cpu.attention` do both, and read each sequence's keys where they lie. On GPUs
-:mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
+:mod:`qwen2_core.kernels.cpu.attention` do both, and read keys where they lie, those of a prompt once for all
+of its sequences. On GPUs :mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
 """
 
 from __future__ import annotations
