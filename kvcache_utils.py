@@ -4,7 +4,8 @@ The cache has two parts, as in MaxText. The **prefill** part is written once and
 The **ar** (autoregressive) part has one row per *sequence* and one position per decode step. The two are
 never concatenated. So several sequences that continue one prompt share its prefill part ("bifurcated
 attention", Athiwaratkun et al. 2024), and ragged prompts need neither left padding nor scatters: prompts
-differ in ``length``, decode steps are aligned. Keys are stored rotated.
+differ in ``length``, decode steps are aligned. Keys are stored rotated. Samples of a prompt are adjacent or,
+where they come and go at different times, say by an index which row is theirs (``KVCache.prompt_row``).
 
 The ar part is a ring over decode steps: step t is written at position ``t % capacity`` of every row. Each
 row remembers the step at which its sequence began (``start``). So rows may begin at different times, and a
@@ -55,7 +56,8 @@ class KVCacheConfig:
     """Sizes of one KV cache. ``num_prompts * samples_per_prompt`` sequences share the prefill rows.
 
     ``step_alignment`` is None where all rows begin at step 0. Else each row may begin at any multiple of so
-    many steps, and attention sums the ar part in pieces of that size, in the order of their steps.
+    many steps, and attention sums the ar part in pieces of that size, in the order of their steps. With
+    ``indexed_prompts`` each sequence says in which prefill row its prompt lies (``KVCache.prompt_row``).
 
     Raises:
         ValueError: a size below 1.
@@ -71,12 +73,13 @@ class KVCacheConfig:
     dtype: Any = jnp.float32
     stacked: bool = False
     step_alignment: int | None = None
+    indexed_prompts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", np.dtype(self.dtype))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("dtype", "stacked") and value is not None and value < 1:
+            if field.name not in ("dtype", "stacked", "indexed_prompts") and value is not None and value < 1:
                 raise ValueError(f"KVCacheConfig.{field.name} must be at least 1, not {value}.")
 
     @property
@@ -89,7 +92,8 @@ class KVCacheConfig:
         """Bytes of all buffers, known before anything is allocated."""
         per_position = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
         positions = self.num_prompts * self.max_prefill_length + self.batch_size * self.max_decode_length
-        return per_position * positions + 4 * self.num_prompts + 4 * self.batch_size + 4
+        numbers = self.num_prompts + (2 if self.indexed_prompts else 1) * self.batch_size + 1
+        return per_position * positions + 4 * numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,20 +178,31 @@ class ARCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Both parts of the cache. Sequence b of B continues prompt ``b // (B // P)`` of P."""
+    """Both parts of the cache. Sequence b of B continues the prompt in row ``prompt_row[b]`` of P.
+
+    Without an index that is row ``b // (B // P)``. A row of -1 is that of an empty prompt.
+    """
 
     prefill: PrefillCache
     ar: ARCache
+    prompt_row: Int32[Array, " batch"] | None = dataclasses.field(default=None, metadata=ROW_AXES)
 
     @property
     def samples_per_prompt(self) -> int:
-        """Number of sequences that continue each prompt: ``B // P``."""
+        """Number of sequences that continue each prompt, where there is no index: ``B // P``."""
         return self.ar.batch_size // self.prefill.length.shape[0]
+
+    @property
+    def prompt_lengths(self) -> Int32[Array, " batch"]:
+        """Number of tokens of each sequence's prompt."""
+        if self.prompt_row is None:
+            return jnp.repeat(self.prefill.length, self.samples_per_prompt)
+        return jnp.where(self.prompt_row < 0, 0, self.prefill.length[self.prompt_row])
 
     @property
     def positions(self) -> Int32[Array, " batch"]:
         """Position in its sequence, prompt included, of the token that the next decode step reads."""
-        return jnp.repeat(self.prefill.length, self.samples_per_prompt) + self.ar.tokens_read
+        return self.prompt_lengths + self.ar.tokens_read
 
 
 def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
@@ -210,6 +225,7 @@ def create_kv_cache_buffers(config: KVCacheConfig) -> KVCache:
             jnp.zeros(rows, jnp.int32),
             config.step_alignment,
         ),
+        jnp.full(rows, -1, jnp.int32) if config.indexed_prompts else None,
     )
 
 
@@ -270,7 +286,11 @@ def advance_ar_index(cache: KVCache) -> KVCache:
 
 
 def get_attention_kv(
-    part: PrefillCache | ARCache, layer: int | Array, start: int | Array = 0, size: int | None = None
+    part: PrefillCache | ARCache,
+    layer: int | Array,
+    start: int | Array = 0,
+    size: int | None = None,
+    rows: Int32[Array, " n"] | None = None,
 ) -> tuple[KeysValues, KeysValues]:
     """Returns one layer's keys and values at positions ``start .. start + size``, valid or not.
 
@@ -281,9 +301,13 @@ def get_attention_kv(
         layer: index of the layer; may be traced if the buffers are stacked.
         start: first position, clamped so that ``size`` positions are read.
         size: number of positions; the whole capacity by default.
+        rows: which rows, each as often as it is named; -1 reads any. All by default.
     """
     size = part.capacity if size is None else size
-    return _read(part.k, layer, start, size), _read(part.v, layer, start, size)
+    k, v = _read(part.k, layer, start, size), _read(part.v, layer, start, size)
+    if rows is None:
+        return k, v
+    return jnp.take(k, rows, axis=0, mode="clip"), jnp.take(v, rows, axis=0, mode="clip")
 
 
 def create_activation_buffer(

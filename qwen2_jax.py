@@ -203,7 +203,7 @@ class QwenAttention(nn.Module):
         v = project("v", config.num_key_value_heads).swapaxes(1, 2).astype(config.dtype)
 
         if isinstance(cache, KVCache):
-            cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v))
+            cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v), cache.prompt_row)
             out = attend_two_part(q[:, 0], cache, layer, window)
         elif isinstance(cache, PrefillCache):
             cache = write_prefill_cache(cache, layer, k, v)

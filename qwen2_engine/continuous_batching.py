@@ -33,6 +33,7 @@ from qwen2_core.compilation import check_surroundings, program_settings, raise_o
 from qwen2_core.hook_points import RESID_POST
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
 from qwen2_core.intervention_values import finite_numbers
+from qwen2_core.kernels.attention import reads_prompts_by_index
 from qwen2_core.parameter_checks import check_params
 from qwen2_core.requests import (
     LEAST_SEQUENCE_ID,
@@ -45,10 +46,11 @@ from qwen2_core.requests import (
 from qwen2_core.sampling import Sampling, SamplingParams, sampling_params
 from qwen2_core.sharding import layout_of
 from qwen2_core.steering import Steering, steer
-from qwen2_engine.decode_window import STEP_ALIGNMENT, SlotShape, SlotState, Window
+from qwen2_engine.decode_window import STEP_ALIGNMENT, NewSequence, SlotShape, SlotState, Window
 from qwen2_engine.memory_plan import MemoryPlanner, SlotMemory, Stage, device_memory_budget
 from qwen2_engine.programs import SlotPrograms, compile_prompts, compile_slots
 from qwen2_engine.prompt_reading import Occupancy, PromptReader, Prompts, by_point, prompt_key
+from qwen2_engine.prompt_rows import PromptRows
 from qwen2_jax import QwenModel, check_model
 
 logger = logging.getLogger(__name__)
@@ -112,6 +114,7 @@ class ContinuousEngine:
             capture_prompt=yes_or_no("capture_prompt", capture_prompt) and model.captures,
             sampling=self._sampling.shape,
             interventions=0 if self._steering is None else len(self._steering.placed),
+            shared_prompts=reads_prompts_by_index(self.layout.platform),
         )
         self._budget = (
             device_memory_budget(self.layout.devices)
@@ -274,8 +277,8 @@ class ContinuousEngine:
 class _RunningSequence:
     """A sequence in a slot, and what has been copied of it so far."""
 
-    def __init__(self, request: SequenceRequest) -> None:
-        self.request = request
+    def __init__(self, request: SequenceRequest, prompt_row: int) -> None:
+        self.request, self.prompt_row = request, prompt_row
         self._token_ids: list[np.ndarray] = []
         self._logprobs: list[np.ndarray] = []
         self._rows: dict[str, np.ndarray] = {}  # by point: [layers, room for all tokens, width]
@@ -331,6 +334,8 @@ class RunningSlots:
         self._slots, self._params, self._sampling = slots, params, sampling
         self._steering = steering
         self._running: list[_RunningSequence | None] = [None] * programs.all_slots
+        groups = range(programs.layout.data_parallel)
+        self._prompt_rows = [PromptRows(programs.shape.slots) for _ in groups]
         self._requests: Iterator[SequenceRequest | None] = iter(())
         self._waiting: SequenceRequest | None = None  # taken from the requests, for the next round
         self._prompts = Prompts(params, steering)
@@ -374,32 +379,39 @@ class RunningSlots:
             idle = next(iter(chosen.values()))  # read by a group that has no free slot, for nothing
             of_groups = [chosen.get(group, idle)[1] for group in range(groups)]
             read = self._prompts.read(self.programs.prefills, of_groups)
-            slots, limits = np.full(groups, -1, np.int32), np.zeros(groups, np.int32)
-            sequence_ids = np.zeros(groups, np.uint32)
-            for group, (slot, request) in chosen.items():
-                slots[group], limits[group] = slot, request.max_tokens
-                sequence_ids[group] = request.sampling_id & 0xFFFFFFFF
-            strengths = ()
-            if self._steering is not None:
-                strengths = (np.stack([request.strengths for request in of_groups]),)
-            self._slots = self.programs.insert(
-                self._slots, read.prompts, slots, sequence_ids, limits, self._sampling, *strengths
-            )
+            slots = {group: slot for group, (slot, _) in chosen.items()}
+            new = self._new_sequences(slots, of_groups, read.keys)
+            self._slots = self.programs.insert(self._slots, read.prompts, new, self._sampling)
             rows = by_point(read.rows) if any(one.capture_prompt for _, one in chosen.values()) else {}
             for group, (slot, request) in chosen.items():
-                sequence = _RunningSequence(request)
+                sequence = _RunningSequence(request, int(new.prompt_row[group]))
                 if request.capture_prompt:
                     length = len(request.prompt_token_ids)
                     sequence.add_rows({point: of[:, :length, group] for point, of in rows.items()})
                 self._running[group * self.programs.shape.slots + slot] = sequence
+
+    def _new_sequences(
+        self, slots: dict[int, int], requests: list[SequenceRequest], keys: list[bytes]
+    ) -> NewSequence:
+        """Returns what each group's slot, if it has one, is given; takes rows for the prompts."""
+        slot: Any = np.array([slots.get(group, -1) for group in range(len(requests))], np.int32)
+        row: Any = np.maximum(slot, 0)
+        there: Any = np.zeros(len(requests), bool)
+        if self.programs.shape.shared_prompts:
+            for group in slots:
+                in_use = {running.prompt_row for running in self._slots_of(group) if running}
+                row[group], there[group] = self._prompt_rows[group].place(keys[group], in_use)
+        sequence_ids: Any = np.array([one.sampling_id & 0xFFFFFFFF for one in requests], np.uint32)
+        limits: Any = np.array([one.max_tokens for one in requests], np.int32)
+        strengths: Any = None if self._steering is None else np.stack([one.strengths for one in requests])
+        return NewSequence(slot, row, there, sequence_ids, limits, strengths)
 
     def _choose(self) -> dict[int, tuple[int, SequenceRequest]]:
         """Returns by group its first free slot and the request for it; prompts of one width alone."""
         chosen: dict[int, tuple[int, SequenceRequest]] = {}
         widths: set[int] = set()
         for group in range(self.programs.layout.data_parallel):
-            first = group * self.programs.shape.slots
-            slots = self._running[first : first + self.programs.shape.slots]
+            slots = self._slots_of(group)
             if None not in slots:
                 continue
             request, self._waiting = self._waiting or next(self._requests, None), None
@@ -411,6 +423,10 @@ class RunningSlots:
                 break
             chosen[group] = (slots.index(None), request)
         return chosen
+
+    def _slots_of(self, group: int) -> list[_RunningSequence | None]:
+        first = group * self.programs.shape.slots
+        return self._running[first : first + self.programs.shape.slots]
 
     @program_settings()
     def _dispatch(self) -> Window:

@@ -58,6 +58,7 @@ class SlotShape:
     capture_prompt: bool = False  # prefills return the prompt's rows too
     sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
     interventions: int = 0  # each slot has a strength of its own for each
+    shared_prompts: bool = False  # slots that continue one prompt read one row; else each has its own
 
     def __post_init__(self) -> None:
         if self.slots < 1:
@@ -78,22 +79,25 @@ class SlotShape:
             slots=1,
             max_tokens=1,
             window=STEP_ALIGNMENT,
+            shared_prompts=False,
             sampling=SamplingShape(repetition_penalty=self.sampling.repetition_penalty),
         )
 
     def cache_config(self, model: QwenModel) -> KVCacheConfig:
         """Returns the sizes of the cache, both parts in whole blocks, so that the last block is not cut."""
-        return model.config.kv_cache(
+        config = model.config.kv_cache(
             _round_up(self.prompt_width, DECODE_KEYS),
             _round_up(self.max_tokens, self.window),
             num_prompts=self.slots,
             dtype=self.cache_dtype,
             step_alignment=STEP_ALIGNMENT,
         )
+        return dataclasses.replace(config, indexed_prompts=self.shared_prompts)
 
     def prompt_cache_config(self, model: QwenModel) -> KVCacheConfig:
         """Returns the sizes of the cache that a prompt is read into: as wide as a slot's, no decode part."""
-        return dataclasses.replace(self.cache_config(model), num_prompts=1, max_decode_length=1)
+        slots = self.cache_config(model)
+        return dataclasses.replace(slots, num_prompts=1, max_decode_length=1, indexed_prompts=False)
 
 
 @jax.tree_util.register_dataclass
@@ -137,6 +141,23 @@ class PrefilledPrompt:
     cache: PrefillCache  # of one row, as wide as a slot's
     logits: Float32[Array, "1 vocab"] = dataclasses.field(metadata=axes("rows", "vocab"))
     seen: Bool[Array, "1 vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"))  # its tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NewSequence:
+    """What ``insert`` gives a slot of a group of devices; none where the slot is -1."""
+
+    slot: Int32[Array, 1] = dataclasses.field(metadata=ROW_AXES)
+    prompt_row: Int32[Array, 1] = dataclasses.field(
+        metadata=ROW_AXES
+    )  # in the cache; the slot's, if unshared
+    prompt_is_there: Bool[Array, 1] = dataclasses.field(metadata=ROW_AXES)  # False: it is copied to its row
+    sequence_id: UInt32[Array, 1] = dataclasses.field(metadata=ROW_AXES)
+    limit: Int32[Array, 1] = dataclasses.field(metadata=ROW_AXES)  # its max_tokens
+    strengths: Float32[Array, "1 interventions"] | None = dataclasses.field(
+        metadata=axes("rows", "interventions"), default=None
+    )
 
 
 def create_slots(model: QwenModel, shape: SlotShape) -> SlotState:
@@ -191,30 +212,20 @@ def prefill_prompt(
 
 
 def insert(
-    state: SlotState,
-    prompt: PrefilledPrompt,
-    slot: Int32[Array, 1],
-    sequence_id: UInt32[Array, 1],
-    limit: Int32[Array, 1],
-    sampling: SamplingParams,
-    strengths: Float32[Array, "1 interventions"] | None = None,
+    state: SlotState, prompt: PrefilledPrompt, new: NewSequence, sampling: SamplingParams
 ) -> SlotState:
-    """Gives ``slot`` a new sequence: a copy of the prompt, and its first token, drawn with its own key.
+    """Gives a slot a new sequence: its prompt, and its first token, drawn with its own key.
 
     Nothing changes where the slot is -1. The whole row is written, what is not valid with zeros: a value that
     is not finite, left by a sequence that failed, would spoil its successors even where attention gives it no
     weight.
     """
+    slot = new.slot
 
     def inserted() -> SlotState:
-        keys = sequence_keys(sampling.seed, sequence_id)
+        keys = sequence_keys(sampling.seed, new.sequence_id)
         token, logprob = sample_tokens(prompt.logits, sampling, keys, 0, prompt.seen)
-        prefill, ar = state.cache.prefill, state.cache.ar
-        prefill = PrefillCache(
-            _set_row(prefill.k, prompt.cache.k, slot[0]),
-            _set_row(prefill.v, prompt.cache.v, slot[0]),
-            prefill.length.at[slot].set(prompt.cache.length),
-        )
+        ar = state.cache.ar
         ar = dataclasses.replace(
             ar,
             k=_clear_row(ar.k, slot[0]),
@@ -222,13 +233,13 @@ def insert(
             start=ar.start.at[slot].set(ar.index),
         )
         return SlotState(
-            cache=KVCache(prefill, ar),
+            cache=_with_prompt(dataclasses.replace(state.cache, ar=ar), prompt.cache, new),
             next_token=state.next_token.at[slot].set(token),
             next_logprob=state.next_logprob.at[slot].set(logprob),
             ended=state.ended.at[slot].set(False),
-            sequence_ids=state.sequence_ids.at[slot].set(sequence_id),
-            limits=state.limits.at[slot].set(limit),
-            strengths=None if state.strengths is None else state.strengths.at[slot].set(strengths),
+            sequence_ids=state.sequence_ids.at[slot].set(new.sequence_id),
+            limits=state.limits.at[slot].set(new.limit),
+            strengths=None if state.strengths is None else state.strengths.at[slot].set(new.strengths),
             seen=None if state.seen is None else state.seen.at[slot].set(prompt.seen),
         )
 
@@ -268,7 +279,7 @@ def run_window(
     ar = dataclasses.replace(state.cache.ar, index=begin + window)
     slots = dataclasses.replace(
         slots,
-        cache=KVCache(state.cache.prefill, ar),
+        cache=dataclasses.replace(state.cache, ar=ar),
         next_token=state.next_token,
         next_logprob=state.next_logprob,
         ended=state.ended,
@@ -278,10 +289,29 @@ def run_window(
     return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, *rows)
 
 
+def _with_prompt(cache: KVCache, prompt: PrefillCache, new: NewSequence) -> KVCache:
+    """Lets a slot's sequence continue ``prompt``; copies it to its row, if it is not there already."""
+    row = new.slot if cache.prompt_row is None else new.prompt_row
+
+    def copied() -> PrefillCache:
+        return PrefillCache(
+            _set_row(cache.prefill.k, prompt.k, row[0]),
+            _set_row(cache.prefill.v, prompt.v, row[0]),
+            cache.prefill.length.at[row].set(prompt.length),
+        )
+
+    if cache.prompt_row is None:
+        return dataclasses.replace(cache, prefill=copied())
+    prefill = lax.cond(new.prompt_is_there[0], lambda: cache.prefill, copied)
+    return KVCache(prefill, cache.ar, cache.prompt_row.at[new.slot].set(row))
+
+
 def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:
     """Gives free slots an empty prompt and lets them begin now, so that attention reads nothing for them."""
-    prefill = dataclasses.replace(cache.prefill, length=jnp.where(free, 0, cache.prefill.length))
     ar = dataclasses.replace(cache.ar, start=jnp.where(free, cache.ar.index, cache.ar.start))
+    if cache.prompt_row is not None:
+        return KVCache(cache.prefill, ar, jnp.where(free, -1, cache.prompt_row))
+    prefill = dataclasses.replace(cache.prefill, length=jnp.where(free, 0, cache.prefill.length))
     return KVCache(prefill, ar)
 
 

@@ -25,6 +25,7 @@ from qwen2_core.sampling import SamplingParams, abstract_sampling_params
 from qwen2_core.sharding import ACTIVATIONS, ROWS, WHOLE, Layout, axes_of
 from qwen2_core.steering import STEERING, Placed, abstract_steering
 from qwen2_engine.decode_window import (
+    NewSequence,
     SlotShape,
     Window,
     create_slots,
@@ -71,13 +72,12 @@ class SlotPrograms:
     ========  ==============================================================================  ================
     create                                                                                    slots
     prefills  by width: params, input_ids [D, width], lengths [D]                             prompts, rows
-    insert    slots, prompts, slot [D] in each group or -1, sequence_id [D], limit [D],       slots
-              sampling
+    insert    slots, prompts, new sequences [D], sampling                                     slots
     window    params, slots, sampling                                                         slots, window
     ========  ==============================================================================  ================
 
-    Where there are interventions, each has a last argument more: the steering of D prompts; strengths
-    [D, interventions]; the interventions.
+    Where there are interventions, prefills and window have a last argument more: the steering of D prompts;
+    the interventions.
     """
 
     shape: SlotShape  # of one group
@@ -221,21 +221,14 @@ def compile_prefill(
 @traced_apart
 def compile_insert(model: QwenModel, shape: SlotShape, layout: Layout) -> jax.stages.Compiled:
     """Compiles the program that gives a free slot of each group a new sequence."""
-    slots, prompt = _slots(model, shape), _prompt(model, shape)
-    strengths = ()
-    if shape.interventions:
-        strengths = (layout.struct((1, shape.interventions), jnp.float32, ROWS),)
+    states = _slots(model, shape), _prompt(model, shape), _new_sequence(shape)
     program = layout.jit(
         insert,
-        in_axes=(axes_of(slots), axes_of(prompt), ROWS, ROWS, ROWS, WHOLE, *(ROWS for _ in strengths)),
-        out_axes=axes_of(slots),
+        in_axes=(*map(axes_of, states), WHOLE),
+        out_axes=axes_of(states[0]),
         donate_argnums=(0,),
     )
-    by_group = [layout.struct((1,), dtype, ROWS) for dtype in (jnp.int32, jnp.uint32, jnp.int32)]
-    sampling = abstract_sampling_params(shape.sampling)
-    return _compile(
-        program.lower(layout.structs(slots), layout.structs(prompt), *by_group, sampling, *strengths)
-    )
+    return _compile(program.lower(*map(layout.structs, states), abstract_sampling_params(shape.sampling)))
 
 
 @functools.lru_cache(maxsize=64)
@@ -269,6 +262,14 @@ def _slots(model: QwenModel, shape: SlotShape) -> Any:
 
 def _prompt(model: QwenModel, shape: SlotShape) -> Any:
     return jax.eval_shape(functools.partial(empty_prompt, model, shape))
+
+
+def _new_sequence(shape: SlotShape) -> Any:
+    one, strengths = jax.ShapeDtypeStruct((1,), jnp.int32), None
+    if shape.interventions:
+        strengths = jax.ShapeDtypeStruct((1, shape.interventions), jnp.float32)
+    there, sequence_id = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.bool_, jnp.uint32))
+    return NewSequence(one, one, there, sequence_id, one, strengths)  # pyright: ignore[reportArgumentType]
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -79,16 +79,17 @@ def test_create_kv_cache_buffers(stacked: bool):
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_nbytes_says_how_much_is_allocated(stacked: bool, dtype):
-    config = dataclasses.replace(CONFIG, stacked=stacked, dtype=dtype)
-    leaves = jax.tree.leaves(create_kv_cache_buffers(config))
-    assert config.nbytes == sum(leaf.nbytes for leaf in leaves)
+    for indexed in (False, True):
+        config = dataclasses.replace(CONFIG, stacked=stacked, dtype=dtype, indexed_prompts=indexed)
+        leaves = jax.tree.leaves(create_kv_cache_buffers(config))
+        assert config.nbytes == sum(leaf.nbytes for leaf in leaves)
     activations = ActivationBufferConfig(3, 5, 2, 8, dtype)
     assert activations.nbytes == create_activation_buffer(activations).nbytes
 
 
 @pytest.mark.parametrize(
     "field",
-    [field.name for field in dataclasses.fields(KVCacheConfig) if field.name not in ("dtype", "stacked")],
+    [field.name for field in dataclasses.fields(KVCacheConfig) if field.type not in ("Any", "bool")],
 )
 def test_a_size_below_one_is_refused_and_named(field: str):
     with pytest.raises(ValueError, match=rf"KVCacheConfig\.{field} must be at least 1, not 0"):
@@ -157,6 +158,17 @@ def test_a_tokens_position_is_its_prompts_length_plus_the_steps_since_its_sequen
     np.testing.assert_array_equal(cache.prefill.valid.sum(1), [4, 9])
     assert cache.prefill.valid[0, 3]
     assert not cache.prefill.valid[0, 4]
+
+
+def test_with_an_index_a_sequences_prompt_is_the_one_it_points_at():
+    cache = create_kv_cache_buffers(dataclasses.replace(CONFIG, indexed_prompts=True))
+    assert cache.prompt_row is not None
+    assert cache.prompt_row.tolist() == [-1] * 6  # no sequence has a prompt yet
+    ar = dataclasses.replace(cache.ar, index=jnp.int32(7), start=jnp.array([0, 4, 7, 0, 0, 7], jnp.int32))
+    prefill = dataclasses.replace(cache.prefill, length=jnp.array([9, 4], jnp.int32))
+    cache = KVCache(prefill, ar, jnp.array([1, 0, 0, -1, 1, -1], jnp.int32))
+    assert cache.prompt_lengths.tolist() == [4, 9, 9, 0, 4, 0]
+    assert cache.positions.tolist() == [11, 12, 9, 7, 11, 0]
 
 
 def test_both_layouts_hold_the_same_and_only_a_stack_takes_a_traced_layer():

@@ -330,6 +330,28 @@ def test_points_are_captured_in_place_and_counted(scan_layers: bool):
         assert temporaries(compiled) < rows / 8
 
 
+# --- Slots ---
+
+
+@pytest.mark.parametrize(
+    ("scan_layers", "dtype"),
+    [(False, "float32"), (True, "float32"), pytest.param(True, "bfloat16", marks=needs_kernel)],
+)
+def test_slots_that_share_prompts_are_updated_in_place_and_copy_no_prompt(scan_layers: bool, dtype: str):
+    """However long prompts are, a window takes no more memory than that of a block of keys."""
+    model, params = abstract_model(SMALL.config(scan_layers=scan_layers, dtype=dtype), SMALL.extract)
+    found = []
+    for width in (256, 2048):
+        for shared in (False, True):
+            shape = SlotShape(8, width, 64, shared_prompts=shared)
+            window: Any = compile_window(model, params, shape).memory_analysis()
+            assert window.alias_size_in_bytes > shape.cache_config(model).nbytes
+            found.append(window.temp_size_in_bytes)
+    assert found[1] == found[3]
+    assert found[1] <= found[0] + 4096
+    assert found[0] == found[2]
+
+
 # --- Compilations ---
 
 

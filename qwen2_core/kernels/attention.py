@@ -19,8 +19,8 @@ Both may be limited to a sliding window, as Transformers' Qwen2 has it: a token 
 number or, where layers are scanned, a traced one. Without a window programs have no trace of it.
 
 Two platforms have forms of their own. In bfloat16 on CPU, where the machine can run them, the kernels of
-:mod:`qwen2_core.kernels.cpu.attention` do both, and read each sequence's keys where they lie. On GPUs
-:mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
+:mod:`qwen2_core.kernels.cpu.attention` do both, and read keys where they lie, those of a prompt once for all
+of its sequences. On GPUs :mod:`qwen2_core.kernels.gpu_attention` does the decode step without a loop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Float32, Int32
 
-from kvcache_utils import ARCache, KVCache, PrefillCache, get_attention_kv
+from kvcache_utils import ARCache, KVCache, get_attention_kv
 from qwen2_core.kernels.cpu.attention import cpu_attention, cpu_attention_causal
 from qwen2_core.kernels.gpu_attention import gpu_attention
 from qwen2_core.kernels.matmul import einsum_f32, uses_cpu_kernel
@@ -167,11 +167,12 @@ def attend_two_part(
     """Attends from one token per sequence to its prompt and to its own decode steps.
 
     Samples of one prompt share the prompt's keys and values ("bifurcated attention", Athiwaratkun et al.
-    2024).
+    2024). Which sequences share a prompt changes not a bit of them.
 
     Args:
-        q: sequence b continues prompt ``b // (batch // prompts)``.
-        cache: the token's own key and value are already written at ``ar.index``.
+        q: one query a sequence.
+        cache: says which prompt each sequence continues; the token's own key and value are already written
+            at ``ar.index``.
         layer: may be traced if the cache is stacked.
         window: how many positions each token sees at most, its own included; None for all.
 
@@ -190,6 +191,16 @@ def attend_two_part(
     return by_platform(q, cache, jnp.int32(layer), *_operands(window), **forms)
 
 
+def reads_prompts_by_index(platform: str) -> bool:
+    """Returns whether sequences should share their prompt's row by an index (``KVCache.prompt_row``).
+
+    On CPU the compiled kernel reads a row where it lies, once for all of its sequences, and XLA copies each
+    block of keys anyway. TPUs and GPUs read keys where they lie only if they are to read all rows in turn.
+    With an index they would copy the keys of every sequence, at every step.
+    """
+    return platform == "cpu"
+
+
 def _operands(window: int | Array | None) -> tuple[Array, ...]:
     """Returns a window as arguments: none where there is no window, so that programs have no trace of it."""
     return () if window is None else (jnp.asarray(window, jnp.int32),)
@@ -197,39 +208,45 @@ def _operands(window: int | Array | None) -> tuple[Array, ...]:
 
 def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array, window: Array | None = None) -> Array:
     batch, _, head_dim = q.shape
-    prompts, samples = cache.prefill.length.shape[0], cache.samples_per_prompt
+    prompts = batch if cache.prompt_row is not None else cache.prefill.length.shape[0]
+    samples = batch // prompts
     kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
     by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
     by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
     first = None if window is None else (cache.positions - window + 1).reshape(prompts, samples)
-    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache.prefill, layer, first)
+    partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache, layer, first)
     partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
     partial = _accumulate_steps(partial, by_row, cache.ar, layer, window)
     return partial.attended.reshape(q.shape).astype(q.dtype)
 
 
 def _accumulate_prompt(
-    partial: PartialSoftmax, q: Array, part: PrefillCache, layer: int | Array, first: Array | None
+    partial: PartialSoftmax, q: Array, cache: KVCache, layer: int | Array, first: Array | None
 ) -> PartialSoftmax:
     """Merges the prompts' part of the cache, up to the longest prompt's end.
 
+    Where an index says which row each sequence continues, each block's keys are copied for every sequence.
+
     Args:
+        q: [prompts, samples, kv_heads, group, head_dim]; with an index, each sequence as a prompt's only one.
         first: [prompts, samples] the first position that each sequence sees; None: all of them see all.
     """
+    part, rows = cache.prefill, cache.prompt_row
+    length = part.length if rows is None else cache.prompt_lengths
     keys, begin = min(DECODE_KEYS, part.capacity), 0
     if first is not None:
-        seen = jnp.where(first < part.length[:, None], first, part.capacity)
+        seen = jnp.where(first < length[:, None], first, part.capacity)
         begin = jnp.maximum(jnp.min(seen), 0) // keys
 
     def read(start: Array) -> tuple[Array, Array]:
-        return get_attention_kv(part, layer, start, keys)
+        return get_attention_kv(part, layer, start, keys, rows)
 
     def visible(positions: Array) -> Array:
-        valid = (positions < part.length[:, None])[:, None]
+        valid = (positions < length[:, None])[:, None]
         return valid if first is None else valid & (positions >= first[..., None])
 
     blocks = _KeyBlocks(read, visible, keys, part.capacity)
-    return _accumulate(partial, q, blocks, jnp.max(part.length), begin)
+    return _accumulate(partial, q, blocks, jnp.max(length), begin)
 
 
 def _accumulate_steps(

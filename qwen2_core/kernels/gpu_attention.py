@@ -7,6 +7,8 @@ valid or not, costs less.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int32
@@ -30,7 +32,11 @@ def gpu_attention(
     own steps. So neither its place in the ring nor the other rows change a bit of a sequence.
     """
     batch, _, head_dim = q.shape
-    (prompt_k, prompt_v), (k, v) = (get_attention_kv(part, layer) for part in (cache.prefill, cache.ar))
+    read = cache.prefill
+    if cache.prompt_row is not None:
+        read = dataclasses.replace(read, length=cache.prompt_lengths)
+    prompt_k, prompt_v = get_attention_kv(read, layer, rows=cache.prompt_row)
+    k, v = get_attention_kv(cache.ar, layer)
     prompts, kv_heads = prompt_k.shape[:2]
 
     def by_prompt(a: Array) -> Array:  # [B, kv_heads, G, n] -> [P, kv_heads, samples x G, n]
@@ -44,7 +50,7 @@ def gpu_attention(
     q_rows = q.reshape(batch, kv_heads, -1, head_dim)
     # Without the barrier XLA makes one product of the two with q, and for it copies all keys into one array.
     prompt_scores = einsum_f32("rkgd,rkld->rkgl", by_prompt(lax.optimization_barrier(q_rows)), prompt_k)
-    prompt_scores = by_row(_masked(prompt_scores, head_dim, cache.prefill.valid))
+    prompt_scores = by_row(_masked(prompt_scores, head_dim, read.valid))
     if window is not None:
         own = jnp.arange(cache.prefill.capacity, dtype=jnp.int32) > (cache.positions - window)[:, None]
         prompt_scores = jnp.where(own[:, None, None], prompt_scores, -jnp.inf)

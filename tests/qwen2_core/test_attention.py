@@ -214,6 +214,56 @@ def test_a_stacked_cache_gives_what_separate_layers_give(attend: Attend):
     np.testing.assert_allclose(attend(q, stack, 1), attend(q, cache, 1), atol=1e-6)
 
 
+def with_own_copies(cache: KVCache, rows: list[int]) -> KVCache:
+    """The same sequences without an index: each has a copy of the prompt that it points at."""
+    length = np.where(np.array(rows) < 0, 0, np.asarray(cache.prefill.length)[rows])
+    k, v = (tuple(layer[rows] for layer in part) for part in (cache.prefill.k, cache.prefill.v))
+    return KVCache(dataclasses.replace(cache.prefill, k=k, v=v, length=length.astype(np.int32)), cache.ar)
+
+
+@IN_EACH_FORM
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [2, 2, 0, 2], [3, -1, 3, 1], [-1] * 4], ids=str)
+def test_sequences_that_share_a_prompt_by_an_index_have_the_bits_of_those_with_own_copies(
+    attend: Any, rows: list[int], window: int | None
+):
+    """Whoever shares it, in whichever row it lies; a sequence of no prompt (-1) sees its own steps alone."""
+    lengths = np.array([150, 1, 40, 129])
+    config = dataclasses.replace(sizes(150, 160, prompts=4), step_alignment=PIECE)
+    cache = filled_cache(np.random.default_rng(0), config, lengths, 130, GARBAGE)
+    starts = np.array([0, 16, 128, 96], np.int32)
+    cache = dataclasses.replace(cache, ar=dataclasses.replace(cache.ar, start=starts))
+    q, copies = normal(np.random.default_rng(1), 4, 14, HEAD_DIM), with_own_copies(cache, rows)
+    windows = () if window is None else (window,)
+    form = WINDOWED[FORMS.index(attend)] if windows else attend
+    indexed = dataclasses.replace(cache, prompt_row=np.array(rows, np.int32))
+    got = np.asarray(form(q, indexed, 1, *windows))
+    np.testing.assert_array_equal(got, form(q, copies, 1, *windows))
+    for b, query in enumerate(q):
+        n = copies.prefill.length[b]
+        k, v = (
+            np.concatenate([prompt[1][b, :, :n], steps[1][b, :, starts[b] : 131]], axis=1)[
+                :, -(window or 999) :
+            ]
+            for prompt, steps in ((copies.prefill.k, cache.ar.k), (copies.prefill.v, cache.ar.v))
+        )
+        np.testing.assert_allclose(got[b], reference(query, k, v), atol=1e-5)
+
+
+@IN_EACH_FORM
+def test_blocks_that_only_prompts_without_a_sequence_reach_are_masked(attend: Attend):
+    """What lies in rows that no sequence points at, longer than theirs, changes not a bit."""
+    config = sizes(300, 16, prompts=3)
+    q = normal(np.random.default_rng(1), 3, 4, HEAD_DIM)
+    outs = []
+    for unused in (300, 1):
+        cache = filled_cache(np.random.default_rng(0), config, np.array([20, 300, 30]), 3, GARBAGE)
+        prefill = dataclasses.replace(cache.prefill, length=np.array([20, unused, 30], np.int32))
+        rows: Any = np.array([2, 0, 2], np.int32)
+        outs.append(attend(q, KVCache(prefill, cache.ar, rows), 1))
+    np.testing.assert_array_equal(*outs)
+
+
 # --- The ring of decode steps -------------------------------------------------------------------------------
 
 PIECE = STEP_ALIGNMENT
@@ -421,9 +471,9 @@ def test_a_decode_step_reads_only_the_blocks_that_the_window_touches(index: int,
     read = []
     whole = attention.get_attention_kv
 
-    def counting(part: Any, layer: int, start: Any, size: Any = None) -> Any:
+    def counting(part: Any, layer: int, start: Any, *more: Any) -> Any:
         jax.debug.callback(lambda start: read.append(int(start)), start)
-        return whole(part, layer, start, size)
+        return whole(part, layer, start, *more)
 
     monkeypatch.setattr(attention, "get_attention_kv", counting)
     config = dataclasses.replace(sizes(2048, 4096, prompts=1), num_layers=1)

@@ -163,6 +163,84 @@ def test_neither_the_place_in_the_ring_nor_the_other_rows_change_a_bit(
         np.testing.assert_array_equal(of(row, start), expected)
 
 
+def sensitive(q: np.ndarray, cache: KVCache) -> tuple[np.ndarray, KVCache]:
+    """Two large products in each score that cancel: what is left depends on the order of the sum."""
+    q[..., 0], q[..., -1] = 256, -256
+
+    def with_large(part: Any) -> Any:
+        k = tuple(layer.at[..., 0].set(256).at[..., -1].set(256) for layer in part.k)
+        return dataclasses.replace(part, k=k)
+
+    return q, KVCache(with_large(cache.prefill), with_large(cache.ar))
+
+
+def with_own_copies(cache: KVCache, rows: list[int]) -> KVCache:
+    """The same sequences without an index: each has a copy of the prompt that it points at."""
+    at = jnp.array(rows)
+    length = jnp.where(at < 0, 0, cache.prefill.length[at])
+    k, v = (tuple(layer[at] for layer in part) for part in (cache.prefill.k, cache.prefill.v))
+    return KVCache(PrefillCache(k, v, length), cache.ar)
+
+
+def indexed(cache: KVCache, rows: list[int]) -> KVCache:
+    return dataclasses.replace(cache, prompt_row=jnp.array(rows, jnp.int32))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 14, 26])  # one query head to a head of keys, two, seven, thirteen
+@pytest.mark.parametrize("window", [None, 9, 33])
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3, 4], [2, 2, 2, 2, 2], [4, 2, 4, 2, 2], [-1, 4, -1, 0, 4], [-1] * 5], ids=str
+)
+def test_sequences_that_share_a_prompt_have_the_bits_of_those_with_own_copies(
+    attend: Any, rows: list[int], window: int | None, heads: int
+):
+    """All that nobody may read is NaN: the rows that no sequence points at, and what is not valid."""
+    cache = cache_of([40, 3, 37, 1, 36], [40, 64, 37, 66, 68], 68)
+    q, cache = sensitive(normal(5, heads, 64), cache)
+    windows = () if window is None else (window,)
+    copies = with_own_copies(cache, rows)
+    spoil = [
+        layer.at[jnp.array([r for r in range(5) if r not in rows], int)].set(jnp.nan)
+        for layer in (*cache.prefill.k, *cache.prefill.v)
+    ]
+    prefill = PrefillCache(tuple(spoil[:2]), tuple(spoil[2:]), cache.prefill.length)
+    shared = indexed(KVCache(prefill, cache.ar), rows)
+    got = np.asarray(attend(q, shared, 1, *windows))
+    np.testing.assert_array_equal(got, attend(q, copies, 1, *windows))
+    expected = exact(q, copies, 1, *windows)
+    np.testing.assert_allclose(got.astype(np.float64), expected, atol=0.02, rtol=2**-7)
+    assert "qwen2_cpu_attention" in attend.lower(q, shared, 1, *windows).as_text()
+
+
+@pytest.mark.parametrize(("prompts", "heads"), [(1, 14), (2, 14), (7, 4), (3, 2)])
+def test_many_that_share_long_prompts_have_the_bits_of_each_alone(attend: Any, prompts: int, heads: int):
+    """More than are computed together, at several places of the ring; also without an index, side by side."""
+    sequences, capacity = 42, 1500
+    lengths = [capacity - 3 * p for p in range(prompts)]
+    starts = [int(n) for n in np.random.default_rng(0).integers(0, 40, sequences)]
+    cache = cache_of(lengths, starts, 44, prompt_capacity=capacity)
+    q, cache = sensitive(normal(sequences, heads, 64), cache)
+    rows = np.random.default_rng(1).integers(0, prompts, sequences)
+    got = np.asarray(attend(q, indexed(cache, list(rows)), 0))
+    side_by_side = np.asarray(attend(q, cache, 0))
+    for b in range(0, sequences, 5):
+        ar = ARCache(
+            tuple(layer[b : b + 1] for layer in cache.ar.k),
+            tuple(layer[b : b + 1] for layer in cache.ar.v),
+            cache.ar.index,
+            cache.ar.start[b : b + 1],
+        )
+        for row, of_all in ((rows[b], got), (b // (sequences // prompts), side_by_side)):
+            alone = attend(q[b : b + 1], indexed(KVCache(cache.prefill, ar), [int(row)]), 0)
+            np.testing.assert_array_equal(of_all[b], alone[0])
+
+
+def test_an_index_beyond_the_prompts_reads_no_memory_that_is_not_theirs(attend: Any):
+    """It reads the last prompt, as XLA does."""
+    cache, q = cache_of([5, 40], [2, 0], 9), normal(2, 14, 64)
+    np.testing.assert_array_equal(attend(q, indexed(cache, [7, 2]), 0), attend(q, indexed(cache, [1, 1]), 0))
+
+
 def test_a_nan_in_a_valid_key_reaches_the_output(attend: Any):
     cache, q = cache_of([40], [0], 3), normal(1, 14, 64)
     k = cache.prefill.k[0].at[0, 0, 11, 5].set(jnp.nan)

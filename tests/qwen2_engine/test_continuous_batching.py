@@ -16,7 +16,6 @@ from lively import Lively, assert_lively, pad_right, row_errors
 
 from activation_store import FinishedSequence
 from generate_jitted import Sampling, generate_single_task_jitted
-from kvcache_utils import KVCache
 from qwen2_core.interventions import Add
 from qwen2_core.kernels.cpu.library import is_available, unavailable_reason
 from qwen2_core.sharding import Layout
@@ -28,8 +27,9 @@ from qwen2_engine import (
     decode_window,
     programs,
 )
-from qwen2_engine.decode_window import SlotShape, SlotState
+from qwen2_engine.decode_window import NewSequence, SlotShape, SlotState
 from qwen2_engine.programs import compile_slots
+from qwen2_engine.prompt_rows import PromptRows
 from qwen2_jax import QwenModel
 from qwen2_jax_with_hooks import create_model_with_hooks
 
@@ -253,13 +253,15 @@ def test_a_smaller_budget_takes_fewer_slots_for_long_prompts_and_gives_the_same(
     assert_as_alone(generate(items, **settings), items)
 
 
-def test_a_sequence_that_is_not_finite_does_not_spoil_the_next_one_in_its_slot():
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_sequence_that_is_not_finite_does_not_spoil_the_next_one_in_its_slot_or_row(slots: int):
+    """Nor, in another slot, that of a prompt which lies in the row after it."""
     model, params = built()
     prompts = TINY.prompts((129, 130), seed=1)
 
     def run(params: Any, *prompts: np.ndarray) -> list[FinishedSequence]:
         items = [SequenceRequest(prompt, LONGEST, sampling_id=0, capture_prompt=True) for prompt in prompts]
-        return list(ContinuousEngine(model, params, slots=1, capture_prompt=True).run(items))
+        return list(ContinuousEngine(model, params, slots=slots, capture_prompt=True).run(items))
 
     expected = [run(params, prompt)[0] for prompt in prompts]
     used = np.concatenate([*prompts, *(result.token_ids for result in expected)])
@@ -274,19 +276,47 @@ def test_a_sequence_that_is_not_finite_does_not_spoil_the_next_one_in_its_slot()
         np.testing.assert_array_equal(result.rows, alone.rows)
 
 
+def test_whether_samples_share_their_prompts_row_changes_not_a_bit(finished, monkeypatch: pytest.MonkeyPatch):
+    """As on CPUs, or a copy for each, as on TPUs and GPUs."""
+    items = workload()[::-1][:45] + workload()[:12]
+    monkeypatch.setattr(continuous_batching, "reads_prompts_by_index", lambda platform: False)
+    assert_same_bytes(generate(items), finished[0])
+
+
+def test_a_prompt_is_copied_into_the_slots_once_for_all_of_its_samples(monkeypatch: pytest.MonkeyPatch):
+    places: list[NewSequence] = []
+    take = continuous_batching.RunningSlots._new_sequences
+
+    def noting(*args: Any) -> NewSequence:
+        places.append(take(*args))
+        return places[-1]
+
+    monkeypatch.setattr(continuous_batching.RunningSlots, "_new_sequences", noting)
+    generate(workload()[:60])
+    copies = [place for place in places if not place.prompt_is_there[0]]
+    assert (len(places), len(copies)) == (60, 60 / SAMPLES)
+
+
 # --- Faults that the comparisons above would find -----------------------------------------------------------
 
 
 def shift_start(state: SlotState, slot: Any, by: int) -> SlotState:
     ar = state.cache.ar
     ar = dataclasses.replace(ar, start=ar.start.at[slot].add(by))
-    return dataclasses.replace(state, cache=KVCache(state.cache.prefill, ar))
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, ar=ar))
 
 
 def shift_length(state: SlotState, slot: Any, by: int) -> SlotState:
-    prefill = state.cache.prefill
-    prefill = dataclasses.replace(prefill, length=prefill.length.at[slot].add(by))
-    return dataclasses.replace(state, cache=KVCache(prefill, state.cache.ar))
+    prefill, rows = state.cache.prefill, state.cache.prompt_row
+    assert rows is not None
+    prefill = dataclasses.replace(prefill, length=prefill.length.at[rows[slot]].add(by))
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, prefill=prefill))
+
+
+def swap_prompt(state: SlotState, slot: Any, row: int) -> SlotState:
+    assert state.cache.prompt_row is not None
+    rows = state.cache.prompt_row.at[slot].set(row)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, prompt_row=rows))
 
 
 @pytest.mark.parametrize(
@@ -296,13 +326,23 @@ def shift_length(state: SlotState, slot: Any, by: int) -> SlotState:
         lambda state, slot: shift_start(state, slot, +1),
         lambda state, slot: shift_length(state, slot, -1),
         lambda state, slot: shift_length(state, slot, +1),
+        lambda state, slot: swap_prompt(state, slot, 0),
+        lambda state, slot: swap_prompt(state, slot, -1),
         lambda state, slot: dataclasses.replace(state, sequence_ids=state.sequence_ids.at[slot].add(1)),
     ],
-    ids=["starts early", "starts late", "prompt too short", "prompt too long", "another's random key"],
+    ids=[
+        "starts early",
+        "starts late",
+        "prompt too short",
+        "prompt too long",
+        "another's prompt",
+        "no prompt",
+        "another's random key",
+    ],
 )
 def test_a_planted_fault_is_found(fault: Callable, monkeypatch: pytest.MonkeyPatch):
-    def faulty(state: SlotState, prompt: Any, slot: Any, *args: Any) -> SlotState:
-        return fault(decode_window.insert(state, prompt, slot, *args), slot)
+    def faulty(state: SlotState, prompt: Any, new: NewSequence, *args: Any) -> SlotState:
+        return fault(decode_window.insert(state, prompt, new, *args), new.slot)
 
     monkeypatch.setattr(programs, "insert", faulty)
     programs.compile_insert.cache_clear()
@@ -313,6 +353,21 @@ def test_a_planted_fault_is_found(fault: Callable, monkeypatch: pytest.MonkeyPat
             assert_as_alone(generate(items), items)
     finally:
         programs.compile_insert.cache_clear()
+
+
+@pytest.mark.parametrize("fault", ["a row that is read", "a prompt that is not there"])
+def test_a_prompt_in_a_wrong_row_is_found(fault: str, monkeypatch: pytest.MonkeyPatch):
+    place = PromptRows.place
+
+    def faulty(rows: PromptRows, key: bytes, in_use: Any) -> tuple[int, bool]:
+        if fault == "a row that is read":
+            return place(rows, key, ())
+        return place(rows, key, in_use)[0], True
+
+    monkeypatch.setattr(PromptRows, "place", faulty)
+    items = workload()[::5]
+    with pytest.raises(AssertionError):
+        assert_as_alone(generate(items), items)
 
 
 # --- Memory and programs ------------------------------------------------------------------------------------
@@ -330,21 +385,26 @@ def test_memory_on_the_device_does_not_grow_with_the_number_of_sequences():
     assert max(sizes) - min(sizes) < 2 * 160 * rows  # prompts that have been read differ in width
 
 
+SHARED = pytest.mark.parametrize("shared", [False, True], ids=["own prompts", "shared prompts"])
+
+
+@SHARED
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_sequence_is_inserted_in_place(dtype: str, scan_layers: bool):
+def test_a_sequence_is_inserted_in_place(dtype: str, scan_layers: bool, shared: bool):
     config = TINY.config(dtype=dtype, scan_layers=scan_layers)
-    shape = SlotShape(SLOTS, 160, LONGEST)
+    shape = SlotShape(SLOTS, 160, LONGEST, shared_prompts=shared)
     model: Any = create_model_with_hooks(config, TINY.extract)
     memory: Any = programs.compile_insert(model, shape, Layout()).memory_analysis()
     assert memory.alias_size_in_bytes > shape.cache_config(model).nbytes
     assert memory.temp_size_in_bytes < 10_000
 
 
+@SHARED
 @pytest.mark.slow
 @pytest.mark.parametrize(("scan_layers", "slots"), [(False, 2), (True, SLOTS)], ids=["unrolled", "scanned"])
-def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int):
-    shape = SlotShape(slots, 160, LONGEST, capture_prompt=True)
+def test_the_slots_are_updated_in_place(scan_layers: bool, slots: int, shared: bool):
+    shape = SlotShape(slots, 160, LONGEST, capture_prompt=True, shared_prompts=shared)
     compiled = compile_slots(*built(scan_layers), Layout(), shape, (64, 160))
     cache_bytes = shape.cache_config(built()[0]).nbytes
     for program in (compiled.window, compiled.insert):

@@ -23,10 +23,11 @@ def cpu_attention(
     """Attends from one token per sequence to its prompt and to its own decode steps.
 
     Reads valid positions only. Takes keys and values in the sequence's order, so that the result's bits
-    depend neither on the sequence's place in the ring nor on other rows.
+    depend neither on the sequence's place in the ring nor on other rows. Reads a prompt's keys and values
+    once for all sequences that continue it.
 
     Args:
-        q: sequence b continues prompt ``b // (batch // prompts)``; head_dim is even.
+        q: one query a sequence; head_dim is even.
         cache: in bfloat16; the token's own key and value are already written at ``ar.index``.
         window: how many positions each token sees at most, its own included; None for all.
 
@@ -50,6 +51,7 @@ def cpu_attention(
         ar.start,
         ar.index,
         jnp.int32(0 if isinstance(ar.k, tuple) else layer),
+        *_operands(cache.prompt_row),
         *_operands(window),
         instructions=int(instructions()),
     )
@@ -69,5 +71,5 @@ def cpu_attention_causal(
     return call(q, k, v, key_valid, *_operands(window), instructions=int(instructions()))
 
 
-def _operands(window: Array | None) -> tuple[Array, ...]:
-    return () if window is None else (window,)
+def _operands(optional: Array | None) -> tuple[Array, ...]:
+    return () if optional is None else (optional,)

@@ -21,7 +21,7 @@ MATMUL, ATTENTION, CAUSAL_ATTENTION = (
     "qwen2_cpu_attention_causal",
 )
 # The version of the handlers, as in csrc/matmul.cc: a library of another version must not be called.
-_INTERFACE = 6
+_INTERFACE = 7
 
 
 class Instructions(enum.IntEnum):

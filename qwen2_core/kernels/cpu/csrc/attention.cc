@@ -1,17 +1,19 @@
 // Computes attention on CPUs with AVX2, AVX-512 BF16 or AMX, as XLA custom calls (cpu/attention.py).
 //
 // CpuAttention does a decode step. It reads each sequence's valid keys and values where they lie in the KV cache: its
-// prompt's positions, then its own steps around the ring. Scores, softmax and sums are computed in that order, so they
-// depend neither on the place in the ring nor on other rows. XLA would first copy each block of keys and values out of
-// the KV cache, and run a dozen small operations on it.
+// prompt's positions, once for all sequences that continue the prompt, then its own steps around the ring. Scores,
+// softmax and sums are computed in that order, so they depend neither on the place in the ring nor on other rows. XLA
+// would first copy each block of keys and values out of the KV cache, and run a dozen small operations on it.
 //
 // CpuCausalAttention does whole prompts: block after block of queries, whose scores stay in the processor's cache.
 //
 // Both take a sliding window, if they are given one: a token sees its own position and the window - 1 before it.
 
 #include <cmath>
+#include <compare>
 #include <limits>
 #include <optional>
+#include <span>
 
 #include "kernels.h"
 #include "xla/ffi/api/ffi.h"
@@ -40,15 +42,10 @@ int64_t SizeOf(const Window& window) {
 struct Attention {
   const uint16_t *q, *prompt_k, *prompt_v, *step_k, *step_v;
   const int32_t *length, *start;
+  const int32_t* prompt_row;  // which prompt each sequence continues, -1: none; null: sequence / samples
   uint16_t* out;
-  int64_t prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index, window;
+  int64_t sequences, prompts, samples, kv_heads, group, dim, prompt_capacity, ring, layer, index, window;
   Instructions instructions;
-};
-
-// Consecutive positions of one sequence and head.
-struct Segment {
-  const uint16_t *k, *v;
-  int64_t keys;
 };
 
 // The product that computes scores: q [rows, dim] times keys [keys, dim], whose address `w` the caller sets.
@@ -105,57 +102,128 @@ void AddValues(Product p, const uint16_t* values, int64_t keys) {
 
 float ScaleOf(int64_t dim) { return 1 / std::sqrt(static_cast<float>(dim)); }
 
-// Computes all queries of one sequence that share one head's keys.
-void Attend(const Attention& a, int64_t row, int64_t head) {
-  const int64_t prompt = row / a.samples, rows = a.group, dim = a.dim;
-  const int64_t at_prompt = ((a.layer * a.prompts + prompt) * a.kv_heads + head) * a.prompt_capacity * dim;
-  const int64_t at_steps = ((a.layer * a.prompts * a.samples + row) * a.kv_heads + head) * a.ring * dim;
-  const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, a.index - a.window + 1, 0});
-  const int64_t steps = std::max<int64_t>(a.index - oldest + 1, 0), from = oldest % a.ring;
-  const int64_t before_end = std::min(steps, a.ring - from);
+// What a sequence sees of the prompts: positions begin .. end of one row.
+struct Seen {
+  int64_t prompt, begin, end;
+  auto operator<=>(const Seen&) const = default;
+};
+
+Seen SeenBy(const Attention& a, int64_t row) {
+  const int64_t prompt = a.prompt_row ? std::min<int64_t>(a.prompt_row[row], a.prompts - 1) : row / a.samples;
+  if (prompt < 0) return {0, 0, 0};
   const int64_t length = std::clamp<int64_t>(a.length[prompt], 0, a.prompt_capacity);
   const int64_t position = length + a.index - a.start[row];
-  const int64_t unseen = std::clamp<int64_t>(position - a.window + 1, 0, length);  // of the prompt
-  const Segment segments[] = {
-      {a.prompt_k + at_prompt + unseen * dim, a.prompt_v + at_prompt + unseen * dim, length - unseen},
-      {a.step_k + at_steps + from * dim, a.step_v + at_steps + from * dim, before_end},
-      {a.step_k + at_steps, a.step_v + at_steps, steps - before_end},
+  return {prompt, std::clamp<int64_t>(position - a.window + 1, 0, length), length};
+}
+
+// The steps of its own that a sequence sees, from `from` on around the ring.
+struct Steps {
+  int64_t from, count;
+};
+
+Steps StepsOf(const Attention& a, int64_t row) {
+  const int64_t oldest = std::max<int64_t>({a.start[row], a.index - a.ring + 1, a.index - a.window + 1, 0});
+  return {oldest % a.ring, std::max<int64_t>(a.index - oldest + 1, 0)};
+}
+
+// Computes all queries that share one head's keys, of sequences that see the same of the same prompt: its keys and
+// values are read once for all of them.
+void Attend(const Attention& a, std::span<const int64_t> sequences, int64_t head) {
+  const int64_t dim = a.dim, group = a.group, rows = sequences.size() * group;
+  const Seen seen = SeenBy(a, sequences[0]);
+  const int64_t prompt = seen.end - seen.begin;
+  const int64_t at_prompt =
+      (((a.layer * a.prompts + seen.prompt) * a.kv_heads + head) * a.prompt_capacity + seen.begin) * dim;
+  const auto at_heads = [&](int64_t i) { return (sequences[i] * a.kv_heads + head) * group * dim; };  // in q and out
+  const auto at_steps = [&](int64_t i) {
+    return ((a.layer * a.sequences + sequences[i]) * a.kv_heads + head) * a.ring * dim;
   };
-  int64_t keys = 0;
-  for (const Segment& segment : segments) keys += segment.keys;
+  int64_t keys = prompt;  // of the sequence with the most
+  for (const int64_t row : sequences) keys = std::max(keys, prompt + StepsOf(a, row).count);
 
   const Vectors& vectors = VectorsOf(a.instructions);
   thread_local std::vector<float> scores, totals, sums;
-  thread_local std::vector<uint16_t> weights;
+  thread_local std::vector<uint16_t> queries, weights;
+  queries.resize(rows * dim);
   weights.resize(rows * keys);
-  const int64_t at_heads = (row * a.kv_heads + head) * rows * dim;  // in q and out
-  Product p = ScoresOf(a.q + at_heads, rows, dim, scores, keys, a.instructions);
-  for (const Segment& segment : segments) {
-    p.w = segment.k;
-    p.outputs = segment.keys;
-    MultiplyOutputs(p, 0, p.outputs);
-    p.out += segment.keys;
-  }
-
   totals.resize(rows);
-  for (int64_t r = 0; r < rows; ++r) {
-    totals[r] = vectors.softmax(scores.data() + r * keys, keys, ScaleOf(dim), weights.data() + r * keys);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    std::copy_n(a.q + at_heads(i), group * dim, queries.data() + i * group * dim);
+  }
+  // A row of scores and weights is one of the queries. It begins with the prompt; the sequence's own steps follow.
+  const Product all = ScoresOf(queries.data(), rows, dim, scores, keys, a.instructions);
+  Product p = all;
+  p.w = a.prompt_k + at_prompt;
+  p.outputs = prompt;
+  MultiplyOutputs(p, 0, p.outputs);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Steps steps = StepsOf(a, sequences[i]);
+    const int64_t before_end = std::min(steps.count, a.ring - steps.from), first = i * group;
+    const uint16_t* k = a.step_k + at_steps(i);
+    p = all;
+    p.rows = group;
+    p.x += first * dim;
+    p.out += first * keys + prompt;
+    p.w = k + steps.from * dim;
+    p.outputs = before_end;
+    MultiplyOutputs(p, 0, p.outputs);
+    p.out += before_end;
+    p.w = k;
+    p.outputs = steps.count - before_end;
+    MultiplyOutputs(p, 0, p.outputs);
+    for (int64_t r = first; r < first + group; ++r) {
+      totals[r] = vectors.softmax(scores.data() + r * keys, prompt + steps.count, ScaleOf(dim), weights.data() + r * keys);
+    }
   }
 
-  p = SumsOf(weights.data(), rows, keys, sums, dim, a.instructions);
-  AddValues(p, segments[0].v, segments[0].keys);
-  p.x += segments[0].keys;
-  // The steps' values in one piece, wherever the ring ends, because tiles sum blocks of 32.
-  const uint16_t* values = segments[1].v;
-  if (segments[2].keys) {
-    thread_local std::vector<uint16_t> unrolled;
-    unrolled.resize(steps * dim);
-    std::copy_n(segments[1].v, before_end * dim, unrolled.data());
-    std::copy_n(segments[2].v, (steps - before_end) * dim, unrolled.data() + before_end * dim);
-    values = unrolled.data();
+  const Product sum = SumsOf(weights.data(), rows, keys, sums, dim, a.instructions);
+  AddValues(sum, a.prompt_v + at_prompt, prompt);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Steps steps = StepsOf(a, sequences[i]);
+    const int64_t before_end = std::min(steps.count, a.ring - steps.from), first = i * group;
+    const uint16_t* v = a.step_v + at_steps(i);
+    const uint16_t* values = v + steps.from * dim;
+    // The steps' values in one piece, wherever the ring ends, because tiles sum blocks of 32.
+    if (before_end < steps.count) {
+      thread_local std::vector<uint16_t> unrolled;
+      unrolled.resize(steps.count * dim);
+      std::copy_n(values, before_end * dim, unrolled.data());
+      std::copy_n(v, (steps.count - before_end) * dim, unrolled.data() + before_end * dim);
+      values = unrolled.data();
+    }
+    p = sum;
+    p.rows = group;
+    p.x += first * keys + prompt;
+    p.out += first * dim;
+    AddValues(p, values, steps.count);
+    for (int64_t r = 0; r < group; ++r) {
+      vectors.divide(sums.data() + (first + r) * dim, totals[first + r], dim, a.out + at_heads(i) + r * dim);
+    }
   }
-  AddValues(p, values, steps);
-  for (int64_t r = 0; r < rows; ++r) vectors.divide(sums.data() + r * dim, totals[r], dim, a.out + at_heads + r * dim);
+}
+
+// Sequences that are computed together: indices first .. first + count of an order of all sequences.
+struct Sharers {
+  int64_t first, count;
+};
+
+// Orders the sequences by what they see, and parts them so that there is work for `threads` and that the scores of a
+// part stay in the processor's cache.
+std::vector<Sharers> PartBySeen(const Attention& a, int64_t threads, std::vector<int64_t>& order) {
+  std::vector<std::pair<Seen, int64_t>> seen(a.sequences);
+  for (int64_t row = 0; row < a.sequences; ++row) seen[row] = {SeenBy(a, row), row};
+  std::sort(seen.begin(), seen.end());
+  std::vector<Sharers> parts;
+  for (int64_t i = 0; i < a.sequences; ++i) {
+    const Seen& own = seen[i].first;
+    const int64_t fit = std::min(a.sequences * a.kv_heads / threads, (1 << 17) / (a.group * (own.end - own.begin + 1)));
+    // A single row is summed in another order than several. So where a sequence has but one, each stays alone.
+    const bool joins = i && own == seen[i - 1].first && parts.back().count < fit && a.group > 1;
+    if (!joins) parts.push_back({i, 0});
+    ++parts.back().count;
+    order.push_back(seen[i].second);
+  }
+  return parts;
 }
 
 // Attention of the last `tokens` of `positions`; each sees the valid positions of its window up to its own.
@@ -251,8 +319,8 @@ ffi::Error RunCausal(ffi::ThreadPool pool, Prompts q, Prompts k, Prompts v, Mask
 }
 
 ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, Indices length, Cache step_k,
-               Cache step_v, Indices start, Index index, Index layer, Window window, ffi::Result<Heads> out,
-               int64_t instructions) {
+               Cache step_v, Indices start, Index index, Index layer, ffi::RemainingArgs more,
+               ffi::Result<Heads> out, int64_t instructions) {
   const auto queries = q.dimensions(), prompt_dims = prompt_k.dimensions(), step_dims = step_k.dimensions();
   const int64_t stacked = static_cast<int64_t>(step_dims.size()) - 4, layers = stacked == 1 ? step_dims[0] : 1;
   const auto is_cache = [](const Cache& k, const Cache& v) {
@@ -267,7 +335,19 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
   if (rows * prompts * kv_heads * layers == 0) {
     return ffi::Error::InvalidArgument("cpu_attention: nothing to attend to");
   }
-  const bool fits = rows % prompts == 0 && start.dimensions()[0] == rows && queries[1] % kv_heads == 0 &&
+  Window window;
+  const int32_t* prompt_row = nullptr;
+  bool known = true;
+  for (size_t i = 0; i < more.size(); ++i) {
+    if (const auto one = more.get<Index>(i)) {
+      window = *one;
+    } else if (const auto of_rows = more.get<Indices>(i); of_rows && of_rows->dimensions()[0] == rows) {
+      prompt_row = of_rows->typed_data();
+    } else {
+      known = false;
+    }
+  }
+  const bool fits = known && (rows % prompts == 0 || prompt_row) && start.dimensions()[0] == rows && queries[1] % kv_heads == 0 &&
                     queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == rows && prompt[0] == prompts &&
                     prompt[1] == kv_heads && prompt[3] == step[3] && (!stacked || prompt_dims[0] == layers) &&
                     out->dimensions() == queries;
@@ -280,7 +360,9 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .step_v = bits(step_v.untyped_data()),
                        .length = length.typed_data(),
                        .start = start.typed_data(),
+                       .prompt_row = prompt_row,
                        .out = static_cast<uint16_t*>(out->untyped_data()),
+                       .sequences = rows,
                        .prompts = prompts,
                        .samples = rows / prompts,
                        .kv_heads = kv_heads,
@@ -294,11 +376,16 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
                        .instructions = Choose(instructions)};
   int64_t keys = 0;
   for (int64_t row = 0; row < rows; ++row) {
-    keys += a.length[row / a.samples] + std::min(a.index - a.start[row] + 1, a.ring);
+    const Seen seen = SeenBy(a, row);
+    keys += seen.end - seen.begin + StepsOf(a, row).count;
   }
-  const bool alone = keys * queries[1] * a.dim < kAlone;
-  Share(pool, alone ? 1 : Threads(pool), rows * kv_heads,
-        [=](int64_t i) { Attend(a, i / kv_heads, i % kv_heads); });
+  const int64_t threads = keys * queries[1] * a.dim < kAlone ? 1 : Threads(pool);
+  std::vector<int64_t> order;
+  const std::vector<Sharers> parts = PartBySeen(a, threads, order);
+  Share(pool, threads, parts.size() * kv_heads, [&](int64_t i) {
+    const Sharers& part = parts[i / kv_heads];
+    Attend(a, std::span(order).subspan(part.first, part.count), i % kv_heads);
+  });
   return ffi::Error::Success();
 }
 
@@ -308,8 +395,8 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
 
 namespace {
 
-ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index, Window,
-               ffi::Result<Heads>, int64_t) {
+ffi::Error Run(ffi::ThreadPool, Heads, Cache, Cache, Indices, Cache, Cache, Indices, Index, Index,
+               ffi::RemainingArgs, ffi::Result<Heads>, int64_t) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented, "cpu_attention: only for x86 with AVX2");
 }
 
@@ -344,6 +431,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuAttention, Run,
                                   .Arg<Indices>()
                                   .Arg<Index>()
                                   .Arg<Index>()
-                                  .OptionalArg<Index>()
+                                  .RemainingArgs()
                                   .Ret<Heads>()
                                   .Attr<int64_t>("instructions"));
