@@ -36,6 +36,7 @@ from kvcache_utils import (
     update_activation_buffer,
 )
 from qwen2_core.compilation import AbstractParams, check_surroundings, compile_all, raise_on_nan, traced_apart
+from qwen2_core.drafts import check_draft_tokens, decode_with_drafts, start_history
 from qwen2_core.generation import CompiledGenerate, GenerateShape, Generation
 from qwen2_core.inputs import cache_dtype_of, whole_number, yes_or_no
 from qwen2_core.parameter_checks import check_params
@@ -104,6 +105,10 @@ class DecodeState:
     )
     # Tokens that the prompt or the answer has; only where there is a repetition penalty.
     seen: Bool[Array, "batch vocab"] | None = dataclasses.field(metadata=axes("rows", "vocab"), default=None)
+    # The text: the prompt and the tokens read so far; only where drafts are copied from it.
+    history: Int32[Array, "batch positions"] | None = dataclasses.field(
+        metadata=axes("rows", "tokens"), default=None
+    )
 
 
 def start_decode_state(
@@ -198,6 +203,9 @@ def run_prefill(
     token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0, seen)
     ended = jnp.zeros(token.shape, bool)
     state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
+    if shape.draft_tokens:
+        history = start_history(prompts[0], shape.max_tokens, shape.draft_tokens)
+        state = dataclasses.replace(state, history=history)
     return state, rows_of(output)
 
 
@@ -302,8 +310,16 @@ def run_decode(
     """Runs from the prefill's state to the last token.
 
     The loop is ``lax.fori_loop`` over exactly ``max_tokens`` steps. With ``shape.stop`` it is the same body
-    under ``lax.while_loop``, which ends when every row has ended.
+    under ``lax.while_loop``, which ends when every row has ended. With ``shape.draft_tokens`` it is that of
+    ``qwen2_core.drafts``.
     """
+    if shape.draft_tokens:
+
+        def read(token_ids: Array, cache: KVCache) -> tuple[ModelOutput | HookedOutput, Rows]:
+            output = _forward(model, params, token_ids, None, cache, steering)
+            return output, rows_of(output)
+
+        return decode_with_drafts(read, shape.draft_tokens, state, sampling, sequence_ids)
     keys = sequence_keys(sampling.seed, sequence_ids)
 
     def body(state: DecodeState) -> DecodeState:
@@ -336,6 +352,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     extract_activations: bool = True,
     extract_prompt: bool = False,
     interventions: Any = (),
+    draft_tokens: int = 0,
 ) -> Generation:
     """Generates from P prompts, ``samples_per_prompt`` sequences each, and captures their activations.
 
@@ -357,6 +374,9 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         extract_activations: False returns tokens and log-probabilities alone.
         extract_prompt: True returns the prompts' rows too.
         interventions: what to change on the way, of ``qwen2_core.interventions``.
+        draft_tokens: tokens that each forward pass reads beyond the next one, copied from where the text says
+            the same already. Faster where an answer repeats its prompt; the tokens are the same. For a single
+            sequence only.
 
     Raises:
         ValueError: a prompt, a number, a type or a shape that cannot be, parameters of another model, a call
@@ -375,6 +395,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
     samples_per_prompt = whole_number("samples_per_prompt", samples_per_prompt, 1)
     prompts = check_prompts(model.config, input_ids, prompt_lengths, max_tokens, attention_mask)
     ids = check_sequence_ids(len(prompts.lengths), samples_per_prompt, sequence_ids)
+    draft_tokens = check_draft_tokens(draft_tokens, len(ids), max_tokens)
     traced = sampling_params(sampling, seed, eos_token_ids, model.config.vocab_size)
     shape = GenerateShape(
         num_prompts=len(prompts.lengths),
@@ -385,6 +406,7 @@ def generate_single_task_jitted(  # noqa: PLR0913 - the public call; all but fou
         stop=bool((traced.eos_token_ids >= 0).any()),
         capture_prompt=prompt_rows,
         sampling=traced.shape,
+        draft_tokens=draft_tokens,
     )
     steering = steer(interventions, model.config, shape.batch_size)
     check_prompt_strengths(steering, prompts.lengths)
@@ -478,4 +500,9 @@ def _empty_state(model: QwenModel, shape: GenerateShape) -> DecodeState:
     if shape.sampling.repetition_penalty:
         seen = jnp.zeros((rows, model.config.vocab_size), bool)
     ended = jnp.zeros(rows, bool)
-    return start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
+    state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
+    if shape.draft_tokens:
+        prompts = jnp.zeros((rows, shape.prompt_width), jnp.int32)
+        history = start_history(prompts, shape.max_tokens, shape.draft_tokens)
+        state = dataclasses.replace(state, history=history)
+    return state

@@ -257,14 +257,15 @@ def write_prefill_cache(
 def update_kv_cache_ar(
     cache: ARCache,
     layer: int | Array,
-    k: Float[Array, "batch kv_heads 1 head_dim"],
-    v: Float[Array, "batch kv_heads 1 head_dim"],
+    k: Float[Array, "batch kv_heads tokens head_dim"],
+    v: Float[Array, "batch kv_heads tokens head_dim"],
 ) -> ARCache:
-    """Writes one layer's key and value of one decode step at ``cache.index``, around the ring.
+    """Writes one layer's keys and values of one decode step from ``cache.index`` on, around the ring.
 
-    The index does not move here: one token passes through all layers at the same index. Advance it once
+    The index does not move here: a token passes through all layers at the same index. Advance it once
     afterwards with :func:`advance_ar_index`. A sequence longer than the ring would overwrite its own
     beginning in silence. Its row writes NaN instead, so that nothing computed from it can pass for a result.
+    So do several tokens that would go past the ring's end.
 
     Args:
         cache: the ar part.
@@ -272,7 +273,12 @@ def update_kv_cache_ar(
         k: rotated keys.
         v: values.
     """
-    fits = (cache.tokens_read < cache.capacity)[:, None, None, None]
+    tokens = k.shape[2]
+    fits = cache.tokens_read < cache.capacity
+    if tokens > 1:
+        in_ring = cache.index % cache.capacity + tokens <= cache.capacity
+        fits = in_ring & (cache.tokens_read + tokens <= cache.capacity)
+    fits = fits[:, None, None, None]
     k, v = jnp.where(fits, k, jnp.nan), jnp.where(fits, v, jnp.nan)
     position = cache.index % cache.capacity
     return dataclasses.replace(
@@ -280,9 +286,9 @@ def update_kv_cache_ar(
     )
 
 
-def advance_ar_index(cache: KVCache) -> KVCache:
-    """Returns the same cache, one token further on."""
-    return dataclasses.replace(cache, ar=dataclasses.replace(cache.ar, index=cache.ar.index + 1))
+def advance_ar_index(cache: KVCache, tokens: int | Int32[Array, ""] = 1) -> KVCache:
+    """Returns the same cache, one token or so many further on; what lies past its index does not count."""
+    return dataclasses.replace(cache, ar=dataclasses.replace(cache.ar, index=cache.ar.index + tokens))
 
 
 def get_attention_kv(

@@ -7,7 +7,7 @@ The cache that is passed in decides what a forward pass does:
 ===================  ============================================  =============================
 ``None`` or a list   any tokens, appended to a growing cache       of every token [B, T, vocab]
 ``PrefillCache``     right-padded prompts [P, T]                   of each last token [P, 1, vocab]
-``KVCache``          the next token of every sequence [B, 1]       of that token [B, 1, vocab]
+``KVCache``          the next tokens of every sequence [B, T]      of every token [B, T, vocab]
 ===================  ============================================  =============================
 
 RMSNorm, RoPE, softmax and logits are computed in float32. The residual stream, and all that lies between
@@ -41,7 +41,7 @@ from qwen2_core.compilation import defined_settings
 from qwen2_core.config import QwenConfig
 from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
-from qwen2_core.kernels.attention import attend_causal, attend_two_part
+from qwen2_core.kernels.attention import attend_causal, attend_tokens_two_part, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
 from qwen2_core.model_inputs import read_mask, read_token_ids, text_lengths
 from qwen2_core.rope import apply_rope, rope_angles
@@ -69,7 +69,7 @@ LayerKV = tuple[Array, Array]  # the growing cache of one layer: k, v [B, kv_hea
 class ModelOutput(NamedTuple):
     """What one forward pass returns."""
 
-    logits: Float32[Array, "batch tokens vocab"]  # with a fixed cache: of each last token, [batch, 1, vocab]
+    logits: Float32[Array, "batch tokens vocab"]  # of a prefill: of each last token, [batch, 1, vocab]
     cache: Any  # of the kind that was passed in
     activations: Float[Array, "layers tokens batch hidden"] | None  # None where no layer is captured
 
@@ -204,7 +204,10 @@ class QwenAttention(nn.Module):
 
         if isinstance(cache, KVCache):
             cache = KVCache(cache.prefill, update_kv_cache_ar(cache.ar, layer, k, v), cache.prompt_row)
-            out = attend_two_part(q[:, 0], cache, layer, window)
+            if tokens == 1:
+                out = attend_two_part(q[:, 0], cache, layer, window)
+            else:
+                out = attend_tokens_two_part(q, cache, layer, window)
         elif isinstance(cache, PrefillCache):
             cache = write_prefill_cache(cache, layer, k, v)
             out = attend_causal(q, k, v, context.key_valid, window)
@@ -368,8 +371,6 @@ class QwenModel(nn.Module):
         cache, grown = None, None
         key_valid = read_mask(attention_mask, input_ids.shape, kv_caches)
         if isinstance(kv_caches, KVCache):
-            if tokens != 1:
-                raise ValueError(f"A decode step reads one token a sequence, not {tokens}.")
             cache, start = kv_caches, kv_caches.positions[:, None]
         elif isinstance(kv_caches, PrefillCache):
             lengths = jnp.full(input_ids.shape[0], tokens) if key_valid is None else key_valid.sum(1)
@@ -412,7 +413,7 @@ class QwenModel(nn.Module):
             else:
                 logits = logits_f32(x, self.lm_head.kernel, tied=False)
         if isinstance(cache, KVCache):
-            cache = advance_ar_index(cache)
+            cache = advance_ar_index(cache, tokens)
         elif cache is None and not (config.use_fixed_cache and kv_caches is None):
             cache = grown
         return make_output(logits, cache, activations, of_model.kept())

@@ -114,6 +114,7 @@ class GenerateShape:
     stop: bool = True  # end when every row has met an EOS id
     capture_prompt: bool = False
     sampling: SamplingShape = dataclasses.field(default_factory=SamplingShape)
+    draft_tokens: int = 0  # read in each pass beyond the next token; of one sequence, less than max_tokens
 
     @property
     def batch_size(self) -> int:
@@ -124,7 +125,7 @@ class GenerateShape:
         """Returns the sizes of the KV cache."""
         return config.kv_cache(
             self.prompt_width,
-            max(self.max_tokens, 1),
+            max(self.max_tokens, 1) + self.draft_tokens,
             num_prompts=self.num_prompts,
             samples_per_prompt=self.samples_per_prompt,
             dtype=self.cache_dtype,

@@ -147,6 +147,29 @@ def test_a_sequence_longer_than_the_ring_writes_nan_over_its_own_beginning(stack
     np.testing.assert_array_equal(written, expected)
 
 
+@LAYOUTS
+def test_several_tokens_are_written_behind_one_another_and_the_index_says_how_many_count(stacked: bool):
+    cache = cache_of(stacked)
+    cache = advance_ar_index(cache, 2)
+    k, v = values(rows=6, tokens=3)
+    written = all_layers(update_kv_cache_ar(cache.ar, 1, k, v))
+    expected = np.zeros_like(written)
+    expected[1, 0, :, :, 2:5], expected[1, 1, :, :, 2:5] = k, v
+    np.testing.assert_array_equal(written, expected)
+    assert int(advance_ar_index(cache, jnp.int32(3)).ar.index) == 5
+
+
+@LAYOUTS
+def test_several_tokens_that_do_not_fit_before_the_rings_end_are_nan_and_never_moved(stacked: bool):
+    capacity = CONFIG.max_decode_length
+    for index, starts in ((capacity - 1, 0), (capacity + capacity - 1, capacity + 2)):
+        ar = cache_of(stacked).ar
+        ar = dataclasses.replace(ar, index=jnp.int32(index), start=jnp.full(6, starts, jnp.int32))
+        written = all_layers(update_kv_cache_ar(ar, 2, *values(rows=6, tokens=2)))
+        assert np.isnan(written[2, :, :, :, -2:]).all()
+        assert not written[2, :, :, :, :-2].any()
+
+
 def test_a_tokens_position_is_its_prompts_length_plus_the_steps_since_its_sequence_began():
     cache = cache_of(False)
     prefill = dataclasses.replace(cache.prefill, length=jnp.array([4, 9], jnp.int32))

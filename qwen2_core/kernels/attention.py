@@ -201,19 +201,40 @@ def reads_prompts_by_index(platform: str) -> bool:
     return platform == "cpu"
 
 
+def attend_tokens_two_part(
+    q: Float[Array, "batch tokens heads head_dim"],
+    cache: KVCache,
+    layer: int | Int32[Array, ""],
+    window: int | Int32[Array, ""] | None = None,
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """Attends from several tokens of each sequence, as :func:`attend_two_part` does from one after the other.
+
+    Their keys and values are already written, from ``ar.index`` on. What lies past them in the cache, or past
+    a token's own position, is not read by it.
+    """
+    return _two_part_by_blocks(q, cache, layer, *_operands(window))
+
+
 def _operands(window: int | Array | None) -> tuple[Array, ...]:
     """Returns a window as arguments: none where there is no window, so that programs have no trace of it."""
     return () if window is None else (jnp.asarray(window, jnp.int32),)
 
 
 def _two_part_by_blocks(q: Array, cache: KVCache, layer: int | Array, window: Array | None = None) -> Array:
-    batch, _, head_dim = q.shape
+    """Attends from q [batch, heads, head_dim], or of several tokens [batch, tokens, heads, head_dim]."""
+    batch, head_dim = len(q), q.shape[-1]
+    tokens = 1 if q.ndim == 3 else q.shape[1]
     prompts = batch if cache.prompt_row is not None else cache.prefill.length.shape[0]
     samples = batch // prompts
     kv_heads = get_attention_kv(cache.ar, layer, 0, 1)[0].shape[1]
-    by_prompt = q.reshape(prompts, samples, kv_heads, -1, head_dim)
-    by_row = q.reshape(batch, 1, kv_heads, -1, head_dim)
-    first = None if window is None else (cache.positions - window + 1).reshape(prompts, samples)
+    by_prompt = q.reshape(prompts, samples * tokens, kv_heads, -1, head_dim)
+    by_row = q.reshape(batch, tokens, kv_heads, -1, head_dim)
+    first = None
+    if window is not None:
+        first = (cache.positions - window + 1).reshape(prompts, samples)
+        if tokens > 1:
+            first = first[..., None] + jnp.arange(tokens, dtype=jnp.int32)
+            first = first.reshape(prompts, samples * tokens)
     partial = _accumulate_prompt(_nothing(by_prompt), by_prompt, cache, layer, first)
     partial = PartialSoftmax(*(a.reshape(*by_row.shape[:4], *a.shape[4:]) for a in partial))
     partial = _accumulate_steps(partial, by_row, cache.ar, layer, window)
@@ -259,7 +280,10 @@ def _accumulate_steps(
     changes not a bit of that row. So neither the place in the ring nor the other rows change a bit of a
     sequence, if the ring's capacity is a multiple of ``step_alignment``.
     """
-    capacity = part.capacity
+    capacity, tokens = part.capacity, q.shape[1]
+    own, last = part.index, part.index  # the steps of each token, and of the last one
+    if tokens > 1:
+        own, last = own + jnp.arange(tokens, dtype=jnp.int32)[:, None], last + (tokens - 1)
     keys = min(DECODE_KEYS, capacity)
     blocks = -(-capacity // keys)
     piece = part.step_alignment or keys
@@ -273,16 +297,18 @@ def _accumulate_steps(
         start = jnp.minimum(block % blocks * keys, capacity - keys)
         k, v = get_attention_kv(part, layer, start, keys)
         positions = start + jnp.arange(keys, dtype=jnp.int32)
-        steps = part.index - (part.index - positions) % capacity  # at which each position was last written
+        steps = last - (last - positions) % capacity  # at which each position was last written
         visible = (block_of(steps) == block) & (steps >= part.start[:, None])
+        if tokens > 1:
+            visible = visible[:, None] & (steps <= own)
         if window is not None:
-            visible &= steps > part.index - window
-        return _merge(partial, q, k, v, visible[:, None], pieces)
+            visible &= steps > own - window
+        return _merge(partial, q, k, v, visible if tokens > 1 else visible[:, None], pieces)
 
-    oldest = jnp.maximum(jnp.min(part.start), part.index - capacity + 1)
+    oldest = jnp.maximum(jnp.min(part.start), last - capacity + 1)
     if window is not None:
         oldest = jnp.maximum(oldest, part.index - window + 1)
-    return lax.fori_loop(block_of(oldest), block_of(part.index) + 1, merge, partial)
+    return lax.fori_loop(block_of(oldest), block_of(last) + 1, merge, partial)
 
 
 def _accumulate(

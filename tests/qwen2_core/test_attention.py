@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvcache_utils import KVCache, KVCacheConfig, create_kv_cache_buffers
 from qwen2_core.kernels import attention
-from qwen2_core.kernels.attention import attend_causal, attend_two_part
+from qwen2_core.kernels.attention import attend_causal, attend_tokens_two_part, attend_two_part
 from qwen2_core.kernels.gpu_attention import gpu_attention
 from qwen2_engine.decode_window import STEP_ALIGNMENT
 
@@ -456,6 +456,29 @@ def test_with_a_window_neither_the_place_in_the_ring_nor_the_other_rows_change_a
         )
     )
     np.testing.assert_allclose(outs[1], reference(q[0], k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 2, 127, 1000])
+@pytest.mark.parametrize("index", [0, 125, 254, 290])
+def test_several_tokens_attend_as_one_after_the_other_and_none_to_those_after_it(
+    index: int, window: int | None
+):
+    """What the cache holds past each of them is large: keys of tokens to come, and of rejected ones."""
+    config, tokens = sizes(300, 300, samples=2), 5
+    cache = filled_cache(np.random.default_rng(0), config, np.array([300, 1, 130]), index, GARBAGE)
+    rng = np.random.default_rng(1)
+    q = normal(rng, config.batch_size, tokens, 4, HEAD_DIM)
+    one = WINDOWED[0] if window else FORMS[0]
+    together = jax.jit(attend_tokens_two_part, static_argnums=2)
+    options = () if window is None else (window,)
+    expected = []
+    for t in range(tokens):  # each is written, and attends
+        for part in (*cache.ar.k, *cache.ar.v):
+            part[:, :, index + t] = normal(rng, *part[:, :, 0].shape)
+        moved = KVCache(cache.prefill, dataclasses.replace(cache.ar, index=np.int32(index + t)))
+        expected.append(np.asarray(one(q[:, t], moved, 1, *options)))
+    out = together(q, cache, 1, *options)
+    np.testing.assert_allclose(out, np.stack(expected, axis=1), atol=1e-5)
 
 
 def test_without_a_window_programs_have_no_trace_of_one():
