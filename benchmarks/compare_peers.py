@@ -66,7 +66,7 @@ def main() -> int:
     device = torch_device(jax_platform())
     chosen, left_out = runnable(chosen, device)
     report: dict[str, Any] = {
-        "machine": describe() | {"device": device},
+        "machine": describe() | {"device": device, "peers": {}},
         "command": f"python -m benchmarks.compare_peers {' '.join(sys.argv[1:])}",
         "left_out": left_out,
         "problems": [],
@@ -77,7 +77,7 @@ def main() -> int:
         workers = start_workers(
             [c for c in chosen if ITEMSIZE[c.dtype] == itemsize], str(checkpoint), device, left_out
         )
-        report["machine"] |= {
+        report["machine"]["peers"] |= {
             key[0]: worker.versions for key, worker in workers.items() if key[0] in ENVIRONMENTS
         }
         for batch in options.batch:
@@ -288,8 +288,13 @@ def summary(
 
 def markdown(report: dict[str, Any]) -> str:
     """One table a batch size."""
-    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [f"{machine}\n", f"`{report['command']}`"]
+
+    def listed(items: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in items.items() if key != "peers")
+
+    lines = [f"{listed(report['machine'])}\n", f"`{report['command']}`"]
+    if peers := report["machine"]["peers"]:
+        lines.append("\nPeers: " + "; ".join(f"{name} ({listed(v)})" for name, v in peers.items()))
     for batch in dict.fromkeys(result["batch"] for result in report["results"]):
         results = [r for r in report["results"] if r["batch"] == batch]
         hidden = [r["tokens_per_second"] for r in results if fnmatch.fnmatch(r["name"], "hf-*-hidden")]

