@@ -53,7 +53,9 @@ ENVIRONMENTS = {
         variables=(("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_LOGGING_LEVEL", "ERROR")),
     ),
     "nnsight": Environment((*_torch(), "nnsight>=0.8.1")),
-    "transformer-lens": Environment((*_torch(), "transformer-lens>=4.3")),
+    # TransformerLens 4.3 reads the outputs' ``past_key_values``. Later releases of Transformers call them
+    # ``cache``; then it generates without a cache, from the last token alone, and without a word.
+    "transformer-lens": Environment((*_torch(), "transformers<5.20", "transformer-lens>=4.3")),
     # Without its image models, which are a third of what is compiled.
     "llama.cpp": Environment(
         ("llama-cpp-python>=0.3.36", "gguf>=0.19"),
