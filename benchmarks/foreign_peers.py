@@ -70,7 +70,7 @@ class VllmPeer(ForeignPeer):
             skip_tokenizer_init=True,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=2**30,
-            max_num_batched_tokens=8192,  # prompts of a batch are read in as few steps as there can be
+            max_num_batched_tokens=2048,  # it reads as many when it starts: minutes where bfloat16 is slow
             disable_log_stats=True,
         )
 
@@ -185,6 +185,8 @@ class LlamaCppPeer(ForeignPeer):
         parameters.n_ctx, parameters.n_batch, parameters.n_seq_max = batch * length, batch * width, batch
         parameters.n_threads = parameters.n_threads_batch = usable_cores()
         if self.dtype == "f32":
+            # Its flash attention rounds to half precision: logits are off by 4e-3, and tokens are others.
+            parameters.flash_attn_type = self.cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
             parameters.type_k = parameters.type_v = self.cpp.GGML_TYPE_F32
         self.context = self.cpp.llama_init_from_model(self.model, parameters)
         if not self.context:
