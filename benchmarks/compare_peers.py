@@ -1,11 +1,15 @@
-"""Our generation beside Transformers': the same checkpoint, the same prompts, interleaved in one run.
+"""Our generation beside its peers': the same checkpoint, the same prompts, interleaved in one run.
 
+    python -m benchmarks.make_peers                                               # once, see there
     python -m benchmarks.compare_peers --batch 1 8 32 --output results.json      # from the checkout's root
     python -m benchmarks.compare_peers --only 'jitted-*' hf-bf16-dynamic-hidden --batch 1
 
-Prints a Markdown table a batch size and writes every round's numbers to ``--output``. Exits with 1 where a
-check fails: our greedy float32 tokens have to be Transformers', and captures have to be of the right shape,
-finite, nonzero and, in float32, equal to Transformers' hidden states.
+The peers are Transformers here, and vLLM, nnsight, TransformerLens and llama.cpp in the environments that
+``make_peers`` made. A contender whose environment is missing, or that fails, is named and left out.
+
+Prints a Markdown table a batch size and writes every round's numbers to ``--output``, all after each batch
+size. Exits with 1 where a check fails: greedy float32 tokens have to be Transformers', and captures have to
+be finite, nonzero and, in float32, equal to Transformers' hidden states; ours have to be of the right shape.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ from transformers import AutoTokenizer
 from arc_puzzles import build_messages, create_grid_encoder, encode_prompt, load_tasks
 from arc_runner.data import EXAMPLE_TASKS
 from benchmarks.machine import describe
-from benchmarks.peers import CONTENDERS, Contender, Job, Measurement, Worker, jax_platform, torch_reaches
+from benchmarks.make_peers import ENVIRONMENTS, interpreter
+from benchmarks.peers import CONTENDERS, ITEMSIZE, Contender, Job, Measurement
+from benchmarks.worker import Worker, jax_platform, torch_reaches
 from qwen2_core.config import QwenConfig
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +41,7 @@ TOLERANCE = 2e-3  # of float32 rows, relative to their norm, after 24 layers of 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare our generation with Transformers'.")
+    parser = argparse.ArgumentParser(description="Compare our generation with its peers'.")
     parser.add_argument(
         "--checkpoint", type=Path, help="default: a seeded random Qwen2.5-0.5B, kept in TMPDIR"
     )
@@ -57,28 +63,40 @@ def main() -> int:
 
     checkpoint = options.checkpoint or random_checkpoint()
     config = QwenConfig.from_hf(checkpoint)
-    chosen, device = runnable(chosen)
-    workers = start_workers(chosen, str(checkpoint), device)
-    results, problems = [], []
-    for batch in options.batch:
-        prompts = arc_prompts(checkpoint, options.tasks, batch, options.prompt_tokens)
-        job = Job(prompts, options.new_tokens, options.growing_tokens)
-        rounds, limits = compare(chosen, workers, job, options.rounds)
-        problems += [f"batch {batch}: {p}" for p in check(rounds, job, config)]
-        results += [summary(c, measured, limits[c], job, config, workers) for c, measured in rounds.items()]
-    for worker in workers.values():
-        worker.close()
-
-    report = {
-        "machine": describe() | {"device": device},
+    device = torch_device(jax_platform())
+    chosen, left_out = runnable(chosen, device)
+    report: dict[str, Any] = {
+        "machine": describe() | {"device": device, "peers": {}},
         "command": f"python -m benchmarks.compare_peers {' '.join(sys.argv[1:])}",
-        "problems": problems,
-        "results": results,
+        "left_out": left_out,
+        "problems": [],
+        "results": [],
     }
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    # Two bytes a number and four are not compared with each other, and their weights need not fit together.
+    for itemsize in sorted({ITEMSIZE[c.dtype] for c in chosen}):
+        workers = start_workers(
+            [c for c in chosen if ITEMSIZE[c.dtype] == itemsize], str(checkpoint), device, left_out
+        )
+        report["machine"]["peers"] |= {
+            key[0]: worker.versions for key, worker in workers.items() if key[0] in ENVIRONMENTS
+        }
+        for batch in options.batch:
+            prompts = arc_prompts(checkpoint, options.tasks, batch, options.prompt_tokens)
+            job = Job(prompts, options.new_tokens, options.growing_tokens)
+            rounds, limits = compare(chosen, workers, job, options.rounds, left_out)
+            report["problems"] += [f"batch {batch}: {p}" for p in check(rounds, job, config)]
+            report["results"] += [
+                summary(c, measured, limits[c], job, config, workers[c.worker].weight_bytes)
+                for c, measured in rounds.items()
+            ]
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for worker in workers.values():
+            worker.close()
     print(markdown(report))
-    return 1 if problems else 0
+    if not report["results"]:
+        sys.exit("Nothing was left to compare.")
+    return 1 if report["problems"] else 0
 
 
 def random_checkpoint() -> Path:
@@ -109,27 +127,49 @@ def arc_prompts(checkpoint: Path, tasks: Path, batch: int, tokens: int) -> np.nd
     return np.stack(prompts)
 
 
-def runnable(chosen: list[Contender]) -> tuple[list[Contender], str]:
-    """The contenders that can run beside JAX's device, and torch's name of that device."""
-    platform = jax_platform()
-    device = {"cpu": "cpu", "gpu": "cuda"}.get(platform, platform)
-    if any(c.framework == "torch" for c in chosen):
-        if device not in ("cpu", "cuda"):
-            reason = f"JAX runs on {platform}, where torch does not"
-        elif not torch_reaches(device):
-            reason = f"torch is not installed or cannot use {device}"
-        else:
-            return chosen, device
-        print(f"Transformers is left out: {reason}.", file=sys.stderr)
-        chosen = [c for c in chosen if c.framework != "torch"]
-    if not chosen:
-        sys.exit("Nothing is left to compare.")
-    return chosen, device
+def torch_device(platform: str) -> str:
+    """Torch's name of the device that JAX runs on."""
+    return {"gpu": "cuda"}.get(platform, platform)
 
 
-def start_workers(chosen: list[Contender], checkpoint: str, device: str) -> dict[tuple[str, str], Worker]:
-    keys = dict.fromkeys((c.framework, c.dtype) for c in chosen)
-    return {key: Worker(key[0], checkpoint, key[1], device) for key in keys}
+def runnable(chosen: list[Contender], device: str) -> tuple[list[Contender], dict[str, str]]:
+    """The contenders that can run beside JAX on ``device``, and why each of the others cannot."""
+    reasons: dict[str, str] = {}
+    for framework in dict.fromkeys(c.framework for c in chosen):
+        if framework == "torch":
+            if device not in ("cpu", "cuda"):
+                reasons[framework] = f"JAX runs on {device}, where torch does not"
+            elif not torch_reaches(device):
+                reasons[framework] = f"torch is not installed or cannot use {device}"
+        elif framework in ENVIRONMENTS:
+            if device != "cpu":
+                reasons[framework] = f"JAX runs on {device}, this peer is compared on a CPU"
+            elif interpreter(framework) is None:
+                reasons[framework] = f"no environment, make it: python -m benchmarks.make_peers {framework}"
+    for framework, reason in reasons.items():
+        print(f"{framework} is left out: {reason}.", file=sys.stderr)
+    left_out = {c.name: reasons[c.framework] for c in chosen if c.framework in reasons}
+    return [c for c in chosen if c.framework not in reasons], left_out
+
+
+def start_workers(
+    chosen: list[Contender], checkpoint: str, device: str, left_out: dict[str, str]
+) -> dict[tuple[str, str], Worker]:
+    """A worker for each framework and dtype; those that do not start are added to ``left_out``."""
+    workers: dict[tuple[str, str], Worker] = {}
+    for framework, dtype in dict.fromkeys(c.worker for c in chosen):
+        print(f"start {framework} {dtype}", file=sys.stderr, flush=True)
+        try:
+            workers[framework, dtype] = Worker(framework, checkpoint, dtype, device)
+        except RuntimeError as error:
+            print(f"{framework} in {dtype} does not start and is left out:\n{error}", file=sys.stderr)
+            reason = f"does not start: {last_line(error)}"
+            left_out |= {c.name: reason for c in chosen if c.worker == (framework, dtype)}
+    return workers
+
+
+def last_line(error: RuntimeError) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def compare(
@@ -137,25 +177,27 @@ def compare(
     workers: dict[tuple[str, str], Worker],
     job: Job,
     rounds: int,
+    left_out: dict[str, str],
 ) -> tuple[dict[Contender, list[Any]], dict[Contender, list[float]]]:
-    """``rounds`` measurements a contender after its first run, all contenders taking turns.
+    """``rounds`` measurements a contender after its first run, all contenders with a worker taking turns.
 
-    The first element of each list is ``prepare``'s answer. A contender that fails is reported and left out.
+    The first element of each list is ``prepare``'s answer. One that fails is added to ``left_out``.
     The same process reads memory before and after each turn, and the mean bytes a second are the second
     result: what others on the machine leave of its memory's bandwidth changes within seconds.
     """
-    measured: dict[Contender, list[Any]] = {c: [] for c in chosen}
-    limits: dict[Contender, list[float]] = {c: [] for c in chosen}
+    measured: dict[Contender, list[Any]] = {c: [] for c in chosen if c.worker in workers}
+    limits: dict[Contender, list[float]] = {c: [] for c in measured}
     for turn in ["prepare"] + ["measure"] * rounds:
         for contender in list(measured):
             print(f"batch {len(job.prompts)}: {turn} {contender.name}", file=sys.stderr, flush=True)
-            worker = workers[contender.framework, contender.dtype]
+            worker = workers[contender.worker]
             try:
                 before = worker.call("bandwidth")
                 measured[contender].append(worker.call(turn, contender, job))
                 limits[contender].append((before + worker.call("bandwidth")) / 2)
             except RuntimeError as error:
                 print(f"{contender.name} failed and is left out:\n{error}", file=sys.stderr)
+                left_out[contender.name] = f"failed at batch {len(job.prompts)}: {last_line(error)}"
                 del measured[contender]
     return measured, limits
 
@@ -164,25 +206,24 @@ def check(rounds: dict[Contender, list[Any]], job: Job, config: QwenConfig) -> l
     """What must not be believed: sentences."""
     problems = []
     last = {contender: measured[-1] for contender, measured in rounds.items()}
-    theirs = next(
-        (m for c, m in last.items() if (c.framework, c.dtype, c.capture) == ("torch", "f32", True)), None
-    )
-    for contender, ours in last.items():
-        if contender.framework != "jax":
+    reference = next((c for c in last if (c.framework, c.dtype, c.capture) == ("torch", "f32", True)), None)
+    for contender, theirs in last.items():
+        if contender.framework == "torch":
             continue
         tokens = job.tokens_of(contender)
         if contender.capture:
-            problems += [f"{contender.name}: {p}" for p in check_capture(ours, tokens, config)]
-        if theirs is None or contender.dtype != "f32":
+            problems += [f"{contender.name}: {p}" for p in check_capture(contender, theirs, tokens, config)]
+        if reference is None or contender.dtype != "f32":
             continue
-        equal = ours.tokens == theirs.tokens[:, :tokens]
+        expected = last[reference]
+        equal = theirs.tokens == expected.tokens[:, :tokens]
         if not equal.all():
             problems.append(
                 f"{contender.name}: {(~equal).any(1).sum()} of {len(equal)} rows differ from Transformers', "
                 f"first at token {int((~equal).any(0).argmax())}"
             )
-        elif contender.capture and contender.kind == "jitted":
-            distance = np.linalg.norm(ours.rows - theirs.rows) / np.linalg.norm(theirs.rows)
+        elif contender.capture and contender.kind != "growing":
+            distance = np.linalg.norm(theirs.rows - expected.rows) / np.linalg.norm(expected.rows)
             if not distance < TOLERANCE:
                 problems.append(
                     f"{contender.name}: captured rows differ from Transformers' by {distance:.1e}"
@@ -190,13 +231,17 @@ def check(rounds: dict[Contender, list[Any]], job: Job, config: QwenConfig) -> l
     return problems
 
 
-def check_capture(ours: Measurement, tokens: int, config: QwenConfig) -> list[str]:
+def check_capture(contender: Contender, measured: Measurement, tokens: int, config: QwenConfig) -> list[str]:
+    """Whether captured rows can be what they are said to be. Peers capture none for the last token."""
     problems = []
-    expected = (14, tokens, len(ours.tokens), config.hidden_size)
-    if ours.capture_shape != expected:
-        problems.append(f"captured {ours.capture_shape} instead of {expected}")
-    assert ours.last_rows is not None
-    if not np.isfinite(ours.last_rows).all() or not (np.linalg.norm(ours.last_rows, axis=-1) > 0).all():
+    rows = measured.rows
+    if contender.framework == "jax":
+        expected = (14, tokens, len(measured.tokens), config.hidden_size)
+        if measured.capture_shape != expected:
+            problems.append(f"captured {measured.capture_shape} instead of {expected}")
+        rows = measured.last_rows
+    assert rows is not None
+    if not np.isfinite(rows).all() or not (np.linalg.norm(rows, axis=-1) > 0).all():
         problems.append("rows of the last token are zero or not finite")
     return problems
 
@@ -207,17 +252,16 @@ def summary(
     limits: list[float],
     job: Job,
     config: QwenConfig,
-    workers: dict[tuple[str, str], Worker],
+    weight_bytes: int,
 ) -> dict[str, Any]:
     """One contender's line of the results: medians over the rounds, and each round."""
     (compile_seconds, first_seconds), rounds = measured[0], measured[1:]
     batch, prompt_tokens = job.prompts.shape
     step = [m.decode / m.steps for m in rounds]
     tokens = job.tokens_of(contender)
-    itemsize = 2 if contender.dtype == "bf16" else 4
+    itemsize = ITEMSIZE[contender.dtype]
     slots = batch * (prompt_tokens + (tokens + 1) / 2)  # read by a step, on average
     kv_bytes = slots * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
-    weight_bytes = workers[contender.framework, contender.dtype].weight_bytes
     if not config.tie_word_embeddings:
         weight_bytes -= config.vocab_size * config.hidden_size * itemsize  # the embedding: a row a sequence
     median = statistics.median(step)
@@ -244,11 +288,16 @@ def summary(
 
 def markdown(report: dict[str, Any]) -> str:
     """One table a batch size."""
-    machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [f"{machine}\n", f"`{report['command']}`"]
+
+    def listed(items: dict[str, Any]) -> str:
+        return ", ".join(f"{key} {value}" for key, value in items.items() if key != "peers")
+
+    lines = [f"{listed(report['machine'])}\n", f"`{report['command']}`"]
+    if peers := report["machine"]["peers"]:
+        lines.append("\nPeers: " + "; ".join(f"{name} ({listed(v)})" for name, v in peers.items()))
     for batch in dict.fromkeys(result["batch"] for result in report["results"]):
         results = [r for r in report["results"] if r["batch"] == batch]
-        hidden = [r["tokens_per_second"] for r in results if r["name"].endswith("-hidden")]
+        hidden = [r["tokens_per_second"] for r in results if fnmatch.fnmatch(r["name"], "hf-*-hidden")]
         lines += [
             f"\nBatch {batch}\n",
             "| contender | tokens/s (rounds) | against the best hf with hidden states | ms a step | GB/s "
@@ -266,6 +315,8 @@ def markdown(report: dict[str, Any]) -> str:
                 f"| {r['fraction_of_limit']:.0%} of {beside} | {r['prefill_seconds']:.2f} | {compiled} "
                 f"| {r['first_generation_seconds']:.1f} | {r['peak_bytes'] / 1e9:.2f} |"
             )
+    if report["left_out"]:
+        lines += ["\nLeft out:\n", *(f"- {name}: {reason}" for name, reason in report["left_out"].items())]
     if report["problems"]:
         lines += ["\nNot to be believed:\n", *(f"- {problem}" for problem in report["problems"])]
     return "\n".join(lines)

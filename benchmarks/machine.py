@@ -1,4 +1,4 @@
-"""The machine under a benchmark: what it is, and how fast it reads memory, as JAX and as torch see it.
+"""The machine under a benchmark: what it is, and how fast it reads memory, as JAX, torch and numpy see it.
 
 The limit that every figure is set against is what the fastest of several large reductions over more memory
 than any cache holds sustains, measured in the same run: decoding reads every weight once a step and can do no
@@ -13,6 +13,7 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,16 @@ def torch_bandwidth(device: str) -> float:
     # .item() waits for the device
     runs = [lambda reduce=reduce: reduce(rows).flatten()[0].item() for reduce in reductions]
     return rows.nbytes / sustained(runs)
+
+
+def numpy_bandwidth() -> float:
+    """As ``jax_bandwidth``, for a process that has neither JAX nor torch: a thread for each core."""
+    import numpy as np
+
+    parts = np.array_split(np.ones(_ARRAY_BYTES // 4, np.float32), usable_cores())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        runs = [lambda reduce=reduce: list(pool.map(reduce, parts)) for reduce in (np.sum, np.max)]
+        return _ARRAY_BYTES / sustained(runs)
 
 
 class PeakMemory:

@@ -1,17 +1,14 @@
-"""The contenders of ``compare_peers.py``, each framework and dtype in a process of its own.
+"""The contenders of ``compare_peers.py``, and those that this environment runs: ours and Transformers.
 
-Thread pools of torch and JAX then never meet, and the peak memory of one is not the other's. A worker holds
-its weights once and answers the parent's calls one at a time; only one worker works at any time.
+``foreign_peers.py`` has the others. Their interpreters import this module too: it needs numpy alone, and what
+a peer needs is imported where the peer is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
+import importlib.metadata
 import time
-import traceback
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -19,14 +16,18 @@ import numpy as np
 from benchmarks.machine import PeakMemory, jax_bandwidth, torch_bandwidth, usable_cores
 
 DTYPES = {"bf16": "bfloat16", "f32": "float32"}
+ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to generate: ``kind`` is jitted or growing (ours), dynamic or static (Transformers' caches)."""
+    """One way to generate.
 
-    framework: str  # jax or torch
-    dtype: str  # bf16 or f32
+    ``kind`` is jitted or growing (ours), dynamic or static (Transformers' caches), empty for the others.
+    """
+
+    framework: str  # jax, torch, or a name of make_peers.ENVIRONMENTS
+    dtype: str  # of ITEMSIZE
     kind: str
     capture: bool
 
@@ -34,7 +35,14 @@ class Contender:
     def name(self) -> str:
         if self.framework == "jax":
             return f"{self.kind}-{self.dtype}" + ("" if self.capture else "-nocapture")
-        return f"hf-{self.dtype}-{self.kind}" + ("-hidden" if self.capture else "")
+        if self.framework == "torch":
+            return f"hf-{self.dtype}-{self.kind}" + ("-hidden" if self.capture else "")
+        return f"{self.framework}-{self.dtype}" + ("-hidden" if self.capture else "")
+
+    @property
+    def worker(self) -> tuple[str, str]:
+        """The process that it shares with other contenders."""
+        return self.framework, self.dtype
 
 
 CONTENDERS = (
@@ -46,6 +54,10 @@ CONTENDERS = (
         for kind in ("dynamic", "static")
         for capture in (True, False)
     ),
+    *(Contender("vllm", dtype, "", False) for dtype in DTYPES),
+    *(Contender("nnsight", dtype, "", True) for dtype in DTYPES),
+    *(Contender("transformer-lens", dtype, "", True) for dtype in DTYPES),
+    *(Contender("llama.cpp", dtype, "", False) for dtype in ITEMSIZE),
 )
 
 
@@ -88,6 +100,9 @@ class JaxPeer:
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
         self._programs: dict[Contender, Any] = {}
 
+    def versions(self) -> dict[str, str]:
+        return versions("jax")
+
     def bandwidth(self) -> float:
         return jax_bandwidth()
 
@@ -118,7 +133,7 @@ class JaxPeer:
                 model = self._model(contender)
                 return generate_single_task_python(model, self.params, job.prompts, tokens)
 
-            (_, prefill), (out, whole) = _timed(generate, 1), _timed(generate, job.growing_tokens)
+            (_, prefill), (out, whole) = timed(generate, 1), timed(generate, job.growing_tokens)
             decode, steps = whole - prefill, job.growing_tokens - 1
         else:
             from generate_jitted import Sampling, pad_prompts
@@ -129,10 +144,10 @@ class JaxPeer:
             traced = sampling_params(Sampling(), 0, (), self.config.vocab_size)
             sequence_ids = np.arange(len(job.prompts), dtype=np.uint32)
             program = self._programs[contender]
-            (state, _), prefill = _timed(
+            (state, _), prefill = timed(
                 lambda: jax.block_until_ready(program.prefill(self.params, prompts, traced, sequence_ids))
             )
-            out, decode = _timed(
+            out, decode = timed(
                 lambda: jax.block_until_ready(program.decode(self.params, state, traced, sequence_ids))
             )
             steps = job.new_tokens
@@ -173,11 +188,14 @@ class TorchPeer:
         self.model.generation_config.eos_token_id = None
         self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
 
+    def versions(self) -> dict[str, str]:
+        return versions("transformers", "torch")
+
     def bandwidth(self) -> float:
         return torch_bandwidth(self.device)
 
     def prepare(self, contender: Contender, job: Job) -> tuple[float | None, float]:
-        return None, _timed(self.measure, contender, job)[1]
+        return None, timed(self.measure, contender, job)[1]
 
     def measure(self, contender: Contender, job: Job) -> Measurement:
         import torch
@@ -205,7 +223,7 @@ class TorchPeer:
             out.sequences[0, -1].item()  # waits for the device
             return out
 
-        (_, prefill), (out, whole) = _timed(generate, 1), _timed(generate, job.new_tokens)
+        (_, prefill), (out, whole) = timed(generate, 1), timed(generate, job.new_tokens)
         peak_bytes, peak_what = peak.read()
         if on_device:
             peak_bytes, peak_what = torch.cuda.max_memory_allocated(), "on the device"
@@ -218,88 +236,13 @@ class TorchPeer:
         return Measurement(prefill, whole - prefill, steps, peak_bytes, peak_what, tokens, rows, None, None)
 
 
-def _timed(run: Any, *args: Any) -> tuple[Any, float]:
+def timed(run: Any, *args: Any) -> tuple[Any, float]:
+    """What ``run`` returns, and the seconds it took."""
     started = time.perf_counter()
     result = run(*args)
     return result, time.perf_counter() - started
 
 
-class Worker:
-    """A peer in a process of its own; ``call`` runs one of its methods there and returns the result.
-
-    Raises:
-        RuntimeError: with the worker's own traceback, for whatever failed there.
-    """
-
-    def __init__(self, framework: str, checkpoint: str, dtype: str, device: str):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, framework, checkpoint, dtype, device), daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        self.weight_bytes: int = self._answer()
-
-    def call(self, method: str, *args: Any) -> Any:
-        self._connection.send((method, args))
-        return self._answer()
-
-    def close(self) -> None:
-        self._connection.close()
-        self._process.join()
-
-    def _answer(self) -> Any:
-        try:
-            fine, answer = self._connection.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(f"The worker died (exit code {self._process.exitcode}).") from None
-        if not fine:
-            raise RuntimeError(answer)
-        return answer
-
-
-def _serve(connection: Connection, framework: str, checkpoint: str, dtype: str, device: str) -> None:
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # an accelerator is shared with the other workers
-    try:
-        peer = (JaxPeer if framework == "jax" else TorchPeer)(checkpoint, dtype, device)
-        connection.send((True, peer.weight_bytes))
-    except Exception:
-        connection.send((False, traceback.format_exc()))
-        return
-    while True:
-        try:
-            method, args = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send((True, getattr(peer, method)(*args)))
-        except Exception:
-            connection.send((False, traceback.format_exc()))
-
-
-def jax_platform() -> str:
-    """JAX's default backend here, asked in a process that then ends: this one must not hold the device."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_jax_platform)
-
-
-def _jax_platform() -> str:
-    import jax
-
-    return jax.default_backend()
-
-
-def torch_reaches(device: str) -> bool:
-    """Whether torch is installed and can use ``device``, asked in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_torch_reaches, (device,))
-
-
-def _torch_reaches(device: str) -> bool:
-    try:
-        import torch
-    except ImportError:
-        return False
-    return device == "cpu" or torch.cuda.is_available()
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of packages of this interpreter."""
+    return {package: importlib.metadata.version(package) for package in packages}
