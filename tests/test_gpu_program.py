@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from benchmarks.gpu_program import h100, model_on
-from benchmarks.hlo_cost import Program
+from benchmarks.hlo_cost import Cost, Program
 from generate_jitted import GenerateShape, lower_generate
 from qwen2_core.config import QwenConfig
 from qwen2_core.kernels import attention, matmul
@@ -33,6 +33,47 @@ class Limits(NamedTuple):
 
 
 LIMITS = {1: Limits(119, 2, 415, 2.1), 8: Limits(113, 2, 490, 10.4)}
+
+
+HLO = """
+%fused (p.1: f32[100,8], p.2: f32[1,8], p.3: s32[]) -> f32[100,8] {
+  %p.1 = f32[100,8]{1,0} parameter(0)
+  %p.2 = f32[1,8]{1,0} parameter(1)
+  %p.3 = s32[] parameter(2)
+  ROOT %dus = f32[100,8]{1,0} dynamic-update-slice(%p.1, %p.2, %p.3, %p.3)
+}
+%branch.1 (p.4: f32[4]) -> f32[4] {
+  ROOT %p.4 = f32[4]{0} parameter(0)
+}
+%branch.2 (p.5: f32[4]) -> f32[4] {
+  %p.5 = f32[4]{0} parameter(0)
+  ROOT %copy.1 = f32[4]{0} copy(%p.5)
+}
+%body (p.6: (s32[], f32[100,8], f32[1,8], f32[4])) -> (s32[], f32[100,8], f32[1,8], f32[4]) {
+  %p.6 = (s32[], f32[100,8]{1,0}, f32[1,8]{1,0}, f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p.6), index=0
+  %a = f32[100,8]{1,0} get-tuple-element(%p.6), index=1
+  %b = f32[1,8]{1,0} get-tuple-element(%p.6), index=2
+  %c = f32[4]{0} get-tuple-element(%p.6), index=3
+  %new = f32[100,8]{1,0} fusion(%a, %b, %i), kind=kLoop, calls=%fused
+  %either = f32[4]{0} conditional(%i, %c, %c), branch_computations={%branch.1, %branch.2}
+  ROOT %t = (s32[], f32[100,8]{1,0}, f32[1,8]{1,0}, f32[4]{0}) tuple(%i, %new, %b, %either)
+}
+%test (p.7: (s32[], f32[100,8], f32[1,8], f32[4])) -> pred[] {
+  %p.7 = (s32[], f32[100,8]{1,0}, f32[1,8]{1,0}, f32[4]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p.7), index=0
+  ROOT %less = pred[] compare(%n, %n), direction=LT
+}
+ENTRY %main (p.8: (s32[], f32[100,8], f32[1,8], f32[4])) -> (s32[], f32[100,8], f32[1,8], f32[4]) {
+  %p.8 = (s32[], f32[100,8]{1,0}, f32[1,8]{1,0}, f32[4]{0}) parameter(0)
+  ROOT %w = (s32[], f32[100,8]{1,0}, f32[1,8]{1,0}, f32[4]{0}) while(%p.8), condition=%test, body=%body
+}
+"""
+
+
+def test_a_step_costs_its_kernels_the_shortest_branch_and_what_is_updated_in_place():
+    updated, index, compared = 2 * 8 * 4, 4, 2 * 4 + 1
+    assert Program(HLO).step() == Cost(kernels=2, waits=2, bytes=updated + index + compared)
 
 
 @pytest.fixture(scope="module")
