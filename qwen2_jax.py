@@ -43,6 +43,7 @@ from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
 from qwen2_core.kernels.attention import attend_causal, attend_tokens_two_part, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
+from qwen2_core.kernels.platforms import by_platform
 from qwen2_core.model_inputs import read_mask, read_token_ids, text_lengths
 from qwen2_core.rope import apply_rope, rope_angles
 from qwen2_core.steering import edits, steer
@@ -163,6 +164,15 @@ class QwenMLP(nn.Module):
         return Linear(config.hidden_size, False, config, name="down_proj")(activated)
 
 
+def _in_own_layout(x: Array) -> Array:
+    """Keeps the layout that RoPE likes from reaching the weights that made x.
+
+    XLA on TPU would copy all of q, k and v into it (49 MB at batch 64). XLA on GPUs does not, and adds a bias
+    in the kernel that reads the sum; a barrier would make that three kernels more.
+    """
+    return by_platform(x, default=lax.optimization_barrier, cuda=lambda x: x, rocm=lambda x: x)
+
+
 class QwenAttention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023). The only place that knows which cache is in use."""
 
@@ -184,11 +194,9 @@ class QwenAttention(nn.Module):
 
         def project(name: str, heads: int) -> Array:
             """Returns queries, keys or values: ``name`` is q, k or v."""
-            # The barrier keeps the layout that RoPE likes from reaching the weights: XLA on TPU would
-            # copy all of q, k and v into it (49 MB at batch 64).
             width = heads * config.head_dim
             flat = Linear(width, config.qkv_bias, config, name=f"{name}_proj")(x)
-            flat = hooks(f"attn.hook_{name}", lax.optimization_barrier(flat))
+            flat = hooks(f"attn.hook_{name}", _in_own_layout(flat))
             return flat.reshape(batch, tokens, heads, config.head_dim)
 
         def rotate(name: str, heads: int) -> Array:

@@ -1,28 +1,24 @@
-"""What a decode step is on a GPU, by XLA's compiler for it, without a GPU: kernels, waits, temporaries.
+"""What a decode step is on a GPU, by XLA's compiler, without a GPU: kernels, waits, bytes, temporaries.
 
     pip install -e '.[cuda]' && python -m benchmarks.gpu_program [--batch 1 8 128] [--slots 64]
 
 Compiles the Qwen2.5-0.5B shape in bfloat16 for an H100, prompts of 200 tokens and 1,100 new ones, all 14
 layers captured: prefill, decode and, for continuous generation, a window's step. Kernels are those that run
-with greedy sampling. A wait is a branch, or a turn of a loop whose length the host does not know: it must see
-what the device computed before it goes on. Of such a loop, one turn is counted. Nothing is tuned: without a
-GPU, XLA takes its own guess for each product's blocks.
+with greedy sampling; `benchmarks/hlo_cost.py` says what a wait is, and which bytes are counted. Nothing is
+tuned: without a GPU, XLA takes its own guess for each product's blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from typing import Any
-
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.hlo_cost import Program
 from generate_jitted import GenerateShape, lower_generate
 from qwen2_core import compilation
 from qwen2_core.compilation import AbstractParams
@@ -30,7 +26,7 @@ from qwen2_core.config import QwenConfig
 from qwen2_core.sharding import layout_of
 from qwen2_engine import programs
 from qwen2_engine.decode_window import SlotShape
-from qwen2_jax_with_hooks import create_model_with_hooks
+from qwen2_jax_with_hooks import FIXED_EXTRACT_LAYERS, create_model_with_hooks
 
 # An H100 SXM by its data sheet and CUDA's tables of compute capability 9.0, as XLA's GpuTargetConfigProto.
 H100 = """
@@ -44,71 +40,29 @@ gpu_device_info {
   registers_per_block_limit: 65536 registers_per_core_limit: 65536
 }
 """
-_NO_KERNEL = {"get-tuple-element", "parameter", "tuple", "bitcast", "constant", "after-all"}
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\((.*)")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
-class Program:
-    """An optimized HLO module: by computation, what its instructions are."""
-
-    def __init__(self, text: str) -> None:
-        self.computations: dict[str, list[tuple[str, str]]] = {}
-        current: list[tuple[str, str]] = []
-        for line in text.splitlines():
-            if header := _COMPUTATION.match(line):
-                current = self.computations.setdefault(header[2], [])
-                if header[1]:
-                    self.entry = header[2]
-            elif found := _INSTRUCTION.match(line):
-                current.append((found[1], found[2]))
-
-    def cost(self, name: str) -> tuple[int, int]:
-        """Kernels and waits of one run of a computation."""
-        kernels = waits = 0
-        for operation, rest in self.computations[name]:
-            if operation in _NO_KERNEL:
-                continue
-            if operation == "while":
-                turn = self.cost(_named("body", rest))
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-                turns = int(known[1]) if known else 1
-                test = 0 if known else self.cost(_named("condition", rest))[0]
-                more = (turns * turn[0] + test, turns * turn[1] + (not known))
-            elif operation == "conditional":
-                branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
-                names = branches[1].replace("%", "").split(", ") if branches else _branches(rest)
-                shortest = min(self.cost(branch) for branch in names)
-                more = (shortest[0], shortest[1] + 1)
-            elif operation == "call":
-                more = self.cost(_named("to_apply", rest))
-            else:
-                more = (1, 0)
-            kernels, waits = kernels + more[0], waits + more[1]
-        return kernels, waits
-
-    def step(self) -> tuple[int, int]:
-        """Kernels and waits of a turn of the outermost loop, the loop's own wait included."""
-        (loop,) = [rest for operation, rest in self.computations[self.entry] if operation == "while"]
-        (kernels, waits), test = self.cost(_named("body", loop)), self.cost(_named("condition", loop))
-        return kernels + test[0], waits + 1
+def model_on(device: Any, config: QwenConfig) -> tuple[Any, Any]:
+    """Returns a model that captures the usual layers that it has, and its weights' shapes on a device."""
+    layers = [layer for layer in FIXED_EXTRACT_LAYERS if layer < config.num_hidden_layers]
+    model = create_model_with_hooks(config, layers or range(config.num_hidden_layers))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
+    where = SingleDeviceSharding(device)
+    return model, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
 
 
-def _named(role: str, rest: str) -> str:
-    found = re.search(rf"{role}=%?([\w.\-]+)", rest)
-    assert found is not None
-    return found[1]
-
-
-def _branches(rest: str) -> list[str]:
-    return re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", rest)
+def h100() -> Any:
+    """Returns an H100 that is not there, for which JAX compiles."""
+    described = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1")
+    return described.devices[0]
 
 
 def report(what: str, rows: int, compiled: Any, *, of_step: bool) -> None:
     program, memory = Program(compiled.as_text()), compiled.memory_analysis()
-    kernels, waits = program.step() if of_step else program.cost(program.entry)
+    cost = program.step() if of_step else program.cost(program.entry)
     print(
-        f"  {what}, {rows} rows: {kernels} kernels, {waits} waits{' a step' if of_step else ''}; "
+        f"  {what}, {rows} rows: {cost.kernels} kernels, {cost.waits} waits, {cost.bytes / 1e9:.2f} GB"
+        f"{' a step' if of_step else ''}; "
         f"temporaries {memory.temp_size_in_bytes / rows / 1e6:.2f} MB a row, "
         f"{memory.alias_size_in_bytes / memory.output_size_in_bytes:.1%} of the results in place",
         flush=True,
@@ -121,12 +75,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, nargs="*", default=[64])
     parser.add_argument("--scan_layers", action="store_true", help="the layers as one loop")
     options = parser.parse_args()
-    described = topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1")
-    where = SingleDeviceSharding(described.devices[0])
+    jax.config.update("jax_platforms", "cpu")
     compilation.compiler_options = programs.compiler_options = dict  # not those of the CPU
-    model = create_model_with_hooks(QwenConfig(dtype="bfloat16", scan_layers=options.scan_layers))
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), shapes)
+    model, params = model_on(h100(), QwenConfig(dtype="bfloat16", scan_layers=options.scan_layers))
     print(f"H100, layers {'scanned' if options.scan_layers else 'unrolled'}:")
     for batch in options.batch:
         prefill, decode = lower_generate(model, params, GenerateShape(batch, 200, 1100))

@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from benchmarks.on_gpu_models import REAL, SMALL, Bench, Scale
 ROOT = Path(__file__).parent.parent
 BUDGET_SECONDS = 450.0
 LISTED_KERNELS = 25
+ALL_KINDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 Section = Callable[[Bench], checks.Outcome]
 
 
@@ -57,6 +59,8 @@ def sections(scale: Scale) -> dict[str, Section]:
         "parity bfloat16": checks.parity_bfloat16,
         "equal bytes, another process": checks.equal_bytes_elsewhere,
         **each("kernels", speed.kernels, first),
+        "command buffers, none": functools.partial(with_command_buffers, kinds=""),
+        "command buffers, whole loop": functools.partial(with_command_buffers, kinds=ALL_KINDS),
         **each("decode", speed.decode, more),
         "prefill": speed.prefill,
         "goodput": speed.goodput,
@@ -79,7 +83,7 @@ def main() -> int:
     chosen = {
         name: section
         for name, section in sections(scale).items()
-        if not options.only or name.startswith(tuple(options.only))
+        if not options.only or any(begins(name, only) for only in options.only)
     }
     report = {
         "machine": machine(),
@@ -107,6 +111,11 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def begins(name: str, only: str) -> bool:
+    """Returns whether a section's name begins so; "batch 1" is not the beginning of "batch 128"."""
+    return name.startswith(only) and not name[len(only) :][:1].isdigit()
+
+
 def run_section(section: Section, bench: Bench) -> dict[str, Any]:
     """Runs one section; an exception becomes one of its problems."""
     started = time.perf_counter()
@@ -117,6 +126,32 @@ def run_section(section: Section, bench: Bench) -> dict[str, Any]:
         figures, problems = {}, [speed.one_line(error)]
         result["traceback"] = traceback.format_exc()
     return {"seconds": time.perf_counter() - started, "figures": figures, "problems": problems, **result}
+
+
+def with_command_buffers(bench: Bench, kinds: str) -> checks.Outcome:
+    """Decodes the smallest batches in another process, with command buffers (CUDA graphs) of these kinds."""
+    names = [f"decode, batch {batch}" for batch in bench.scale.batches[:2]]
+    command = [sys.executable, "-m", "benchmarks.on_gpu", *(["--small"] * (bench.scale is SMALL))]
+    command += ["--only", *names]
+    with tempfile.TemporaryDirectory() as place:
+        environment = os.environ | {
+            "OUT": place,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer={kinds}",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the card is in use already
+        }
+        run = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180, check=False
+        )
+        if run.returncode:
+            raise RuntimeError(f"The other process failed: {(run.stderr or run.stdout).strip()[-250:]}")
+        (written,) = Path(place).glob("*.json")
+        results = json.loads(written.read_text(encoding="utf-8"))["sections"]
+    figures = {
+        f"batch_{name.rpartition(' ')[2]}_tokens_s": result["figures"]["captured_tokens_s"]
+        for name, result in results.items()
+        if name in names
+    }
+    return checks.Outcome(figures)
 
 
 def machine() -> dict[str, Any]:

@@ -78,6 +78,12 @@ def test_sections_are_skipped_and_named_once_the_time_is_up(run_main: Any, capsy
     assert "late; later" in capsys.readouterr().out
 
 
+def test_a_section_is_chosen_by_its_beginning_up_to_a_whole_number():
+    assert on_gpu.begins("decode, batch 1", "decode, batch 1")
+    assert on_gpu.begins("decode, batch 128", "decode")
+    assert not on_gpu.begins("decode, batch 128", "decode, batch 1")
+
+
 # --- Equal bytes --------------------------------------------------------------------------------------------
 
 

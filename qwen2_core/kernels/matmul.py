@@ -2,7 +2,9 @@
 
 All products accumulate in float32. Float32 operands are multiplied as float32 everywhere: by default TPUs and
 GPUs would round them to bfloat16 or TF32, which is a hundred times coarser than the precision that captured
-activations claim. GPUs and TPUs get plain dots. On CPU, bfloat16 needs care:
+activations claim. TPUs get plain dots, and GPUs too, but for a single row of 16 bits: XLA would multiply it
+elementwise with the weights and write products of their size in between. Doubled, it is a dot that the GPU's
+units for matrices compute. On CPU, bfloat16 needs care:
 
 - XLA's dot of several rows packs the weights anew at each call, and reads them at a third of the memory
   bandwidth. ``cpu_matmul``, where the machine can run it, does not.
@@ -132,12 +134,18 @@ def _product(x: Array, weights: Array | MatrixInStack, contract: int, dtype: Any
     def by_slices(x: Array, weights: Array | MatrixInStack) -> Array:
         return _row_by_slices(x, _copied_out(weights), contract).astype(dtype)
 
-    cpu = plain
+    def one_as_two(x: Array, weights: Array | MatrixInStack) -> Array:
+        # The barrier keeps XLA from seeing that the rows are equal.
+        rows = lax.optimization_barrier(jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1])))
+        return plain(rows, weights)[0].reshape(*x.shape[:-1], -1)
+
+    cpu, gpu = plain, {}
+    one_row = math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32
+    if one_row:
+        cpu, gpu = by_slices, {"cuda": one_as_two, "rocm": one_as_two}
     if uses_cpu_kernel(x, weights):
         cpu = cpu_kernel
-    elif math.prod(x.shape[:-1]) == 1 and x.dtype != jnp.float32:
-        cpu = by_slices
-    return by_platform(x, weights, cpu=cpu, default=plain)
+    return by_platform(x, weights, cpu=cpu, **gpu, default=plain)
 
 
 def _copied_out(weights: Array | MatrixInStack) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -92,6 +93,42 @@ def test_a_linear_layer_adds_its_bias_in_float32_and_returns_its_inputs_dtype():
     np.testing.assert_allclose(
         np.asarray(got, np.float64), exact(x, kernel) + bias.astype(np.float64), rtol=2**-8, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_single_row_on_gpus_is_the_first_of_two_equal_ones(
+    dtype: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+):
+    def as_on_a_gpu(*operands: Any, default: Any, **forms: Any) -> Any:
+        return forms.get("cuda", default)(*operands)
+
+    monkeypatch.setattr(matmul, "by_platform", as_on_a_gpu)
+    row, weights = normal(1, 1, 896, dtype=dtype), normal(*((48, 896) if tied else (896, 48)), dtype=dtype)
+    multiply = jax.jit(lambda x, weights: logits_f32(x, weights, tied=tied))
+    got, of_two = multiply(row, weights), multiply(np.repeat(row, 2, 1), weights)
+    assert got.shape == (1, 1, 48)
+    np.testing.assert_array_equal(got, of_two[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "rows", "multiplied"),
+    [
+        ("cuda", "bfloat16", 1, 2),
+        ("rocm", "float16", 1, 2),
+        ("cuda", "bfloat16", 3, 3),
+        ("cuda", "float32", 1, 1),
+        ("tpu", "bfloat16", 1, 1),
+    ],
+)
+def test_only_on_gpus_and_of_16_bits_is_a_single_row_two(
+    platform: str, dtype: str, rows: int, multiplied: int
+):
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, 896), (896, 48))]
+    lowered = jax.jit(linear).trace(*operands).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert re.findall(r"dot_general.*-> tensor<(\d+)x48xf32>", text) == [str(multiplied)]
+    assert text.count("optimization_barrier") == (multiplied != rows)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
