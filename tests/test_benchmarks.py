@@ -1,0 +1,45 @@
+"""Benchmarks that nothing else runs do run: of the embedded model, and of results that are committed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import bench_goodput, plot_peers
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_goodput_counts_the_same_tokens_in_slots_and_in_static_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    report = tmp_path / "report.json"
+    command = "goodput --sequences 3 --samples 2 --slots 2 --dtype float32 --without transformers --output"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(report)])
+    bench_goodput.main()
+    results = json.loads(report.read_text())["results"]
+    assert results["slots"]["tokens"] == results["static batches"]["tokens"] > 0
+    assert all(one["seconds"] > one["prefill_seconds"] > 0 for one in results.values())
+
+
+def test_prompts_are_told_apart_where_each_comes_equally_often():
+    one, other = np.arange(3), np.arange(4)
+    different, samples = bench_goodput.without_repeats([one, one, other, other])
+    assert [len(prompt) for prompt in different] == [3, 4]
+    assert samples == 2
+    assert bench_goodput.without_repeats([one, one, other])[1] == 1
+
+
+def test_a_picture_is_drawn_of_committed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib", reason="the extra `plots`")
+    results = sorted(map(str, (ROOT / "benchmarks/results").glob("cpu-*.json")))
+    assert results
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", ["plot", str(picture), *results])
+    plot_peers.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
