@@ -220,20 +220,28 @@ def insert(
     is not finite, left by a sequence that failed, would spoil its successors even where attention gives it no
     weight.
     """
-    slot = new.slot
+    slot, cache = new.slot, state.cache
+    row = slot if cache.prompt_row is None else new.prompt_row
 
-    def inserted() -> SlotState:
+    def copied() -> PrefillCache:
+        return PrefillCache(
+            _set_row(cache.prefill.k, prompt.cache.k, row[0]),
+            _set_row(cache.prefill.v, prompt.cache.v, row[0]),
+            cache.prefill.length.at[row].set(prompt.cache.length),
+        )
+
+    def inserted(prefill: PrefillCache) -> SlotState:
         keys = sequence_keys(sampling.seed, new.sequence_id)
         token, logprob = sample_tokens(prompt.logits, sampling, keys, 0, prompt.seen)
-        ar = state.cache.ar
         ar = dataclasses.replace(
-            ar,
-            k=_clear_row(ar.k, slot[0]),
-            v=_clear_row(ar.v, slot[0]),
-            start=ar.start.at[slot].set(ar.index),
+            cache.ar,
+            k=_clear_row(cache.ar.k, slot[0]),
+            v=_clear_row(cache.ar.v, slot[0]),
+            start=cache.ar.start.at[slot].set(cache.ar.index),
         )
+        rows = None if cache.prompt_row is None else cache.prompt_row.at[slot].set(row)
         return SlotState(
-            cache=_with_prompt(dataclasses.replace(state.cache, ar=ar), prompt.cache, new),
+            cache=KVCache(prefill, ar, rows),
             next_token=state.next_token.at[slot].set(token),
             next_logprob=state.next_logprob.at[slot].set(logprob),
             ended=state.ended.at[slot].set(False),
@@ -243,9 +251,15 @@ def insert(
             seen=None if state.seen is None else state.seen.at[slot].set(prompt.seen),
         )
 
-    # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that.
+    # Not by writing the old row anew: in bfloat16 XLA on CPU would copy the whole cache for that. Nor by a
+    # branch within a branch, for which it copies it too.
     with jax.named_scope("insert"):
-        return lax.cond(slot[0] >= 0, inserted, lambda: state)
+        if cache.prompt_row is None:
+            return lax.cond(slot[0] >= 0, lambda: inserted(copied()), lambda: state)
+        writes = (slot[0] >= 0) & ~new.prompt_is_there[0]
+        prefill = lax.cond(writes, copied, lambda: cache.prefill)
+        same = dataclasses.replace(state, cache=dataclasses.replace(cache, prefill=prefill))
+        return lax.cond(slot[0] >= 0, lambda: inserted(prefill), lambda: same)
 
 
 def run_window(
@@ -287,23 +301,6 @@ def run_window(
     )
     rows = state.activations, state.points
     return slots, Window(state.token_ids, state.logprobs, state.lengths, state.ended, *rows)
-
-
-def _with_prompt(cache: KVCache, prompt: PrefillCache, new: NewSequence) -> KVCache:
-    """Lets a slot's sequence continue ``prompt``; copies it to its row, if it is not there already."""
-    row = new.slot if cache.prompt_row is None else new.prompt_row
-
-    def copied() -> PrefillCache:
-        return PrefillCache(
-            _set_row(cache.prefill.k, prompt.k, row[0]),
-            _set_row(cache.prefill.v, prompt.v, row[0]),
-            cache.prefill.length.at[row].set(prompt.length),
-        )
-
-    if cache.prompt_row is None:
-        return dataclasses.replace(cache, prefill=copied())
-    prefill = lax.cond(new.prompt_is_there[0], lambda: cache.prefill, copied)
-    return KVCache(prefill, cache.ar, cache.prompt_row.at[new.slot].set(row))
 
 
 def _idle_free_slots(cache: KVCache, free: Array) -> KVCache:
