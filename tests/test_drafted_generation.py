@@ -183,7 +183,7 @@ class Listed:
         sampling = sampling_params(self._sampling, 3, eos, TINY.vocab)
         ids = np.zeros((1, WIDTH), np.int32)
         ids[0, : len(prompt)] = prompt
-        batch = PromptBatch(jnp.asarray(ids), jnp.array([len(prompt)], jnp.int32))
+        batch = PromptBatch(ids, np.array([len(prompt)], np.int32))
         state, _ = self._prefill(self._params, batch, sampling, NOBODY)
         if answer is None:
             return self._plain(self._params, dataclasses.replace(state, history=None), sampling, NOBODY)
@@ -351,7 +351,7 @@ def test_without_drafts_there_is_no_trace_of_them():
     state, _ = jax.eval_shape(
         functools.partial(run_prefill, model, shape),
         params,
-        PromptBatch(jnp.zeros((1, 8), jnp.int32), jnp.ones(1, jnp.int32)),
+        PromptBatch(np.zeros((1, 8), np.int32), np.ones(1, np.int32)),
         sampling_params(GREEDY, 0, (), TINY.vocab),
         NOBODY,
     )

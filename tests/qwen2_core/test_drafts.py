@@ -86,8 +86,8 @@ def test_drafts_of_random_texts_are_those_of_a_plain_search_whatever_lies_past_t
 def test_draft_tokens_stay_up_to_the_first_that_was_not_chosen_an_end_or_the_room(
     tokens: list[int], chosen: list[int], room: int, stay: int
 ):
-    tokens, chosen = jnp.array(tokens), jnp.array(chosen)
-    assert int(drafts.tokens_that_stay(tokens, chosen, tokens == 0, jnp.int32(room))) == stay
+    read = jnp.array(tokens)
+    assert int(drafts.tokens_that_stay(read, jnp.array(chosen), read == 0, jnp.int32(room))) == stay
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
@@ -261,7 +261,8 @@ def test_a_wrong_rule_in_the_loop_is_found(fault: str, monkeypatch: pytest.Monke
     sampling = Sampling(1.0, top_k=3)
     params = sampling_params(sampling, 1, (), VOCAB)
     ids = jnp.arange(SEQUENCES, dtype=jnp.uint32)
-    tokens = np.asarray(jax.jit(lambda ids: answers.__wrapped__(params, ids, 3))(ids))
+    plain_answers: Any = answers.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = np.asarray(jax.jit(lambda ids: plain_answers(params, ids, 3))(ids))
     if fault == "drawn without the filters":
         with pytest.raises(AssertionError):
             distance(sampling, tokens)
