@@ -7,6 +7,7 @@ that capture read the outputs of layers 10 to 23 at every step, from the prompt'
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ COMPARED = (0, 12)  # of those: layers 10 and 22, as in Measurement.rows
 Generated = tuple[np.ndarray, np.ndarray | None]  # tokens [B, n]; the rows of Measurement
 
 
-class ForeignPeer:
+class ForeignPeer(ABC):
     """What the peers share: generating one token is the prefill, what more tokens take is the decode."""
 
     packages: tuple[str, ...]
@@ -31,11 +32,13 @@ class ForeignPeer:
         self.weight_bytes = checkpoint_parameters(checkpoint) * ITEMSIZE[dtype]
         self.load(checkpoint, dtype)
 
+    @abstractmethod
     def load(self, checkpoint: str, dtype: str) -> None:
-        raise NotImplementedError
+        """Loads the weights."""
 
+    @abstractmethod
     def generate(self, prompts: np.ndarray, tokens: int) -> Generated:
-        raise NotImplementedError
+        """Generates greedily, from prompts of one length, so many tokens each."""
 
     def versions(self) -> dict[str, str]:
         return versions(*self.packages)

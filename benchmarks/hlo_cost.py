@@ -24,9 +24,7 @@ class Cost(NamedTuple):
 
     kernels: int = 0
     waits: int = 0
-    bytes: int = (
-        0  # the operands and results of all kernels; of what is sliced or updated in place, that part
-    )
+    bytes: int = 0
 
     def plus(self, other: Cost, times: int = 1) -> Cost:
         """Returns the sum with so many of another."""

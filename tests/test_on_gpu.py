@@ -110,8 +110,9 @@ def test_random_keys_that_depend_on_the_slot_are_noticed(monkeypatch: pytest.Mon
             running: Any = super().start(stage, *compiling, **named)
             sound = running.programs.insert
 
-            def insert(slots: Any, prompts: Any, slot: Any, sequence_ids: Any, *rest: Any) -> Any:
-                return sound(slots, prompts, slot, sequence_ids + slot.astype(np.uint32), *rest)
+            def insert(slots: Any, prompts: Any, new: Any, sampling: Any) -> Any:
+                wrong = new.sequence_id + new.slot.astype(np.uint32)
+                return sound(slots, prompts, dataclasses.replace(new, sequence_id=wrong), sampling)
 
             running.programs = dataclasses.replace(running.programs, insert=insert)
             return running
