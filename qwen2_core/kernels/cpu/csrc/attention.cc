@@ -172,7 +172,8 @@ void Attend(const Attention& a, std::span<const int64_t> sequences, int64_t head
     p.outputs = steps.count - before_end;
     MultiplyOutputs(p, 0, p.outputs);
     for (int64_t r = first; r < first + group; ++r) {
-      totals[r] = vectors.softmax(scores.data() + r * keys, prompt + steps.count, ScaleOf(dim), weights.data() + r * keys);
+      totals[r] =
+          vectors.softmax(scores.data() + r * keys, prompt + steps.count, ScaleOf(dim), weights.data() + r * keys);
     }
   }
 
@@ -347,10 +348,10 @@ ffi::Error Run(ffi::ThreadPool pool, Heads q, Cache prompt_k, Cache prompt_v, In
       known = false;
     }
   }
-  const bool fits = known && (rows % prompts == 0 || prompt_row) && start.dimensions()[0] == rows && queries[1] % kv_heads == 0 &&
-                    queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == rows && prompt[0] == prompts &&
-                    prompt[1] == kv_heads && prompt[3] == step[3] && (!stacked || prompt_dims[0] == layers) &&
-                    out->dimensions() == queries;
+  const bool fits = known && (rows % prompts == 0 || prompt_row) && start.dimensions()[0] == rows &&
+                    queries[1] % kv_heads == 0 && queries[2] == step[3] && queries[2] % 2 == 0 && step[0] == rows &&
+                    prompt[0] == prompts && prompt[1] == kv_heads && prompt[3] == step[3] &&
+                    (!stacked || prompt_dims[0] == layers) && out->dimensions() == queries;
   if (!fits) return ffi::Error::InvalidArgument("cpu_attention: shapes do not fit, or an odd head_dim");
   const auto bits = [](const void* values) { return static_cast<const uint16_t*>(values); };
   const Attention a = {.q = bits(q.untyped_data()),

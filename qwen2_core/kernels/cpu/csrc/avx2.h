@@ -35,8 +35,16 @@ AVX2 inline __m256 Widen8(const uint16_t* values) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 
+// Of sixteen values those at even, or at odd places.
 AVX2 inline __m256i LoadPairs(const uint16_t* values) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+}
+AVX2 inline __m256 WidenEven(const uint16_t* values) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(LoadPairs(values), 16));
+}
+AVX2 inline __m256 WidenOdd(const uint16_t* values) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return _mm256_castsi256_ps(_mm256_and_si256(LoadPairs(values), upper));
 }
 
 // Rounds to the nearest bfloat16, halves to even. NaN stays NaN.
@@ -76,16 +84,14 @@ inline bool UsesDots(const Product& p) { return p.transposed && p.inputs >= 256;
 
 // Writes x[:, k .. k + depth] in float32, rows kWideStride apart. For dots the even ones of 16 inputs come first.
 AVX2 inline void WidenRows(const Product& p, int64_t k, int64_t depth, int64_t rows, float* wide) {
-  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t r = 0; r < rows; ++r) {
     const uint16_t* x = p.x + r * p.x_stride + k;
     float* out = wide + r * kWideStride;
     int64_t i = 0;
     for (; i + 16 <= depth; i += 16) {
       if (UsesDots(p)) {
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-        _mm256_storeu_ps(out + i, _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)));
-        _mm256_storeu_ps(out + i + 8, _mm256_castsi256_ps(_mm256_and_si256(pairs, odd)));
+        _mm256_storeu_ps(out + i, WidenEven(x + i));
+        _mm256_storeu_ps(out + i + 8, WidenOdd(x + i));
       } else {
         _mm256_storeu_ps(out + i, Widen8(x + i));
         _mm256_storeu_ps(out + i + 8, Widen8(x + i + 8));
@@ -221,7 +227,6 @@ constexpr auto kMultiply = Table(std::make_integer_sequence<int, kMostRows>());
 // no panel, whose making takes longer than the products of a few rows.
 template <int kRows, int kOutputs>
 AVX2 inline void Dot(const Product& p, int64_t k, int64_t depth, int64_t output) {
-  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   __m256 sums[kRows][kOutputs] = {};
   const uint16_t* w = p.w + output * p.inputs + k;
   const float* x = p.wide;
@@ -233,7 +238,7 @@ AVX2 inline void Dot(const Product& p, int64_t k, int64_t depth, int64_t output)
       if (i % 32 == 0) {  // the next stripe
         _mm_prefetch(reinterpret_cast<const char*>(at + kWidth * p.inputs), _MM_HINT_T1);
       }
-      weights[n] = _mm256_castsi256_ps(_mm256_slli_epi32(LoadPairs(at), 16));
+      weights[n] = WidenEven(at);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -242,9 +247,7 @@ AVX2 inline void Dot(const Product& p, int64_t k, int64_t depth, int64_t output)
       for (int n = 0; n < kOutputs; ++n) sums[r][n] = _mm256_fmadd_ps(even, weights[n], sums[r][n]);
     }
 #pragma GCC unroll 3
-    for (int n = 0; n < kOutputs; ++n) {
-      weights[n] = _mm256_castsi256_ps(_mm256_and_si256(LoadPairs(w + n * p.inputs + i), odd));
-    }
+    for (int n = 0; n < kOutputs; ++n) weights[n] = WidenOdd(w + n * p.inputs + i);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const __m256 uneven = _mm256_loadu_ps(x + r * kWideStride + i + 8);
@@ -356,7 +359,6 @@ AVX2 inline void MultiplyAlong(const Product& p, int64_t begin, int64_t end) {
 // Multiplies a row by w [outputs, inputs], one dot product after the other. Sums in an order of its own.
 AVX2 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
   constexpr int64_t kInputs = 32;
-  const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
   for (int64_t output = begin; output < std::min(end, p.outputs); ++output) {
     const uint16_t *w = p.w + output * p.inputs, *x = p.x;
     alignas(32) uint16_t last_w[kInputs], last_x[kInputs];
@@ -372,12 +374,8 @@ AVX2 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
       }
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i) {
-        const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 16 * i));
-        const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 16 * i));
-        sums[2 * i] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
-                                      _mm256_castsi256_ps(_mm256_slli_epi32(b, 16)), sums[2 * i]);
-        sums[2 * i + 1] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(a, odd)),
-                                          _mm256_castsi256_ps(_mm256_and_si256(b, odd)), sums[2 * i + 1]);
+        sums[2 * i] = _mm256_fmadd_ps(WidenEven(x + 16 * i), WidenEven(w + 16 * i), sums[2 * i]);
+        sums[2 * i + 1] = _mm256_fmadd_ps(WidenOdd(x + 16 * i), WidenOdd(w + 16 * i), sums[2 * i + 1]);
       }
     }
     *p.sums(output) = SumOf(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
@@ -463,7 +461,7 @@ constexpr Vectors kPanels = {.rows = kMostRows,
 constexpr Vectors kDots = [] {
   Vectors dots = kPanels;
   dots.rows = kMultiplyByDots.size();
-  dots.few_inputs = dots.many_inputs = 1024;
+  dots.many_inputs = 1024;
   dots.multiply = kMultiplyByDots.data();
   dots.pack = nullptr;
   return dots;

@@ -3,8 +3,8 @@
 // out[i, r, n] = sum over k of x[i, r, k] * w[i, k, n], or w[i, n, k]: a few or many rows times weights that are
 // stored row by row. w may be a stack of as many matrices for each of several layers, of which `layer` is taken where
 // it lies: XLA would copy a layer's weights out of the stack. A decode step reads every weight once for a handful of
-// rows, so the kernel must read as fast as the memory allows. A prompt must keep the multipliers busy. XLA's own kernels
-// repack the weights at each call.
+// rows, so the kernel must read as fast as the memory allows. A prompt must keep the multipliers busy. XLA's own
+// kernels repack the weights at each call.
 
 #include "kernels.h"
 

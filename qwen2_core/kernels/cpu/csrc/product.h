@@ -40,7 +40,7 @@ using MultiplyRows = void (*)(const Product&, int64_t k, int64_t depth, int64_t 
 // The vector code of one instruction set.
 struct Vectors {
   int64_t rows;                           // that are multiplied at once, at most
-  int64_t few_inputs, many_inputs;        // packed at a time, where there are few or many rows
+  int64_t few_inputs, many_inputs;        // at a time, where few rows are multiplied by w [inputs, outputs]; where many
   const MultiplyRows* multiply;           // for each number of rows, from 1: by weights from the panel
   const MultiplyRows* pack_and_multiply;  // the same, and packs the panel of w [inputs, outputs]; null: `pack` does it
   void (*pack)(const Product&, int64_t k, int64_t depth, int64_t first, Line* panel);  // null: there are no panels
