@@ -203,10 +203,8 @@ def run_prefill(
     token, logprob = sample_tokens(logits, sampling, sequence_keys(sampling.seed, sequence_ids), 0, seen)
     ended = jnp.zeros(token.shape, bool)
     state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
-    if shape.draft_tokens:
-        history = start_history(prompts[0], shape.max_tokens, shape.draft_tokens)
-        state = dataclasses.replace(state, history=history)
-    return state, rows_of(output)
+    history = start_history(prompts[0], shape.max_tokens, shape.draft_tokens)
+    return dataclasses.replace(state, history=history), rows_of(output)
 
 
 # --- One decode step --------------------------------------------------------------------------------------
@@ -501,8 +499,6 @@ def _empty_state(model: QwenModel, shape: GenerateShape) -> DecodeState:
         seen = jnp.zeros((rows, model.config.vocab_size), bool)
     ended = jnp.zeros(rows, bool)
     state = start_decode_state(model, cache, token, logprob, ended, columns=shape.max_tokens, seen=seen)
-    if shape.draft_tokens:
-        prompts = jnp.zeros((rows, shape.prompt_width), jnp.int32)
-        history = start_history(prompts, shape.max_tokens, shape.draft_tokens)
-        state = dataclasses.replace(state, history=history)
-    return state
+    prompts = jnp.zeros((shape.num_prompts, shape.prompt_width), jnp.int32)
+    history = start_history(prompts, shape.max_tokens, shape.draft_tokens)
+    return dataclasses.replace(state, history=history)

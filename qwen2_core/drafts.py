@@ -52,9 +52,14 @@ def check_draft_tokens(given: Any, sequences: int, max_tokens: int) -> int:
 
 
 def start_history(
-    input_ids: Int32[Array, "1 width"], max_tokens: int, draft_tokens: int
-) -> Int32[Array, "1 positions"]:
-    """Returns room for the text of one sequence and a draft past its end, with the prompt at its start."""
+    input_ids: Int32[Array, "sequences width"], max_tokens: int, draft_tokens: int
+) -> Int32[Array, "sequences positions"] | None:
+    """Returns room for each sequence's text and a draft past its end, with the prompt at its start.
+
+    None where nothing is drafted.
+    """
+    if not draft_tokens:
+        return None
     return jnp.pad(input_ids, ((0, 0), (0, max_tokens + draft_tokens)))
 
 

@@ -146,13 +146,15 @@ class PrefilledPrompt:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NewSequence:
-    """What ``insert`` gives a slot of a group of devices; none where the slot is -1."""
+    """What ``insert`` gives a slot of a group of devices; none where the slot is -1.
+
+    ``prompt_row`` is the prompt's row of the cache: the slot's own, where rows are not shared. The prompt is
+    copied there unless ``prompt_is_there``.
+    """
 
     slot: Int32[Array, 1] = dataclasses.field(metadata=ROW_AXES)
-    prompt_row: Int32[Array, 1] = dataclasses.field(
-        metadata=ROW_AXES
-    )  # in the cache; the slot's, if unshared
-    prompt_is_there: Bool[Array, 1] = dataclasses.field(metadata=ROW_AXES)  # False: it is copied to its row
+    prompt_row: Int32[Array, 1] = dataclasses.field(metadata=ROW_AXES)
+    prompt_is_there: Bool[Array, 1] = dataclasses.field(metadata=ROW_AXES)
     sequence_id: UInt32[Array, 1] = dataclasses.field(metadata=ROW_AXES)
     limit: Int32[Array, 1] = dataclasses.field(metadata=ROW_AXES)  # its max_tokens
     strengths: Float32[Array, "1 interventions"] | None = dataclasses.field(
@@ -220,8 +222,7 @@ def insert(
     is not finite, left by a sequence that failed, would spoil its successors even where attention gives it no
     weight.
     """
-    slot, cache = new.slot, state.cache
-    row = slot if cache.prompt_row is None else new.prompt_row
+    slot, row, cache = new.slot, new.prompt_row, state.cache
 
     def copied() -> PrefillCache:
         return PrefillCache(

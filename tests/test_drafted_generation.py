@@ -276,24 +276,15 @@ def test_an_eos_within_a_draft_ends_the_sequence_there(listed: None, end: int):
 
 
 def plant(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fault == "rows of rejected tokens are kept":
-        write = drafts.write_columns
-        monkeypatch.setattr(
-            drafts,
-            "write_columns",
-            lambda buffer, values, axis, index, stay: write(
-                buffer, values, axis, index, jnp.int32(values.shape[axis])
-            ),
-        )
-    elif fault == "rows are one late":
-        write = drafts.write_columns
-        monkeypatch.setattr(
-            drafts,
-            "write_columns",
-            lambda buffer, values, axis, index, stay: write(
-                buffer, values if buffer.ndim == 2 else jnp.roll(values, 1, axis), axis, index, stay
-            ),
-        )
+    if fault in ("rows of rejected tokens are kept", "rows are one late"):
+        write, late = drafts.write_columns, fault == "rows are one late"
+
+        def wrong(buffer: Any, values: Any, axis: int, index: Any, stay: Any) -> Any:
+            if late and buffer.ndim > 2:
+                values = jnp.roll(values, 1, axis)
+            return write(buffer, values, axis, index, stay if late else jnp.int32(values.shape[axis]))
+
+        monkeypatch.setattr(drafts, "write_columns", wrong)
     elif fault == "positions are one too high":
         right: Any = KVCache.positions
         monkeypatch.setattr(KVCache, "positions", property(lambda cache: right.fget(cache) + 1))
