@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kMostRows = 6;                // at once: registers for 12 sums, 2 vectors of weights, 1 of x
 constexpr int64_t kHalf = kWidth / 2;       // outputs at once
-constexpr int kAlong = 8;                   // inputs at once, where a few rows are multiplied by weights as they lie
+constexpr int kAlong = 16;                  // inputs at once, where a few rows are multiplied by weights as they lie
 constexpr int64_t kMostAlong = 16;          // such rows, at most
 constexpr int64_t kManyInputs = 256;        // of a panel: 8 stripes of them stay in the second-level cache
 constexpr int64_t kWideStride = 1024 + 16;  // floats; a power of two would map all rows to one place of the cache
@@ -70,11 +70,12 @@ AVX2 inline __m256i Lanes8(int64_t n) {
   const __m256i count = _mm256_set1_epi32(static_cast<int32_t>(std::min<int64_t>(n, 8)));
   return _mm256_cmpgt_epi32(count, _mm256_load_si256(reinterpret_cast<const __m256i*>(kLanes)));
 }
-AVX2 inline float SumOf(__m256 values) {
-  alignas(32) float all[8];
-  _mm256_store_ps(all, values);
-  return ((all[0] + all[4]) + (all[1] + all[5])) + ((all[2] + all[6]) + (all[3] + all[7]));
+// ((0 + 4) + (1 + 5)) + ((2 + 6) + (3 + 7)) of the lanes of each.
+AVX2 inline __m128 SumsOf(__m256 a, __m256 b, __m256 c, __m256 d) {
+  const auto halves = [](__m256 v) AVX2 { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); };
+  return _mm_hadd_ps(_mm_hadd_ps(halves(a), halves(b)), _mm_hadd_ps(halves(c), halves(d)));
 }
+AVX2 inline float SumOf(__m256 values) { return _mm_cvtss_f32(SumsOf(values, values, values, values)); }
 
 int64_t PanelLines(int64_t depth) { return 2 * depth + 2; }
 
@@ -255,14 +256,16 @@ AVX2 inline void Dot(const Product& p, int64_t k, int64_t depth, int64_t output)
       for (int n = 0; n < kOutputs; ++n) sums[r][n] = _mm256_fmadd_ps(uneven, weights[n], sums[r][n]);
     }
   }
-  for (int r = 0; r < kRows; ++r) {
+  const bool add = k || p.add;
+  float* out = p.sums(output);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r, out += p.out_stride, x += kWideStride) {
+    alignas(16) float all[4];  // of one or three outputs
+    _mm_store_ps(all, SumsOf(sums[r][0], sums[r][kOutputs / 2], sums[r][kOutputs - 1], sums[r][0]));
     for (int n = 0; n < kOutputs; ++n) {
-      float sum = SumOf(sums[r][n]);
-      for (int64_t i = depth / 16 * 16; i < depth; ++i) {
-        sum = __builtin_fmaf(x[r * kWideStride + i], Widen1(w[n * p.inputs + i]), sum);
-      }
-      float* out = p.sums(output + n) + r * p.out_stride;
-      *out = k || p.add ? *out + sum : sum;
+      float sum = all[n];
+      for (int64_t i = depth / 16 * 16; i < depth; ++i) sum = __builtin_fmaf(x[i], Widen1(w[n * p.inputs + i]), sum);
+      out[n] = add ? out[n] + sum : sum;
     }
   }
 }
@@ -282,34 +285,36 @@ constexpr std::array<MultiplyRows, 4> kMultiplyByDots = {MultiplyByDots<1>, Mult
 template <int kRows, int kVectors>
 AVX2 inline int64_t AddAlong(const Product& p, int64_t k, int inputs, bool ahead, int64_t begin, int64_t end) {
   const bool add = k || p.add;
+  const int64_t outputs = p.outputs, out_stride = p.out_stride, next = kAlong * outputs;
+  const float* const x = p.wide;
   int64_t first = begin;
   for (; first + 8 * kVectors <= end; first += 8 * kVectors) {
     float* out = p.sums(first);
     __m256 sums[kRows][kVectors];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = add ? _mm256_loadu_ps(out + r * p.out_stride + 8 * v) : _mm256_setzero_ps();
+        sums[r][v] = add ? _mm256_loadu_ps(out + r * out_stride + 8 * v) : _mm256_setzero_ps();
       }
     }
-    const uint16_t* w = p.w + k * p.outputs + first;
-    for (int i = 0; i < inputs; ++i, w += p.outputs) {
-      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + 2 * kAlong * p.outputs), _MM_HINT_T1);  // after next
+    const uint16_t* w = p.w + k * outputs + first;
+    for (int i = 0; i < inputs; ++i, w += outputs) {
+      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + next), _MM_HINT_T1);
       __m256 weights[kVectors];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = Widen8(w + 8 * v);
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
-        const __m256 one = _mm256_broadcast_ss(p.wide + r * kAlong + i);
-#pragma GCC unroll 3
+        const __m256 one = _mm256_broadcast_ss(x + r * kAlong + i);
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sums[r][v] = _mm256_fmadd_ps(one, weights[v], sums[r][v]);
       }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(out + r * p.out_stride + 8 * v, sums[r][v]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) _mm256_storeu_ps(out + r * out_stride + 8 * v, sums[r][v]);
     }
   }
   return first;
@@ -317,9 +322,10 @@ AVX2 inline int64_t AddAlong(const Product& p, int64_t k, int inputs, bool ahead
 
 template <int kRows>
 AVX2 void AddGroup(const Product& p, int64_t k, int inputs, bool ahead, int64_t begin, int64_t end) {
-  const int64_t rest = AddAlong<kRows, kRows <= 4 ? 3 : 2>(p, k, inputs, ahead, begin, end);
-  const int64_t last = AddAlong<kRows, 1>(p, k, inputs, ahead, rest, end);
-  for (int64_t output = last; output < end; ++output) {
+  begin = AddAlong<kRows, kRows == 2 ? 4 : kRows <= 4 ? 3 : 2>(p, k, inputs, ahead, begin, end);
+  if constexpr (kRows <= 4) begin = AddAlong<kRows, 2>(p, k, inputs, ahead, begin, end);
+  begin = AddAlong<kRows, 1>(p, k, inputs, ahead, begin, end);
+  for (int64_t output = begin; output < end; ++output) {
     for (int r = 0; r < kRows; ++r) {
       float& out = p.sums(output)[r * p.out_stride];
       float sum = k || p.add ? out : 0;
@@ -335,7 +341,6 @@ constexpr std::array kAddGroup = {AddGroup<1>, AddGroup<2>, AddGroup<3>, AddGrou
 // Multiplies a few rows by w [inputs, outputs], a few rows of w at a time, from begin to end: memory is read along the
 // rows of w, which processors prefetch by themselves, and nothing is packed.
 AVX2 inline void MultiplyAlong(const Product& p, int64_t begin, int64_t end) {
-  constexpr int64_t kGroup = 24 * 10;  // outputs whose weights stay in the first-level cache for the next rows
   end = std::min(end, p.outputs);
   const int64_t blocks = (p.rows + kMostRows - 1) / kMostRows;
   float wide[kMostAlong * kAlong] = {};
@@ -344,14 +349,12 @@ AVX2 inline void MultiplyAlong(const Product& p, int64_t begin, int64_t end) {
     for (int64_t r = 0; r < p.rows; ++r) {
       for (int i = 0; i < inputs; ++i) wide[r * kAlong + i] = Widen1(p.x[r * p.x_stride + k + i]);
     }
-    for (int64_t group = begin; group < end; group += kGroup) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t row = p.rows * block / blocks, rows = p.rows * (block + 1) / blocks - row;
-        Product part = p;
-        part.wide = wide + row * kAlong;
-        part.out += row * p.out_stride;
-        kAddGroup[rows - 1](part, k, inputs, block == 0, group, std::min(group + kGroup, end));
-      }
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = p.rows * block / blocks, rows = p.rows * (block + 1) / blocks - row;
+      Product part = p;
+      part.wide = wide + row * kAlong;
+      part.out += row * p.out_stride;
+      kAddGroup[rows - 1](part, k, inputs, block == 0, begin, end);
     }
   }
 }
