@@ -3,6 +3,7 @@
 The loss is on what can be known: the second example's output, and the answer with the token that ends it.
 """
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -205,6 +206,10 @@ def solved(params: Params, config: QwenConfig, batch: Batch) -> np.ndarray:
 
     It is where each token of the right answer is the likeliest after those before it.
     """
-    predict = jax.jit(lambda params, ids: _predictions(QwenModel(config), params, ids).argmax(-1))
-    likeliest = np.asarray(predict(params, batch.token_ids))
+    likeliest = np.asarray(_likeliest(QwenModel(config), params, batch.token_ids))
     return ((likeliest == batch.token_ids[:, 1:]) | ~batch.answer[:, 1:]).all(axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(model: QwenModel, params: Params, token_ids: Array) -> Array:
+    return _predictions(model, params, token_ids).argmax(-1)
