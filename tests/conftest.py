@@ -1,5 +1,7 @@
 """The suite runs on the CPU unless JAX_PLATFORMS says otherwise, from a checkout as well as installed."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import shutil
@@ -7,10 +9,15 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import shape_checks
+
+if TYPE_CHECKING:
+    from qwen2_core.kernels.cpu.library import Instructions
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network; a wrong path must not ask the hub
@@ -40,19 +47,34 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
-@pytest.fixture(params=["AVX2", "AVX512_BF16", "AMX"])
-def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test with the CPU kernels using each kind of instructions. Trace inside the test."""
-    from qwen2_core.kernels.cpu import attention, library, matmul
+@pytest.fixture(params=["AVX2", "AVX512_BF16", "AMX"], scope="module")
+def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[Instructions]:
+    """Each kind of instructions of the CPU kernels that this machine has.
+
+    A program that was traced with one kind goes on using it, so nothing traced is kept from one to the next.
+    """
+    import jax
+
+    from qwen2_core.kernels.cpu import library
 
     if not library.is_available():
         pytest.skip(f"no CPU kernels: {library.unavailable_reason() or 'this is an accelerator'}")
     chosen = library.Instructions[request.param]
     if chosen > library.instructions():
         pytest.skip(f"this CPU has no {request.param}")
+    jax.clear_caches()
+    yield chosen
+    jax.clear_caches()
+
+
+@pytest.fixture
+def cpu_kernels(cpu_instructions: Instructions, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test with the CPU kernels using each kind of instructions. Trace inside the test."""
+    from qwen2_core.kernels.cpu import attention, matmul
+
     for module in (matmul, attention):
-        monkeypatch.setattr(module, "instructions", lambda: chosen)
-    return request.param
+        monkeypatch.setattr(module, "instructions", lambda: cpu_instructions)
+    return cpu_instructions.name
 
 
 @pytest.fixture
