@@ -151,7 +151,7 @@ AVX2 inline void PackColumns(const Product& p, int64_t k, int64_t depth, int64_t
 }
 
 // Packs a stripe of w [inputs, outputs]: panel[half][i][n] = w[k + i, first + 16 half + n]. Reads whole lines of
-// memory, and asks for those of the stripe after next, which arrive while this one is multiplied.
+// memory.
 AVX2 inline void PackStripe(const Product& p, int64_t k, int64_t depth, int64_t first, Line* lines) {
   const int64_t outputs = p.outputs - first;
   const uint16_t* w = p.w + k * p.outputs + first;
@@ -161,7 +161,6 @@ AVX2 inline void PackStripe(const Product& p, int64_t k, int64_t depth, int64_t 
       for (int64_t n = 0; n < kWidth; ++n) (n < kHalf ? low : high - kHalf)[n] = n < outputs ? Widen1(w[n]) : 0;
       continue;
     }
-    _mm_prefetch(reinterpret_cast<const char*>(w + 2 * kWidth), _MM_HINT_T1);
     _mm256_store_ps(low, Widen8(w));
     _mm256_store_ps(low + 8, Widen8(w + 8));
     _mm256_store_ps(high, Widen8(w + 16));
@@ -183,7 +182,10 @@ AVX2 inline void Sum(const Product& p, int64_t depth, bool add, const float* pan
     sums[r][1] = add ? _mm256_loadu_ps(out + r * out_stride + 8) : _mm256_setzero_ps();
   }
   const float* x = p.wide;
+  Ahead ahead = p.ahead;
+  const int64_t each = ahead.each(depth);
   for (int64_t i = 0; i < depth; ++i) {
+    ahead.Prefetch(each);
     const __m256 w0 = _mm256_load_ps(panel + i * kHalf), w1 = _mm256_load_ps(panel + i * kHalf + 8);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
@@ -300,7 +302,7 @@ AVX2 inline int64_t AddAlong(const Product& p, int64_t k, int inputs, bool ahead
     }
     const uint16_t* w = p.w + k * outputs + first;
     for (int i = 0; i < inputs; ++i, w += outputs) {
-      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + next), _MM_HINT_T1);
+      if (ahead) _mm_prefetch(reinterpret_cast<const char*>(w + next), _MM_HINT_T0);
       __m256 weights[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) weights[v] = Widen8(w + 8 * v);
@@ -367,6 +369,7 @@ AVX2 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
     alignas(32) uint16_t last_w[kInputs], last_x[kInputs];
     __m256 sums[4] = {};
     for (int64_t k = 0; k < p.inputs; k += kInputs, w += kInputs, x += kInputs) {
+      _mm_prefetch(reinterpret_cast<const char*>(w + 2 * p.inputs), _MM_HINT_T0);  // of the row after next
       if (const int64_t left = p.inputs - k; left < kInputs) {  // what follows the last input is not ours to read
         std::memset(last_w, 0, sizeof(last_w));
         std::memset(last_x, 0, sizeof(last_x));
@@ -447,6 +450,7 @@ AVX2 inline void Divide(const float* sums, float total, int64_t dim, uint16_t* o
 }
 
 constexpr Vectors kPanels = {.rows = kMostRows,
+                             .few_rows = 64,
                              .few_inputs = 128,
                              .many_inputs = kManyInputs,
                              .multiply = kMultiply.data(),

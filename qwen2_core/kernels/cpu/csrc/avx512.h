@@ -30,15 +30,16 @@ constexpr int64_t PanelStride(int64_t depth) { return Padded(depth) + 2; }
 // squares of 16 outputs by 16 pairs of inputs.
 AVX512_BF16 inline void PackColumns(const Product& p, int64_t k, int64_t depth, int64_t first, Line* lines) {
   auto* panel = reinterpret_cast<__m512i*>(lines);
+  Ahead ahead = p.ahead;
+  const int64_t each = ahead.each(2 * ((depth + 31) / 32));
   for (int64_t half = 0; half < 2; ++half) {
     for (int64_t i = 0; i < depth; i += 32) {
+      ahead.Prefetch(each);
       const __mmask32 lanes = Lanes32(depth - i);
       __m512i a[16], b[16];
 #pragma GCC unroll 16
       for (int64_t n = 0; n < 16; ++n) {
         const int64_t output = first + 16 * half + n;
-        const uint16_t* ahead = p.w + (output + kWidth) * p.inputs + k + i;  // in the next stripe
-        _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
         a[n] = output < p.outputs ? _mm512_maskz_loadu_epi16(lanes, p.w + output * p.inputs + k + i)
                                   : _mm512_setzero_si512();
       }
@@ -86,11 +87,25 @@ AVX512_BF16 inline __m512bh Broadcast(const uint16_t* x) {
   return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
 }
 
+// A stripe has kWidth outputs, or fewer at the end of a row, which masks tell.
+template <bool kWhole>
+AVX512_BF16 inline __m512i LoadWeights(__mmask32 lanes, const uint16_t* w) {
+  return kWhole ? _mm512_loadu_si512(w) : _mm512_maskz_loadu_epi16(lanes, w);
+}
+template <bool kWhole>
+AVX512_BF16 inline __m512 LoadSums(__mmask16 lanes, const float* sums) {
+  return kWhole ? _mm512_loadu_ps(sums) : _mm512_maskz_loadu_ps(lanes, sums);
+}
+template <bool kWhole>
+AVX512_BF16 inline void StoreSums(float* to, __mmask16 lanes, __m512 sums) {
+  kWhole ? _mm512_storeu_ps(to, sums) : _mm512_mask_storeu_ps(to, lanes, sums);
+}
+
 // Adds the first kRows of x[:, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
 // Takes the weights from the panel or, if kPack, packs the panel from w [inputs, outputs]:
 // panel[p][n] = (w[k + 2p, first + n], w[k + 2p + 1, first + n]).
-template <int kRows, bool kPack>
-AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, Line* lines) {
+template <int kRows, bool kPack, bool kWhole>
+AVX512_BF16 void MultiplyStripe(const Product& p, int64_t k, int64_t depth, int64_t first, Line* lines) {
   auto* panel = reinterpret_cast<__m512i*>(lines);
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
   const __mmask32 lanes = Lanes32(p.outputs - first);
@@ -100,22 +115,22 @@ AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t fi
   const uint16_t* x = p.x + k;
   float* out = p.sums(first);
   const bool add = k || p.add;
+  Ahead ahead = p.ahead;
+  const int64_t each = ahead.each(depth / 2);
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = add ? _mm512_maskz_loadu_ps(low, out + r * p.out_stride) : _mm512_setzero_ps();
-    sums[r][1] = add ? _mm512_maskz_loadu_ps(high, out + r * p.out_stride + 16) : _mm512_setzero_ps();
+    sums[r][0] = add ? LoadSums<kWhole>(low, out + r * p.out_stride) : _mm512_setzero_ps();
+    sums[r][1] = add ? LoadSums<kWhole>(high, out + r * p.out_stride + 16) : _mm512_setzero_ps();
   }
   for (int64_t i = 0; i < depth; i += 2) {
+    ahead.Prefetch(each);
     __m512i w0, w1;
     if constexpr (kPack) {
-      const uint16_t* even = w + i * p.outputs;
-      const uint16_t* odd = even + p.outputs;
-      _mm_prefetch(reinterpret_cast<const char*>(even + 2 * kWidth), _MM_HINT_T1);  // after next
-      _mm_prefetch(reinterpret_cast<const char*>(odd + 2 * kWidth), _MM_HINT_T1);
-      const __m512i a = _mm512_maskz_loadu_epi16(lanes, even), b = _mm512_maskz_loadu_epi16(lanes, odd);
-      w0 = _mm512_permutex2var_epi16(a, pairs_low, b);
-      w1 = _mm512_permutex2var_epi16(a, pairs_high, b);
+      const __m512i even = LoadWeights<kWhole>(lanes, w + i * p.outputs);
+      const __m512i odd = LoadWeights<kWhole>(lanes, w + (i + 1) * p.outputs);
+      w0 = _mm512_permutex2var_epi16(even, pairs_low, odd);
+      w1 = _mm512_permutex2var_epi16(even, pairs_high, odd);
       if (keep) {
         panel[i] = w0;
         panel[i + 1] = w1;
@@ -133,9 +148,14 @@ AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t fi
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    _mm512_mask_storeu_ps(out + r * p.out_stride, low, sums[r][0]);
-    _mm512_mask_storeu_ps(out + r * p.out_stride + 16, high, sums[r][1]);
+    StoreSums<kWhole>(out + r * p.out_stride, low, sums[r][0]);
+    StoreSums<kWhole>(out + r * p.out_stride + 16, high, sums[r][1]);
   }
+}
+template <int kRows, bool kPack>
+AVX512_BF16 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, Line* panel) {
+  const bool whole = p.outputs - first >= kWidth;
+  (whole ? MultiplyStripe<kRows, kPack, true> : MultiplyStripe<kRows, kPack, false>)(p, k, depth, first, panel);
 }
 
 // Packs the panels of outputs begin .. end of w [inputs, outputs], as Multiply does, but reads whole rows of w, which
@@ -175,7 +195,7 @@ constexpr auto kPackAndMultiply = Table<true>(std::make_integer_sequence<int, kM
 //
 // Multiplies a row by w [inputs, outputs], a few rows of w at a time, from begin to end. Sums in the order of Multiply.
 AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end) {
-  constexpr int kPairs = 4;
+  constexpr int kPairs = 8;
   const __m512i pairs_low = PairsOf(0), pairs_high = PairsOf(16);
   for (int64_t k = 0; k < p.inputs; k += 2 * kPairs) {
     const int pairs = static_cast<int>(std::min<int64_t>(kPairs, (p.inputs - k) / 2));
@@ -189,12 +209,12 @@ AVX512_BF16 inline void MultiplyRow(const Product& p, int64_t begin, int64_t end
       __m512 sums0 = add ? _mm512_maskz_loadu_ps(low, out) : _mm512_setzero_ps();
       __m512 sums1 = add ? _mm512_maskz_loadu_ps(high, out + 16) : _mm512_setzero_ps();
       const uint16_t* even = p.w + k * p.outputs + first;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kPairs; ++i) {
         if (i == pairs) break;
         const uint16_t* odd = even + p.outputs;
-        _mm_prefetch(reinterpret_cast<const char*>(even + 4 * kPairs * p.outputs), _MM_HINT_T1);  // after next
-        _mm_prefetch(reinterpret_cast<const char*>(odd + 4 * kPairs * p.outputs), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(even + 2 * kPairs * p.outputs), _MM_HINT_T0);  // the next ones
+        _mm_prefetch(reinterpret_cast<const char*>(odd + 2 * kPairs * p.outputs), _MM_HINT_T0);
         const __m512i a = _mm512_maskz_loadu_epi16(lanes, even), b = _mm512_maskz_loadu_epi16(lanes, odd);
         const __m512i w0 = _mm512_permutex2var_epi16(a, pairs_low, b);
         const __m512i w1 = _mm512_permutex2var_epi16(a, pairs_high, b);
@@ -218,6 +238,7 @@ AVX512_BF16 inline void DotRow(const Product& p, int64_t begin, int64_t end) {
 #pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) {
         const int64_t first = k + 32 * i;
+        _mm_prefetch(reinterpret_cast<const char*>(w + 2 * p.inputs + first), _MM_HINT_T0);  // the row after next
         const __mmask32 lanes = Lanes32(p.inputs - first);
         const __m512i a = _mm512_maskz_loadu_epi16(lanes, p.x + first);
         const __m512i b = _mm512_maskz_loadu_epi16(lanes, w + first);
@@ -280,8 +301,8 @@ AVX512_BF16 inline void Divide(const float* sums, float total, int64_t dim, uint
   }
 }
 
-
 constexpr Vectors kVectors = {.rows = kMostRows,
+                              .few_rows = 512,
                               .few_inputs = 256,
                               .many_inputs = 1024,
                               .multiply = kMultiply.data(),

@@ -62,8 +62,8 @@ struct Blocking {
   bool few;  // with few rows, reading the weights takes the time; with many, summing
 
   explicit Blocking(const Product& p) {
-    few = p.rows <= (p.tiles() ? 512 : 64);
     const Vectors& vectors = VectorsOf(p);
+    few = p.rows <= vectors.few_rows;
     // Rows of w [outputs, inputs] are read whole.
     inputs = few && !p.transposed ? vectors.few_inputs : few ? 1024 : vectors.many_inputs;
     if (p.tiles()) {
@@ -87,6 +87,34 @@ void* Scratch(int64_t bytes) {
   return lines.data();
 }
 
+// What to prefetch while the stripe at `first` is computed in `parts` parts: with each a share of the stripes that come
+// next, or of the first ones of the next inputs. Processors prefetch along rows by themselves, but a stripe is a small
+// part of many rows. Of w [inputs, outputs] two stripes are asked for together, since they lie beside each other.
+inline Ahead AheadOf(const Product& p, const Blocking& most, int64_t k, int64_t begin, int64_t end, int64_t first,
+                     int64_t part, int64_t parts) {
+  const int64_t together = p.transposed ? 1 : 2, in_group = (first - begin) / kWidth % together;
+  const int64_t group = first - in_group * kWidth;
+  const auto outputs_from = [&](int64_t output) { return std::min(together * kWidth, end - output); };
+  int64_t next = group + together * kWidth;
+  if (next >= end) {
+    next = begin;
+    k += most.inputs;
+  }
+  const int64_t inputs = std::clamp<int64_t>(p.inputs - k, 0, most.inputs), outputs = outputs_from(next);
+  const int64_t rows = p.transposed ? outputs : inputs, stride = p.transposed ? p.inputs : p.outputs;
+  const int64_t columns = ((p.transposed ? inputs : outputs) + 31) / 32, all = rows * columns;
+  if (all == 0) return {};
+  part += in_group * parts;
+  parts *= (outputs_from(group) + kWidth - 1) / kWidth;
+  const int64_t from = all * part / parts, row = from / columns, column = from % columns;
+  const uint16_t* w = p.w + (p.transposed ? next * p.inputs + k : k * p.outputs + next);
+  return {.line = reinterpret_cast<const char*>(w + row * stride + 32 * column),
+          .left = all * (part + 1) / parts - from,
+          .column = columns - column,
+          .columns = columns,
+          .gap = 2 * stride - 64 * columns};
+}
+
 // Computes several rows of outputs begin .. end. If `once`, each block of rows uses the same memory for its sums.
 inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, int64_t begin, int64_t end) {
   const Vectors& vectors = VectorsOf(p);
@@ -95,6 +123,7 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
   const int64_t widened = most.few ? p.rows : most.rows;  // at once
   float* const wide = static_cast<float*>(Scratch<Use::kWide>(widened * vectors.wide_stride * sizeof(float)));
   const int64_t blocks = (p.rows + most.rows - 1) / most.rows;
+  const bool packs_along = vectors.pack_and_multiply && !p.transposed, packs_apart = vectors.pack && !packs_along;
   Tiles tiles;
   for (int64_t k = 0; k < p.inputs; k += most.inputs) {
     const int64_t depth = std::min(most.inputs, p.inputs - k), panel_lines = vectors.panel_lines(depth);
@@ -109,7 +138,8 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
         part.out += once ? 0 : row * p.out_stride;
         if (p.tiles()) {
           for (int64_t first = group; p.transposed && block == 0 && first < group_end; first += kWidth) {
-            vectors.pack(p, k, depth, first, panels + (first - group) / kWidth * panel_lines);
+            part.ahead = AheadOf(p, most, k, begin, end, first, 0, 1);
+            vectors.pack(part, k, depth, first, panels + (first - group) / kWidth * panel_lines);
           }
           for (int64_t i = 0; i < depth; i += kTileDepth) {
             const Line* panel = panels + i;
@@ -121,12 +151,19 @@ inline void MultiplyBlocks(const Product& p, const Blocking& most, bool once, in
         } else {
           if (vectors.widen && !most.few) vectors.widen(part, k, depth, rows, wide);
           part.wide = wide + (most.few ? row * vectors.wide_stride : 0);
-          const bool both = block == 0 && !p.transposed && vectors.pack_and_multiply;
-          const bool pack = block == 0 && !both && vectors.pack;
+          const bool both = block == 0 && packs_along;
+          const bool pack = block == 0 && packs_apart;
           const MultiplyRows* multiply = both ? vectors.pack_and_multiply : vectors.multiply;
           Line* panel = panels;
           for (int64_t first = group; first < group_end; first += kWidth, panel += panel_lines) {
-            if (pack) vectors.pack(p, k, depth, first, panel);
+            const auto ahead = [&](int64_t step, int64_t steps) {
+              if (most.few) part.ahead = AheadOf(p, most, k, begin, end, first, step, steps);
+            };
+            if (pack) {
+              ahead(0, blocks + 1);
+              vectors.pack(part, k, depth, first, panel);
+            }
+            ahead(block + packs_apart, blocks + packs_apart);
             multiply[rows - 1](part, k, depth, first, panel);
           }
         }

@@ -50,7 +50,7 @@ ffi::Error Run(ffi::ThreadPool pool, Matrices x, Matrices w, Index layer, ffi::R
                          .rounded = rounded ? static_cast<uint16_t*>(out->untyped_data()) : nullptr};
   const int64_t threads = Threads(pool);
   // One piece a thread reads long rows of w; two a thread leave fewer threads idle at the end.
-  const int64_t wanted = rows == 1 || first.tiles() ? threads : 2 * threads;
+  const int64_t wanted = rows == 1 || first.tiles() || Blocking(first).few ? threads : 2 * threads;
   const int64_t stripes = (outputs + kWidth - 1) / kWidth;
   const int64_t share = products < wanted ? (stripes * products + wanted - 1) / wanted : stripes;
   const int64_t fit = std::max(kSumsBytes / (rows * 4 * kWidth), Blocking(first).outputs / kWidth);

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -14,6 +16,30 @@ enum class Instructions : int64_t { kNone = -1, kAvx2, kAvx512Bf16, kAmx };
 
 constexpr int64_t kWidth = 32;  // outputs of a stripe, whose weights are packed into a panel
 
+// Lines of 64 bytes that will be read soon, to be prefetched while something else is computed: some lines of each row
+// of a matrix, in the order of memory.
+struct Ahead {
+  const char* line = nullptr;   // the first one
+  int64_t left = 0;             // lines
+  int64_t column = 0, columns = 0;  // lines until the end of the row, and of a whole row
+  int64_t gap = 0;              // bytes from there to the next row
+
+  // Prefetches some of them. Inlined, or a call would spill the sums that are in vector registers.
+  [[gnu::always_inline]] void Prefetch(int64_t lines) {
+    for (int64_t i = std::min(lines, left); i > 0; --i) {
+      _mm_prefetch(line, _MM_HINT_T0);
+      line += 64;
+      --left;
+      if (--column == 0) {
+        line += gap;
+        column = columns;
+      }
+    }
+  }
+  // How many to prefetch at each of `steps`.
+  int64_t each(int64_t steps) const { return (left + steps - 1) / std::max<int64_t>(steps, 1); }
+};
+
 struct Product {
   const uint16_t* x;  // [rows, inputs], rows x_stride apart
   const uint16_t* w;  // [inputs, outputs] or, transposed, [outputs, inputs]
@@ -25,6 +51,7 @@ struct Product {
   uint16_t* rounded = nullptr;  // instead of `out`: the result in bfloat16 [rows, outputs]
   int64_t out_begin = 0;        // the output that `out` begins with
   const float* wide = nullptr;  // what Vectors::widen made of x
+  Ahead ahead;
 
   float* sums(int64_t output) const { return out + output - out_begin; }
   bool tiles() const { return instructions == Instructions::kAmx; }
@@ -40,6 +67,7 @@ using MultiplyRows = void (*)(const Product&, int64_t k, int64_t depth, int64_t 
 // The vector code of one instruction set.
 struct Vectors {
   int64_t rows;                           // that are multiplied at once, at most
+  int64_t few_rows;                       // up to so many, reading the weights takes longer than summing
   int64_t few_inputs, many_inputs;        // at a time, where few rows are multiplied by w [inputs, outputs]; where many
   const MultiplyRows* multiply;           // for each number of rows, from 1: by weights from the panel
   const MultiplyRows* pack_and_multiply;  // the same, and packs the panel of w [inputs, outputs]; null: `pack` does it
