@@ -70,7 +70,7 @@ def main() -> None:
     headers = jaxlib_headers()
     kernels = Extension(
         NAME,
-        [f"{SOURCES}/matmul.cc", f"{SOURCES}/attention.cc"],
+        [f"{SOURCES}/matmul.cc", f"{SOURCES}/attention.cc", f"{SOURCES}/logits.cc"],
         depends=[f"{SOURCES}/{name}.h" for name in ("kernels", "product", "avx2", "avx512", "amx_tiles")],
         include_dirs=[str(headers)] if headers else [],
         extra_compile_args=["-std=c++20", "-O3"],

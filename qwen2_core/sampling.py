@@ -16,6 +16,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32, Key, UInt32
 
 from qwen2_core.inputs import as_float, as_int, one_by_one, whole_number
+from qwen2_core.kernels.logits import first_index, likeliest, summarize
 
 _EOS_MULTIPLE = 8  # EOS ids are padded to a multiple of it, so that sets of different sizes share a program
 _ROWS_AT_ONCE = 8
@@ -233,20 +234,20 @@ def sample_tokens(
         filtered, nothing penalized).
     """
     steps = jnp.broadcast_to(step, keys.shape)
-    own, own_peak = logits, jnp.max(logits, -1)  # every further reading of 152k logits shows in a step's time
-    peak = own_peak
+    own, model = logits, summarize(logits)
+    summary = model
     if sampling.repetition_penalty is not None:
         logits = _penalized(logits, seen, sampling.repetition_penalty)
-        peak = jnp.max(logits, -1)
+        summary = summarize(logits)
 
     def draw() -> Array:
         # A few rows at a time: noise and filters for 64 rows at once would take 100 MB of temporaries.
-        rows = (logits, peak, keys, steps)
+        rows = (logits, summary.peak, keys, steps)
         return lax.map(lambda row: _draw(*row, sampling=sampling), rows, batch_size=_ROWS_AT_ONCE)
 
-    tokens = lax.cond(sampling.temperature > 0, draw, lambda: _first(logits, peak))
+    tokens = lax.cond(sampling.temperature > 0, draw, lambda: likeliest(logits, summary))
     chosen = jnp.take_along_axis(own, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - (own_peak + jnp.log(jnp.sum(jnp.exp(own - own_peak[:, None]), -1)))
+    return tokens, chosen - model.log_sum
 
 
 def _penalized(logits: Array, seen: Array | None, penalty: Array | np.ndarray) -> Array:
@@ -255,22 +256,13 @@ def _penalized(logits: Array, seen: Array | None, penalty: Array | np.ndarray) -
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def _first(values: Array, peak: Array) -> Array:
-    """Returns the first index of ``peak``, the largest value of the last axis; the last index for NaN."""
-    # A plain reduction over float32 indices (exact below 2**24): XLA on CPU runs argmax, and a minimum of
-    # integers, as scalar code, which takes 11 and 19 ms for 32 rows of a vocabulary; maximum and this, 4.
-    last = values.shape[-1] - 1
-    index = lax.broadcasted_iota(jnp.float32, values.shape, values.ndim - 1)
-    return jnp.min(jnp.where(values == peak[..., None], index, last), -1).astype(jnp.int32)
-
-
 def _draw(logits: Array, peak: Array, key: Array, step: Array, sampling: SamplingParams) -> Array:
     """Draws one token of one row ``[vocab]`` by the Gumbel trick, over what the filters keep."""
     noise = jax.random.gumbel(jax.random.fold_in(key, step), logits.shape, jnp.float32, mode="low")
     # Relative to the largest: a tiny temperature takes all others to -inf, and none to +inf.
     scaled = (logits - peak) / sampling.temperature
     scores = jnp.where(logits >= _threshold(logits, peak, sampling), scaled + noise, -jnp.inf)
-    return _first(scores, jnp.max(scores))
+    return first_index(scores, jnp.max(scores))
 
 
 def _threshold(logits: Array, peak: Array, sampling: SamplingParams) -> Array:

@@ -70,9 +70,9 @@ def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[Instructions]:
 @pytest.fixture
 def cpu_kernels(cpu_instructions: Instructions, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test with the CPU kernels using each kind of instructions. Trace inside the test."""
-    from qwen2_core.kernels.cpu import attention, matmul
+    from qwen2_core.kernels.cpu import attention, logits, matmul
 
-    for module in (matmul, attention):
+    for module in (matmul, attention, logits):
         monkeypatch.setattr(module, "instructions", lambda: cpu_instructions)
     return cpu_instructions.name
 

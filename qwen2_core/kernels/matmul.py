@@ -31,7 +31,7 @@ from jaxtyping import Float, Float32, Int, Int32
 
 from qwen2_core.kernels.cpu.library import is_available
 from qwen2_core.kernels.cpu.matmul import cpu_matmul
-from qwen2_core.kernels.platforms import by_platform
+from qwen2_core.kernels.platforms import by_platform, may_be_split
 
 _MOST_SLICES = (8, 14)  # of a kernel, of a tied embedding; XLA does not fuse longer sums
 _PARTIAL_BYTES = 2**22  # of partial sums at once, which stay in the processor's cache
@@ -157,13 +157,10 @@ def _copied_out(weights: Array | MatrixInStack) -> Array:
 def uses_cpu_kernel(x: Float[Array, "*x"], weights: Float[Array, "*weights"] | MatrixInStack) -> bool:
     """Returns whether the compiled kernels for CPU multiply (or attend with) these.
 
-    They take bfloat16 of an even number of inputs. They do not take what a mesh may split: XLA cannot split
-    the call, and would gather the arrays for it.
+    They take bfloat16 of an even number of inputs, and nothing that a mesh may split.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(mesh.shape[axis] > 1 for axis in mesh.auto_axes):
-        return False
-    return x.dtype == weights.dtype == jnp.bfloat16 and x.shape[-1] % 2 == 0 and is_available()
+    bfloat16 = x.dtype == weights.dtype == jnp.bfloat16
+    return bfloat16 and x.shape[-1] % 2 == 0 and is_available() and not may_be_split()
 
 
 def _row_by_slices(x: Array, weights: Array, contract: int) -> Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import jax
 from jax import lax
 
 _traced_for: ContextVar[str | None] = ContextVar("traced_for", default=None)
@@ -32,3 +33,16 @@ def by_platform(*operands: Any, default: Callable[..., Any], **forms: Callable[.
     if platform is None or platform == "gpu":
         return lax.platform_dependent(*operands, default=default, **forms)
     return forms.get(platform, default)(*operands)
+
+
+def traced_platform() -> str:
+    """Returns the platform that a program is traced for: what ``tracing_for`` says, or JAX's default."""
+    return _traced_for.get() or jax.default_backend()
+
+
+def may_be_split() -> bool:
+    """Returns whether a mesh may split what is traced: XLA cannot split a call of a kernel for CPU, and would
+    gather the arrays for it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)

@@ -1,9 +1,9 @@
 """Finds, loads and registers the compiled kernels for x86 CPUs.
 
 The C++ in ``csrc`` is compiled when the package is installed, if a compiler is there. The kernels multiply
-bfloat16 matrices and compute attention, with the best instructions that the CPU has. Where they cannot run,
-``unavailable_reason`` says why, and XLA computes the same sums, more slowly. On accelerators nothing is
-loaded.
+bfloat16 matrices, compute attention and summarize logits, with the best instructions that the CPU has. Where
+they cannot run, ``unavailable_reason`` says why, and XLA computes the same sums, more slowly. On accelerators
+nothing is loaded.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import importlib.util
 
 import jax
 
-MATMUL, ATTENTION, CAUSAL_ATTENTION = (
+MATMUL, ATTENTION, CAUSAL_ATTENTION, LOGITS = (
     "qwen2_cpu_matmul",
     "qwen2_cpu_attention",
     "qwen2_cpu_attention_causal",
+    "qwen2_cpu_logits",
 )
 # The version of the handlers, as in csrc/matmul.cc: a library of another version must not be called.
-_INTERFACE = 7
+_INTERFACE = 8
 
 
 class Instructions(enum.IntEnum):
@@ -73,6 +74,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         MATMUL: library.CpuMatmul,
         ATTENTION: library.CpuAttention,
         CAUSAL_ATTENTION: library.CpuCausalAttention,
+        LOGITS: library.CpuLogits,
     }
     for target, handler in handlers.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler), platform="cpu")

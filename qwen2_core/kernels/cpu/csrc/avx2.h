@@ -156,7 +156,10 @@ AVX2 inline void PackStripe(const Product& p, int64_t k, int64_t depth, int64_t 
   const int64_t outputs = p.outputs - first;
   const uint16_t* w = p.w + k * p.outputs + first;
   float *low = reinterpret_cast<float*>(lines), *high = reinterpret_cast<float*>(lines + depth);
+  Ahead ahead = p.ahead;
+  const int64_t each = ahead.each(depth);
   for (int64_t i = 0; i < depth; ++i, w += p.outputs, low += kHalf, high += kHalf) {
+    ahead.Prefetch(each);
     if (outputs < kWidth) {
       for (int64_t n = 0; n < kWidth; ++n) (n < kHalf ? low : high - kHalf)[n] = n < outputs ? Widen1(w[n]) : 0;
       continue;
@@ -174,7 +177,8 @@ AVX2 inline void Pack(const Product& p, int64_t k, int64_t depth, int64_t first,
 
 // Adds kRows rows of p.wide times 16 outputs of a panel to the sums at `out`.
 template <int kRows>
-AVX2 inline void Sum(const Product& p, int64_t depth, bool add, const float* panel, float* out, int64_t out_stride) {
+AVX2 inline void Sum(const Product& p, Ahead ahead, int64_t depth, bool add, const float* panel, float* out,
+                     int64_t out_stride) {
   __m256 sums[kRows][2];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -182,7 +186,6 @@ AVX2 inline void Sum(const Product& p, int64_t depth, bool add, const float* pan
     sums[r][1] = add ? _mm256_loadu_ps(out + r * out_stride + 8) : _mm256_setzero_ps();
   }
   const float* x = p.wide;
-  Ahead ahead = p.ahead;
   const int64_t each = ahead.each(depth);
   for (int64_t i = 0; i < depth; ++i) {
     ahead.Prefetch(each);
@@ -209,13 +212,14 @@ AVX2 void Multiply(const Product& p, int64_t k, int64_t depth, int64_t first, Li
     if (outputs <= 0) return;
     float* out = p.sums(begin);
     const float* panel = reinterpret_cast<const float*>(lines + half * depth);
+    const Ahead ahead = half ? Ahead() : p.ahead;
     if (outputs == kHalf) {
-      Sum<kRows>(p, depth, add, panel, out, p.out_stride);
+      Sum<kRows>(p, ahead, depth, add, panel, out, p.out_stride);
       continue;
     }
     alignas(32) float part[kRows * kHalf] = {};
     for (int64_t r = 0; add && r < kRows; ++r) std::copy_n(out + r * p.out_stride, outputs, part + r * kHalf);
-    Sum<kRows>(p, depth, add, panel, part, kHalf);
+    Sum<kRows>(p, ahead, depth, add, panel, part, kHalf);
     for (int64_t r = 0; r < kRows; ++r) std::copy_n(part + r * kHalf, outputs, out + r * p.out_stride);
   }
 }
@@ -441,6 +445,34 @@ AVX2 inline float Softmax(const float* scores, int64_t keys, float scale, uint16
   return SumOf(sums);
 }
 
+AVX2 inline Peak PeakOf(const float* values, int64_t count) {
+  const float lowest = -std::numeric_limits<float>::infinity();
+  __m256 peaks = _mm256_set1_ps(lowest), nan = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    if (i % 16 == 0) _mm_prefetch(reinterpret_cast<const char*>(values + i + 1024), _MM_HINT_T0);
+    const __m256 some = _mm256_loadu_ps(values + i);
+    nan = _mm256_or_ps(nan, _mm256_cmp_ps(some, some, _CMP_UNORD_Q));
+    peaks = _mm256_max_ps(peaks, some);
+  }
+  alignas(32) float all[8];
+  _mm256_store_ps(all, peaks);
+  float peak = *std::max_element(all, all + 8);
+  bool any_nan = _mm256_movemask_ps(nan) != 0;
+  for (; i < count; ++i) {
+    any_nan |= values[i] != values[i];
+    peak = std::max(peak, values[i]);
+  }
+  if (any_nan) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  int64_t first = 0;
+  for (; first + 8 <= count; first += 8) {
+    const __m256 equal = _mm256_cmp_ps(_mm256_loadu_ps(values + first), _mm256_set1_ps(peak), _CMP_EQ_OQ);
+    if (const int lanes = _mm256_movemask_ps(equal)) return {peak, first + __builtin_ctz(lanes)};
+  }
+  while (values[first] != peak) ++first;
+  return {peak, first};
+}
+
 AVX2 inline void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
   const __m256 by = _mm256_set1_ps(std::max(std::numeric_limits<float>::min(), total));
   for (int64_t i = 0; i < dim; i += 8) {
@@ -464,6 +496,7 @@ constexpr Vectors kPanels = {.rows = kMostRows,
                              .dot_row = DotRow,
                              .round = Round,
                              .softmax = Softmax,
+                             .peak = PeakOf,
                              .divide = Divide};
 constexpr Vectors kDots = [] {
   Vectors dots = kPanels;

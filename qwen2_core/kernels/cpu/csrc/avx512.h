@@ -292,6 +292,26 @@ AVX512_BF16 inline float Softmax(const float* scores, int64_t keys, float scale,
   return _mm512_reduce_add_ps(sums);
 }
 
+AVX512_BF16 inline Peak PeakOf(const float* values, int64_t count) {
+  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 peaks = lowest;
+  __mmask16 nan = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    _mm_prefetch(reinterpret_cast<const char*>(values + i + 1024), _MM_HINT_T0);
+    const __m512 some = _mm512_mask_loadu_ps(lowest, Lanes16(count - i), values + i);
+    nan |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
+    peaks = _mm512_max_ps(peaks, some);
+  }
+  const float peak = _mm512_reduce_max_ps(peaks);
+  if (nan) return {std::numeric_limits<float>::quiet_NaN(), 0};
+  for (int64_t i = 0;; i += 16) {
+    const __mmask16 lanes = Lanes16(count - i);
+    const __m512 some = _mm512_maskz_loadu_ps(lanes, values + i);
+    const __mmask16 equal = _mm512_mask_cmp_ps_mask(lanes, some, _mm512_set1_ps(peak), _CMP_EQ_OQ);
+    if (equal) return {peak, i + __builtin_ctz(equal)};
+  }
+}
+
 AVX512_BF16 inline void Divide(const float* sums, float total, int64_t dim, uint16_t* out) {
   const __m512 by = _mm512_set1_ps(std::max(std::numeric_limits<float>::min(), total));
   for (int64_t i = 0; i < dim; i += 16) {
@@ -316,6 +336,7 @@ constexpr Vectors kVectors = {.rows = kMostRows,
                               .dot_row = DotRow,
                               .round = Round,
                               .softmax = Softmax,
+                              .peak = PeakOf,
                               .divide = Divide};
 
 }  // namespace

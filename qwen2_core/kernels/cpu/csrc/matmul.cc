@@ -110,7 +110,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CpuMatmul, Run,
 
 // The version of the handlers. Count it up, here and in cpu/library.py (_INTERFACE), when their names, arguments or
 // results change.
-extern "C" int CpuInterface() { return 7; }
+extern "C" int CpuInterface() { return 8; }
 
 // The best instructions that the kernels can use on this machine (product.h), or -1 where they cannot run.
 extern "C" int CpuInstructions() { return Best(); }

@@ -19,10 +19,10 @@ constexpr int64_t kWidth = 32;  // outputs of a stripe, whose weights are packed
 // Lines of 64 bytes that will be read soon, to be prefetched while something else is computed: some lines of each row
 // of a matrix, in the order of memory.
 struct Ahead {
-  const char* line = nullptr;   // the first one
-  int64_t left = 0;             // lines
+  const char* line = nullptr;       // the first one
+  int64_t left = 0;                 // lines
   int64_t column = 0, columns = 0;  // lines until the end of the row, and of a whole row
-  int64_t gap = 0;              // bytes from there to the next row
+  int64_t gap = 0;                  // bytes from there to the next row
 
   // Prefetches some of them. Inlined, or a call would spill the sums that are in vector registers.
   [[gnu::always_inline]] void Prefetch(int64_t lines) {
@@ -64,6 +64,12 @@ struct alignas(64) Line {
 // Adds the first rows of x[:, k .. k + depth] times the weights to the sums of outputs first .. first + kWidth.
 using MultiplyRows = void (*)(const Product&, int64_t k, int64_t depth, int64_t first, Line* panel);
 
+// The largest of some values, and where it is first; NaN and 0 where any is not a number.
+struct Peak {
+  float value;
+  int64_t first;
+};
+
 // The vector code of one instruction set.
 struct Vectors {
   int64_t rows;                           // that are multiplied at once, at most
@@ -83,6 +89,7 @@ struct Vectors {
                 int64_t out_stride);
   // Stores exp(scale * (score - the largest)) of `keys` scores, in bfloat16. Returns their sum before rounding.
   float (*softmax)(const float* scores, int64_t keys, float scale, uint16_t* weights);
+  Peak (*peak)(const float* values, int64_t count);
   // Divides sums of weighted values by the sum of the weights. Zero where there was nothing to attend to.
   void (*divide)(const float* sums, float total, int64_t dim, uint16_t* out);
 };
