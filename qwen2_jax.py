@@ -43,7 +43,7 @@ from qwen2_core.hook_points import LN_FINAL, width_of
 from qwen2_core.hooks import Hooks, Kept, LayerHooks, PointLayers
 from qwen2_core.kernels.attention import attend_causal, attend_tokens_two_part, attend_two_part
 from qwen2_core.kernels.matmul import MatrixInStack, embed, linear, logits_f32, uses_cpu_kernel
-from qwen2_core.kernels.platforms import by_platform
+from qwen2_core.kernels.platforms import by_platform, traced_platform
 from qwen2_core.model_inputs import read_mask, read_token_ids, text_lengths
 from qwen2_core.rope import apply_rope, rope_angles
 from qwen2_core.steering import edits, steer
@@ -467,9 +467,21 @@ class QwenModel(nn.Module):
                 for stack, stays in zip(stacks, stay, strict=True)
             ]
             layer = QwenDecoderLayer(self.config, parent=None)
-            return layer.apply({"params": tree.unflatten(weights)}, carry, number, layer_kv, context)
+            carry, kept = layer.apply({"params": tree.unflatten(weights)}, carry, number, layer_kv, context)
+            return carry, jax.tree.map(_as_bits, kept) if bits else kept
 
-        return lax.scan(run_layer, carry, (numbers, sliced, stacked_kv))
+        # XLA on CPU writes bfloat16 into a stack by converting the whole stack to float32 and back.
+        bits = traced_platform() == "cpu"
+        carry, kept = lax.scan(run_layer, carry, (numbers, sliced, stacked_kv))
+        return carry, jax.tree.map(lambda kept: _from_bits(kept, self.config.dtype), kept)
+
+
+def _as_bits(values: Array) -> Array:
+    return lax.bitcast_convert_type(values, jnp.uint16) if values.dtype.itemsize == 2 else values
+
+
+def _from_bits(bits: Array, dtype: Any) -> Array:
+    return lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
 
 
 def _generated(positions: Array, kv_caches: Any, prompt_lengths: ArrayLike | None) -> Array:
