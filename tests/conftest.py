@@ -39,12 +39,14 @@ shape_checks.install()  # before anything of the package is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All processes of one run of the suite share what they compile; the next run starts from nothing."""
-    if not hasattr(config, "workerinput"):
+    """All processes of one run of the suite share what they compile. The next run starts from nothing, unless
+    JAX_COMPILATION_CACHE_DIR says where programs are kept.
+    """
+    if not hasattr(config, "workerinput") and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="compiled-")
         config.add_cleanup(lambda: shutil.rmtree(folder))
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 @pytest.fixture(params=["AVX2", "AVX512_BF16", "AMX"], scope="module")
