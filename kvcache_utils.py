@@ -332,6 +332,16 @@ def update_activation_buffer(
     return update_slice(buffer, activations[:, None], (0, step, 0, 0))
 
 
+def as_bits(values: Array) -> Array:
+    """Returns 16-bit floats as uint16, which XLA on CPU writes as they are; others unchanged."""
+    return lax.bitcast_convert_type(values, jnp.uint16) if values.dtype.itemsize == 2 else values
+
+
+def from_bits(bits: Array, dtype: Any) -> Array:
+    """Undoes ``as_bits`` of values of ``dtype``."""
+    return lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
+
+
 def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -> Array:
     """Does ``lax.dynamic_update_slice`` in a form that touches the slice alone, in every dtype."""
     values = values.astype(buffer.dtype)
@@ -340,8 +350,8 @@ def update_slice(buffer: Array, values: Array, start: tuple[int | Array, ...]) -
 
     def as_integers(buffer: Array, values: Array, *start: int | Array) -> Array:
         # XLA on CPU updates bfloat16 by converting the whole buffer to float32 and back, in place.
-        bits, new = (lax.bitcast_convert_type(x, jnp.uint16) for x in (buffer, values))
-        return lax.bitcast_convert_type(lax.dynamic_update_slice(bits, new, start), buffer.dtype)
+        bits = lax.dynamic_update_slice(as_bits(buffer), as_bits(values), start)
+        return from_bits(bits, buffer.dtype)
 
     def as_it_is(buffer: Array, values: Array, *start: int | Array) -> Array:
         return lax.dynamic_update_slice(buffer, values, start)

@@ -32,7 +32,9 @@ from kvcache_utils import (
     KVCache,
     PrefillCache,
     advance_ar_index,
+    as_bits,
     create_activation_buffer,
+    from_bits,
     update_kv_cache_ar,
     write_prefill_cache,
 )
@@ -468,20 +470,12 @@ class QwenModel(nn.Module):
             ]
             layer = QwenDecoderLayer(self.config, parent=None)
             carry, kept = layer.apply({"params": tree.unflatten(weights)}, carry, number, layer_kv, context)
-            return carry, jax.tree.map(_as_bits, kept) if bits else kept
+            return carry, jax.tree.map(as_bits, kept) if bits else kept
 
         # XLA on CPU writes bfloat16 into a stack by converting the whole stack to float32 and back.
         bits = traced_platform() == "cpu"
         carry, kept = lax.scan(run_layer, carry, (numbers, sliced, stacked_kv))
-        return carry, jax.tree.map(lambda kept: _from_bits(kept, self.config.dtype), kept)
-
-
-def _as_bits(values: Array) -> Array:
-    return lax.bitcast_convert_type(values, jnp.uint16) if values.dtype.itemsize == 2 else values
-
-
-def _from_bits(bits: Array, dtype: Any) -> Array:
-    return lax.bitcast_convert_type(bits, dtype) if bits.dtype == jnp.uint16 else bits
+        return carry, jax.tree.map(lambda kept: from_bits(kept, self.config.dtype), kept)
 
 
 def _generated(positions: Array, kv_caches: Any, prompt_lengths: ArrayLike | None) -> Array:

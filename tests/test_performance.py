@@ -276,15 +276,24 @@ def test_no_decode_step_copies_the_cache_or_the_activation_buffer():
         assert collections.Counter(buffer) not in copied
 
 
+def updated_types(decode: Any) -> dict[tuple[int, ...], set[str]]:
+    """The types in which the program updates buffers of each shape."""
+    types = collections.defaultdict(set)
+    for dtype, shape in re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", decode.as_text()):
+        types[tuple(map(int, shape.split(",")))].add(dtype)
+    return types
+
+
 def test_no_bfloat16_buffer_is_converted_to_float32_to_write_a_token():
     """XLA on CPU would write one row of a bfloat16 buffer by converting all of it to float32 and back."""
-    _, decode = real("bfloat16", 512)
-    updated = re.findall(r"= (\w+)\[([\d,]+)\]\S* dynamic-update-slice\(", decode.as_text())
-    types = collections.defaultdict(set)
-    for dtype, shape in updated:
-        types[tuple(map(int, shape.split(",")))].add(dtype)
+    types = updated_types(real("bfloat16", 512)[1])
     assert types[1, 2, 512, 64] == {"u16"}
     assert types[LAYERS, 512, 1, 896] == {"u16"}
+
+
+def test_nor_is_the_stack_of_what_scanned_layers_return():
+    types = updated_types(real("bfloat16", 512, scan_layers=True)[1])
+    assert types[LAYERS, 1, 1, 896] == {"u16"}
 
 
 # --- Hooks ---

@@ -150,8 +150,7 @@ AVX2 inline void PackColumns(const Product& p, int64_t k, int64_t depth, int64_t
   }
 }
 
-// Packs a stripe of w [inputs, outputs]: panel[half][i][n] = w[k + i, first + 16 half + n]. Reads whole lines of
-// memory.
+// Packs a stripe of w [inputs, outputs]: panel[half][i][n] = w[k + i, first + 16 half + n]. Reads whole lines.
 AVX2 inline void PackStripe(const Product& p, int64_t k, int64_t depth, int64_t first, Line* lines) {
   const int64_t outputs = p.outputs - first;
   const uint16_t* w = p.w + k * p.outputs + first;
